@@ -1,0 +1,50 @@
+"""Where PrefixFleet keeps its files: `PREFIXFLEET_HOME`, by default `.prefixfleet/` below the current folder."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.keys import CustomerKey
+
+
+@dataclass(frozen=True)
+class Home:
+    """The layout of the working folder (see `docs/files.md` for what each file holds). All paths are absolute."""
+
+    root: Path
+
+    @classmethod
+    def current(cls) -> "Home":
+        """The folder that the environment names."""
+        return cls(Path(os.environ.get("PREFIXFLEET_HOME") or ".prefixfleet").expanduser().resolve())
+
+    def prepared(self, key: CustomerKey) -> Path:
+        """Folder of the prepared data of one customer."""
+        return key.below(self.root / "prepared")
+
+    def job(self, name: str) -> Path:
+        """Folder of one job."""
+        return self.root / "jobs" / name
+
+    def prefix(self, key: CustomerKey, digest: str) -> Path:
+        """Folder of one trained prefix; `digest` is that of everything it is trained from."""
+        return key.below(self.root / "prefixes") / digest[:16]
+
+    def evaluation(self, key: CustomerKey, digest: str) -> Path:
+        """Folder of one evaluation; `digest` is that of the prefix, the test set and the evaluation settings."""
+        return key.below(self.root / "evaluations") / digest[:16]
+
+    @property
+    def mlflow_database(self) -> Path:
+        """The embedded MLflow store, used when no `MLFLOW_TRACKING_URI` is set."""
+        return self.root / "mlflow.db"
+
+    @property
+    def mlflow_artifacts(self) -> Path:
+        """Artifacts of the embedded MLflow store."""
+        return self.root / "mlartifacts"
+
+    @property
+    def prefect(self) -> Path:
+        """Prefect's own home when no `PREFECT_API_URL` is set, so that runs here do not mix with the user's other flows."""
+        return self.root / "prefect"
