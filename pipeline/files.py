@@ -19,7 +19,9 @@ from pipeline.errors import StorageError
 
 def _storage_error(path: Path, error: OSError) -> StorageError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StorageError(f"{path}: the disk is full. Free some space and run the same command again; nothing finished is lost.")
+        return StorageError(
+            f"{path}: the disk is full. Free some space and run the same command again; nothing finished is lost."
+        )
     return StorageError(f"{path}: cannot be written ({error.strerror or error}). Check the folder and its permissions.")
 
 
@@ -119,7 +121,9 @@ def read_json(path: Path, format: int) -> dict[str, Any]:
         raise StorageError(f"{path}: cannot be read ({error}). Delete it and run the stage that writes it again.") from error
     if not isinstance(content, dict) or content.get("format") != format:
         found = content.get("format") if isinstance(content, dict) else None
-        raise StorageError(f"{path}: has format {found}, this version of PrefixFleet reads format {format}. Delete it and run the stage again.")
+        raise StorageError(
+            f"{path}: has format {found}, this version of PrefixFleet reads format {format}. Delete it and run the stage again."
+        )
     return content
 
 

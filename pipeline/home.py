@@ -34,6 +34,10 @@ class Home:
         """Folder of one evaluation; `digest` is that of the prefix, the test set and the evaluation settings."""
         return key.below(self.root / "evaluations") / digest[:16]
 
+    def cached_prefix(self, key: CustomerKey, digest: str) -> Path:
+        """Folder of a prefix that was downloaded from the registry; `digest` is that of its content."""
+        return key.below(self.root / "cache" / "prefixes") / digest[:16]
+
     @property
     def mlflow_database(self) -> Path:
         """The embedded MLflow store, used when no `MLFLOW_TRACKING_URI` is set."""

@@ -1,0 +1,7 @@
+"""The method: prefixes of keys and values before every attention layer of a frozen base (Li & Liang 2021)."""
+
+from pipeline.prefix.bank import Prefix, PrefixBank, Site
+from pipeline.prefix.base import FrozenBase, attach, load_base
+from pipeline.prefix.store import load_prefix, read_config, save_prefix
+
+__all__ = ["FrozenBase", "Prefix", "PrefixBank", "Site", "attach", "load_base", "load_prefix", "read_config", "save_prefix"]

@@ -1,0 +1,1 @@
+"""Training prefixes on a frozen base: `accelerate launch … -m pipeline.training JOB.yaml`."""

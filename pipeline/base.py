@@ -1,0 +1,144 @@
+"""Which base model a name means, and whether it is the right one. Reads files only: no torch here, so flows may use it.
+
+The base is identified by its weight digest: SHA-256 over the digests of its weight files. A prefix is valid for one digest only.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import BaseModelError
+from pipeline.files import digest_of, file_digest, write_json
+
+_CAUSAL = ("ForCausalLM", "LMHeadModel")
+_SEQ2SEQ = ("ForConditionalGeneration", "ForSeq2SeqLM")
+
+
+@dataclass(frozen=True)
+class BaseModelInfo:
+    """A base that was found on this machine.
+
+    Attributes:
+        id: what the user wrote: a folder or a hub id.
+        path: the folder that holds the files.
+        revision: hub commit, or None for a folder.
+        digest: weight digest, 64 hex digits.
+        tokenizer_digest: SHA-256 over the tokenizer's files, 64 hex digits.
+        is_encoder_decoder: False for decoder-only models.
+        model_type: transformers' name of the architecture.
+        max_positions: the longest sequence, prefix included, that the model takes; None if unlimited.
+    """
+
+    id: str
+    path: Path
+    revision: str | None
+    digest: str
+    tokenizer_digest: str
+    is_encoder_decoder: bool
+    model_type: str
+    max_positions: int | None
+
+
+def resolve_base(name: str, revision: str | None = None, digests: Path | None = None) -> BaseModelInfo:
+    """Find a base model by folder or hub id.
+
+    Args:
+        name: a folder, or a hub id (looked up in the local cache first, then on the hub unless `HF_HUB_OFFLINE` is set).
+        revision: hub revision.
+        digests: a JSON file that remembers digests by path, size and time, so that a large base is read once.
+
+    Raises:
+        BaseModelError: not found, damaged, or neither a causal nor an encoder-decoder language model.
+    """
+    folder = Path(name).expanduser()
+    if folder.exists():
+        return _inspect(name, folder.resolve(), None, digests)
+    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise BaseModelError(
+            f"base model {name}: no such folder. Set base_model.path to a folder with config.json and weights, or to a hub id."
+        )
+    path = Path(_download(name, revision))
+    # The folder of a hub snapshot is named by its commit.
+    return _inspect(name, path, path.name, digests)
+
+
+def _download(name: str, revision: str | None) -> str:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
+    try:
+        return snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=True)
+    except Exception as missing:  # huggingface_hub raises a family of errors for "not in the cache"
+        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+            raise BaseModelError(
+                f"base model {name}: neither a folder nor in the hub cache, and HF_HUB_OFFLINE is set. Download it first, or give a folder."
+            ) from missing
+    try:
+        return snapshot_download(name, revision=revision, allow_patterns=patterns)
+    except Exception as error:
+        raise BaseModelError(
+            f"base model {name}: no such folder, and the hub did not give it ({type(error).__name__}: {error})."
+        ) from error
+
+
+def _inspect(name: str, folder: Path, revision: str | None, digests: Path | None) -> BaseModelInfo:
+    config_file = folder / "config.json"
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BaseModelError(
+            f"base model {name}: {folder} holds no config.json, so it is no transformers model folder."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"base model {name}: {config_file} cannot be read ({error}).") from error
+    architectures = config.get("architectures") or []
+    causal = any(a.endswith(_CAUSAL) for a in architectures)
+    seq2seq = any(a.endswith(_SEQ2SEQ) for a in architectures) and bool(config.get("is_encoder_decoder"))
+    if not causal and not seq2seq:
+        raise BaseModelError(
+            f"base model {name}: {', '.join(architectures) or 'no architecture named in config.json'} is neither a causal language model "
+            "(…ForCausalLM) nor an encoder-decoder (…ForConditionalGeneration). Choose a generative base."
+        )
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise BaseModelError(
+            f"base model {name}: {folder} holds no .safetensors weights. Convert it (pickled weights are never loaded)."
+        )
+    tokenizer = [
+        f
+        for f in sorted(folder.iterdir())
+        if f.name.startswith(("tokenizer", "vocab", "merges", "special_tokens", "spiece", "chat_template"))
+    ]
+    if not tokenizer:
+        raise BaseModelError(f"base model {name}: {folder} holds no tokenizer files.")
+    text = config.get("text_config") or config
+    positions = text.get("max_position_embeddings") or text.get("n_positions")
+    # T5's n_positions is a training detail: relative biases have no limit.
+    limited = config.get("model_type") not in ("t5", "mt5", "umt5", "longt5")
+    return BaseModelInfo(
+        id=name,
+        path=folder,
+        revision=revision,
+        digest=_remembered(weights, digests),
+        tokenizer_digest=digest_of([[f.name, file_digest(f)] for f in tokenizer]),
+        is_encoder_decoder=seq2seq,
+        model_type=str(config.get("model_type")),
+        max_positions=int(positions) if positions and limited else None,
+    )
+
+
+def _remembered(weights: list[Path], digests: Path | None) -> str:
+    """The weight digest, from `digests` if the files have not changed since it was computed."""
+    stamp = digest_of([[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in weights])
+    known: dict[str, str] = {}
+    if digests is not None and digests.exists():
+        try:
+            known = json.loads(digests.read_text(encoding="utf-8"))["digests"]
+        except (OSError, ValueError, KeyError, TypeError):
+            known = {}  # only a cache: read the weights again
+    if stamp not in known:
+        known[stamp] = digest_of([[f.name, file_digest(f)] for f in weights])
+        if digests is not None:
+            write_json(digests, {"format": 1, "digests": known})
+    return known[stamp]

@@ -1,0 +1,397 @@
+"""The fleet file as pydantic models: the one place where a value gets its default.
+
+In: a YAML file. Out: a `Fleet`, every customer's settings resolved against the defaults, every path absolute. Knows nothing of what the
+settings do. Errors name the file, the line, the customer and the nearest known name.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pipeline.errors import ConfigError
+from pipeline.keys import DEFAULT_TASK, CustomerKey, validate_id
+
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+METRICS = ("bleu", "chrf", "rouge1", "rouge2", "rougeL")
+
+
+class Settings(BaseModel):
+    """A section of the fleet file. Unknown keys are errors: a misspelt option must not be ignored."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BaseSettings(Settings):
+    """Which frozen language model the prefixes are for."""
+
+    path: str = Field(description="a folder (relative to the fleet file) or a Hugging Face hub id")
+    revision: str | None = Field(None, description="hub revision (branch, tag or commit); recorded with every prefix")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="weights and activations of the base; auto: bfloat16 where the hardware computes in it"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+
+class LaunchSettings(Settings):
+    """How `accelerate launch` is called."""
+
+    accelerate_config: str = Field("cpu", description="the name of a file of accelerate_configs/, or a path to one")
+    num_processes: int = Field(1, ge=1, description="processes in all")
+    num_machines: Literal[1] = Field(1, description="machines")
+
+
+class PromptSettings(Settings):
+    """How a record becomes the text before the target. Saved with the prefix: whoever serves it builds the same input."""
+
+    template: str = Field(
+        "{input}\n", description="text around the input; must hold {input}. Other fields of a record are not filled in"
+    )
+    eos: bool = Field(True, description="the target ends with the end-of-sequence token")
+    truncation_side: Literal["none", "left", "right"] = Field(
+        "none", description="cut inputs longer than max_input_tokens on this side; none: such rows go to quarantine"
+    )
+    max_input_tokens: int = Field(384, ge=1)
+    max_target_tokens: int = Field(128, ge=1)
+
+    @field_validator("template")
+    @classmethod
+    def _holds_input(cls, value: str) -> str:
+        if "{input}" not in value:
+            raise ValueError("must contain {input}, the place where the record's input goes")
+        return value
+
+
+class PrefixSettings(Settings):
+    """The prefix itself (Li & Liang 2021, section 4)."""
+
+    length: int = Field(10, ge=1, le=4096, description="P: number of key and value vectors before every attention layer")
+    layers: Literal["all"] = Field("all", description="the attention layers that get a prefix")
+    reparam: Literal["none"] = Field("none", description="none: keys and values are trained directly")
+    init: Literal["text", "random", "zeros"] = Field(
+        "text", description="text: keys and values that the frozen base computes for init_text; random: normal, std 0.02; zeros"
+    )
+    init_text: str | None = Field(None, description="text for init: text; by default training rows, sampled with the seed")
+
+
+class TrainingSettings(Settings):
+    """AdamW on the prefix; the base never changes."""
+
+    max_steps: int = Field(400, ge=1)
+    batch_size: int = Field(10, ge=1, description="rows per optimiser step, over all processes")
+    lr: float = Field(5e-3, gt=0)
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="of the learning rate, down to zero at max_steps"
+    )
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0, description="the gradient of a customer's prefix is clipped to this norm")
+    eval_every: int = Field(50, ge=1, description="steps between two dev losses")
+    early_stopping: int | None = Field(3, ge=1, description="stop after so many dev losses without improvement; null: never")
+    seed: int = Field(0, ge=0)
+
+
+class GateSettings(Settings):
+    """What a prefix must reach to become champion."""
+
+    metric: Literal[METRICS] = "bleu"  # type: ignore[valid-type]  # a tuple of literals, unpacked by typing at run time
+    min_gain_over_base: float = Field(0.0, description="the score must be greater than the base's by more than this (in points)")
+    min_score: float | None = Field(None, description="the score must be at least this (in points)")
+
+
+class EvaluationSettings(Settings):
+    """Generation for the test split, and scores."""
+
+    metrics: tuple[Literal[METRICS], ...] = ("bleu", "rougeL", "chrf")  # type: ignore[valid-type]
+    gate: GateSettings = GateSettings()
+    num_beams: int = Field(1, ge=1, le=64, description="1: greedy")
+    max_new_tokens: int | None = Field(None, ge=1, description="by default the prompt's max_target_tokens")
+    bootstrap_resamples: int = Field(1000, ge=100, le=100_000, description="for the 95 % intervals")
+
+    @model_validator(mode="after")
+    def _gate_metric_is_computed(self) -> "EvaluationSettings":
+        if self.gate.metric not in self.metrics:
+            raise ValueError(f"gate.metric is {self.gate.metric!r} but metrics are {list(self.metrics)}; add it to metrics")
+        return self
+
+
+class ColumnSettings(Settings):
+    """The names of the columns in the customer's files."""
+
+    input: str = "input"
+    target: str = "target"
+    references: str = "references"
+    messages: str = "messages"
+
+
+class DataSettings(Settings):
+    """Where a customer's rows are. Either `path` (split by hash of the input) or ready-made splits with at least `train`.
+
+    A split that is not given is cut from `train` (or `path`) by hash of the input: a tenth each for dev and test.
+    """
+
+    path: str | None = Field(None, description="a JSONL, CSV, TSV or Parquet file, or a hub id")
+    train: str | None = None
+    dev: str | None = None
+    test: str | None = None
+    columns: ColumnSettings = ColumnSettings()
+    revision: str | None = Field(None, description="hub revision, where the data is a hub id")
+    name: str | None = Field(None, description="configuration name, where the data is a hub id")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_of(self) -> "DataSettings":
+        if (self.path is None) == (self.train is None):
+            raise ValueError("needs either `path`, or `train` (with `dev` and `test` if there are any)")
+        if self.path is not None and (self.dev is not None or self.test is not None):
+            raise ValueError("has `path` and ready-made splits; name the training file `train` instead of `path`")
+        return self
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Split name to file or hub id; the key of an unsplit source is `all`."""
+        named = {"all": self.path, "train": self.train, "dev": self.dev, "test": self.test}
+        return {split: source for split, source in named.items() if source is not None}
+
+
+class Defaults(Settings):
+    """Settings of every customer that does not say otherwise."""
+
+    prompt: PromptSettings = PromptSettings()
+    prefix: PrefixSettings = PrefixSettings()
+    training: TrainingSettings = TrainingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+
+
+class Customer(Settings):
+    """One customer and task, every setting resolved."""
+
+    id: str
+    task: str = DEFAULT_TASK
+    data: DataSettings
+    launch: LaunchSettings = LaunchSettings()
+    prompt: PromptSettings = PromptSettings()
+    prefix: PrefixSettings = PrefixSettings()
+    training: TrainingSettings = TrainingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+
+    @field_validator("id", "task")
+    @classmethod
+    def _valid_id(cls, value: str, info: Any) -> str:
+        try:
+            return validate_id(value, "customer" if info.field_name == "id" else "task")
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+
+    @property
+    def key(self) -> CustomerKey:
+        """(customer, task)."""
+        return CustomerKey(self.id, self.task)
+
+
+def _string_id(value: Any) -> Any:
+    return {**value, "id": str(value["id"])} if isinstance(value, dict) and isinstance(value.get("id"), int) else value
+
+
+class Fleet(Settings):
+    """A fleet file."""
+
+    base_model: BaseSettings
+    launch: LaunchSettings = LaunchSettings()
+    defaults: Defaults = Defaults()
+    customers: Annotated[tuple[Customer, ...], Field(min_length=1)]
+    name: str = "fleet"
+
+    @model_validator(mode="after")
+    def _keys_are_unique(self) -> "Fleet":
+        seen: set[CustomerKey] = set()
+        for customer in self.customers:
+            if customer.key in seen:
+                raise ValueError(
+                    f"customer {customer.id!r} with task {customer.task!r} stands twice; give one of them another `task`"
+                )
+            seen.add(customer.key)
+        return self
+
+    def select(self, wanted: list[str]) -> tuple[Customer, ...]:
+        """The customers named (`acme` means all tasks of acme, `acme/menu` one), or all if none is named.
+
+        Raises:
+            ConfigError: a name is not in the fleet.
+        """
+        if not wanted:
+            return self.customers
+        chosen: list[Customer] = []
+        for name in wanted:
+            found = [c for c in self.customers if name in (c.id, f"{c.id}/{c.task}")]
+            if not found:
+                known = [str(c.key) for c in self.customers]
+                raise ConfigError(
+                    f"customer {name!r} is not in the fleet file.{_nearest(name, known)} It has: {', '.join(known[:20])}"
+                )
+            chosen += [c for c in found if c not in chosen]
+        return tuple(chosen)
+
+
+SECTIONS = ("prompt", "prefix", "training", "evaluation")
+
+
+def load_fleet(path: Path | str) -> Fleet:
+    """Read a fleet file.
+
+    Raises:
+        ConfigError: it is missing, not YAML, or says something unknown or impossible; every problem found is named with its line.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file. Give the path of a fleet file; examples/fleet.yaml is one to copy.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}).") from error
+    try:
+        content = yaml.safe_load(text)
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: is empty or no mapping. It needs at least `base_model` and `customers`.")
+    try:
+        # Defaults are validated first, alone, so that a mistake there is reported once and not for every customer.
+        Fleet.model_validate({**content, "customers": [{"id": "x", "data": "x.jsonl"}]})
+        return Fleet.model_validate(_with_defaults(content, path.resolve()))
+    except ValidationError as error:
+        problems = [_problem(path, content, tree, item) for item in error.errors()]
+        raise ConfigError("\n".join(dict.fromkeys(problems))) from error
+
+
+def _with_defaults(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Lay each customer's sections over the defaults and make file names absolute."""
+    defaults = content.get("defaults") or {}
+    customers = content.get("customers")
+    resolved: Any = customers
+    if isinstance(customers, list):
+        resolved = []
+        for customer in customers:
+            if isinstance(customer, dict):
+                customer = dict(_string_id(customer))
+                for section in SECTIONS:
+                    customer[section] = _overlay(defaults.get(section), customer.get(section))
+                customer["launch"] = _overlay(content.get("launch"), customer.get("launch"))
+                if "data" in customer:
+                    customer["data"] = _absolute_data(customer["data"], path.parent)
+            resolved.append(customer)
+    base = content.get("base_model")
+    base = {"path": base} if isinstance(base, str) else base
+    if isinstance(base, dict) and isinstance(base.get("path"), str):
+        base = {**base, "path": _absolute_base(base["path"], path.parent)}
+    named = {"name": path.stem} if "name" not in content else {}
+    return {**content, **named, "base_model": base, "customers": resolved}
+
+
+def _overlay(below: Any, above: Any) -> Any:
+    """Mappings merge key by key, anything else replaces."""
+    if above is None:
+        return below if below is not None else {}
+    if isinstance(below, dict) and isinstance(above, dict):
+        return {**below, **{k: _overlay(below.get(k), v) if isinstance(v, dict) else v for k, v in above.items()}}
+    return above
+
+
+def _absolute_data(data: Any, folder: Path) -> Any:
+    data = {"path": data} if isinstance(data, str) else data
+    if not isinstance(data, dict):
+        return data
+    return {
+        key: str(_absolute(value, folder))
+        if key in ("path", "train", "dev", "test") and isinstance(value, str) and is_file_name(value)
+        else value
+        for key, value in data.items()
+    }
+
+
+def is_file_name(source: str) -> bool:
+    """Whether a data source means a file (by its suffix) rather than a hub id."""
+    return source.lower().endswith(DATA_SUFFIXES)
+
+
+def _absolute_base(value: str, folder: Path) -> str:
+    # `org/name` is a hub id unless such a folder stands beside the fleet file; with a leading ./, ../, / or ~ it is always a folder.
+    local = _absolute(value, folder)
+    looks_local = value.startswith((".", "/", "~")) or value.count("/") != 1
+    return str(local) if looks_local or local.exists() else value
+
+
+def _absolute(value: str, folder: Path) -> Path:
+    return (folder / Path(value).expanduser()).resolve()
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _problem(path: Path, content: dict[str, Any], tree: yaml.Node, item: Any) -> str:
+    """One validation error as `file:line: customer acme: section.key: what is wrong and what to do`."""
+    location = [part for part in item["loc"]]
+    # A setting that a customer inherits is wrong where it was written: in the defaults.
+    line = _line_of(tree, location)
+    who = ""
+    if len(location) > 1 and location[0] == "customers" and isinstance(location[1], int):
+        customer = content["customers"][location[1]]
+        who = (
+            f"customer {customer.get('id', location[1])!s}: "
+            if isinstance(customer, dict)
+            else f"customer number {location[1] + 1}: "
+        )
+    name = ".".join(str(part) for part in (location[2:] if who else location)) or "fleet"
+    if item["type"] == "extra_forbidden":
+        known = _known_keys(location)
+        what = f"unknown key.{_nearest(str(location[-1]), known)} Known here: {', '.join(known)}"
+    elif item["type"] == "missing":
+        what = "is missing"
+    else:
+        what = item["msg"].removeprefix("Value error, ")
+        if not isinstance(item["input"], dict | list | Settings):
+            what += f" (got {item['input']!r})"
+    return f"{path}:{line}: {who}{name}: {what}"
+
+
+def _line_of(tree: yaml.Node, location: list[Any]) -> int:
+    """1-based line of the deepest node of the YAML tree that `location` reaches."""
+    node, line = tree, tree.start_mark.line
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            for key_node, value_node in node.value:
+                if key_node.value == str(part):
+                    node, line = value_node, key_node.start_mark.line
+                    break
+            else:
+                break
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line
+        else:
+            break
+    return line + 1
+
+
+def _known_keys(location: list[Any]) -> list[str]:
+    """The keys that the section holding the last part of `location` takes."""
+    model: Any = Fleet
+    for part in location[:-1]:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
+        model = Customer if part == "customers" else annotation
+    return sorted(getattr(model, "model_fields", {}))

@@ -1,0 +1,157 @@
+"""Answer a batch in which every row belongs to another customer, on one frozen base.
+
+In: prompts as token ids, a slot for each (slot 0: no prefix). Out: texts. Knows nothing of MLflow or of how a prefix was trained.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from pipeline.data.prompt import encode_prompt, load_tokenizer
+from pipeline.errors import BaseModelError
+from pipeline.prefix import FrozenBase, Prefix, PrefixBank, load_base, load_prefix
+from pipeline.training.batches import left_padded, right_padded
+from pipeline.training.job import JobBase, JobPrompt
+
+TOKENS_PER_BATCH = 8192  # prompt and answer tokens of all rows together
+ROWS_PER_BATCH = 64
+
+
+class PrefixEngine:
+    """A loaded base and the prefixes that were added to it."""
+
+    def __init__(self, base: FrozenBase, tokenizer: Any, base_digest: str) -> None:
+        self.base, self.tokenizer, self._base_digest = base, tokenizer, base_digest
+        self._prefixes: list[Prefix] = []
+        self._configs: list[dict[str, Any]] = []
+        self._slots: dict[str, int] = {}
+        self._bank = PrefixBank(base.sites, slots=1, length=0, device=base.device)
+
+    def add(self, prefix_dir: Path) -> int:
+        """Load a prefix folder into a slot of its own; the same prefix again gets the same slot.
+
+        Raises:
+            BaseModelError: it was trained on another base.
+            PrefixError: it is damaged.
+        """
+        prefix, config = load_prefix(prefix_dir)
+        if config["base"]["digest"] != self._base_digest:
+            raise BaseModelError(
+                f"{prefix_dir}: was trained on a base with digest {config['base']['digest'][:16]}, the loaded base has {self._base_digest[:16]}. "
+                "Serve it with its own base, or train it anew."
+            )
+        digest = config["weights_sha256"]
+        if digest not in self._slots:
+            length = max(self._bank.length, next(iter(prefix.values()))[0].shape[1])
+            bank = PrefixBank(self.base.sites, slots=len(self._prefixes) + 2, length=length, device=self.base.device)
+            for slot, known in enumerate([*self._prefixes, prefix], start=1):
+                bank.put(slot, known)
+            self._bank = bank
+            self._prefixes.append(prefix)
+            self._configs.append(config)
+            self._slots[digest] = len(self._prefixes)
+        return self._slots[digest]
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        slots: Sequence[int],
+        *,
+        max_new_tokens: int,
+        num_beams: int = 1,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[str]:
+        """Greedy (or beam) search for each prompt behind its slot's prefix.
+
+        Args:
+            prompts: token ids, as `pipeline.data.prompt.encode_prompt` makes them.
+            slots: the slot of each prompt; 0 for the base without prefix.
+            max_new_tokens: the longest answer in tokens.
+            progress: called with the number of rows finished since its last call.
+
+        Returns:
+            the answers without special tokens, in the order of the prompts.
+
+        Raises:
+            PrefixError: prefix, prompt and answer together pass the positions of the base.
+        """
+        texts = [""] * len(prompts)
+        lengths = self._bank.lengths.tolist()
+        if not self.base.is_encoder_decoder:
+            for prompt, slot in zip(prompts, slots, strict=True):
+                self.base.check_length(lengths[slot], len(prompt) + max_new_tokens)
+        for batch in _batches(prompts, max_new_tokens, num_beams):
+            ids = [prompts[i] for i in batch]
+            pad = self._pad
+            tokens, mask = (right_padded if self.base.is_encoder_decoder else left_padded)(ids, pad, self.base.device)
+            config = GenerationConfig(
+                max_new_tokens=max_new_tokens,
+                num_beams=num_beams,
+                do_sample=False,
+                pad_token_id=pad,
+                bos_token_id=self.tokenizer.bos_token_id,
+                eos_token_id=self._stop_tokens(),
+                decoder_start_token_id=getattr(self.base.model.generation_config, "decoder_start_token_id", None),
+            )
+            with self.base.prefixes(self._bank, torch.tensor([slots[i] for i in batch], device=self.base.device)):
+                out = self.base.model.generate(tokens, attention_mask=mask, generation_config=config)
+            if not self.base.is_encoder_decoder:
+                out = out[:, tokens.shape[1] :]
+            for i, text in zip(batch, self.tokenizer.batch_decode(out, skip_special_tokens=True), strict=True):
+                texts[i] = text.strip()
+            if progress is not None:
+                progress(len(batch))
+        return texts
+
+    def answer(self, inputs: Sequence[str | list[dict[str, str]]], slot: int, *, num_beams: int = 1) -> list[str]:
+        """Answer texts (or chats) of one customer, each put into the prompt that was saved with the customer's prefix.
+
+        Args:
+            inputs: texts, or lists of chat messages.
+            slot: what `add` returned.
+        """
+        config = self._configs[slot - 1]
+        prompt = JobPrompt(**config["prompt"])
+        ids = [encode_prompt(self.tokenizer, prompt, config["chat"], text, self.base.is_encoder_decoder) for text in inputs]
+        return self.generate(ids, [slot] * len(ids), max_new_tokens=prompt.max_target_tokens, num_beams=num_beams)
+
+    @property
+    def _pad(self) -> int:
+        return self.tokenizer.pad_token_id
+
+    def _stop_tokens(self) -> list[int]:
+        # Chat models often end a turn with another token than the tokenizer's EOS.
+        stop = self.base.model.generation_config.eos_token_id
+        named = stop if isinstance(stop, list) else [stop]
+        return sorted({t for t in [*named, self.tokenizer.eos_token_id] if t is not None})
+
+
+def _batches(prompts: Sequence[list[int]], max_new_tokens: int, num_beams: int) -> list[list[int]]:
+    """Indices of prompts, like lengths together (longest first, so that running out of memory shows at once), cut by rows and tokens."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
+        longest = len(prompts[batches[-1][0]]) if batches else 0
+        full = (
+            not batches
+            or len(batches[-1]) >= ROWS_PER_BATCH
+            or (len(batches[-1]) + 1) * num_beams * (longest + max_new_tokens) > TOKENS_PER_BATCH
+        )
+        if full:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
+def load_engine(base: JobBase) -> PrefixEngine:
+    """Load tokenizer and frozen base.
+
+    Raises:
+        BaseModelError: not found, or not the base that `base.digest` names.
+    """
+    frozen = load_base(base)
+    tokenizer, _ = load_tokenizer(frozen.folder)
+    return PrefixEngine(frozen, tokenizer, base.digest)

@@ -1,0 +1,241 @@
+"""The frozen base with the prefix hook attached: loading, finding its attention sites, shifting positions.
+
+In: a job's base. Out: a `FrozenBase` whose forward pass takes prefixes inside `with base.prefixes(bank, rows)`. Knows nothing of losses.
+"""
+
+import contextlib
+import hashlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers.utils.logging import disable_progress_bar
+
+from pipeline.base import resolve_base
+from pipeline.errors import BaseModelError, PrefixError
+from pipeline.prefix.attention import IMPLEMENTATION, ActivePrefix
+from pipeline.prefix.bank import PrefixBank, Site
+from pipeline.training.job import JobBase
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of the base: `auto` is bfloat16 where the hardware multiplies in it, else float32."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+@dataclass
+class FrozenBase:
+    """A base model that never changes, ready for prefixes.
+
+    Attributes:
+        model: the transformers model; no parameter requires gradients, dropout is zero.
+        sites: its attention sites in the order of the forward pass (`decoder.self.0`, …; for encoder-decoders also `encoder.self.*`,
+            `decoder.cross.*`).
+        folder: where it was loaded from; its tokenizer is there too.
+        max_positions: the longest decoder sequence, prefix included; None if unlimited.
+    """
+
+    model: Any
+    folder: Path
+    sites: dict[str, Site]
+    active: ActivePrefix
+    is_encoder_decoder: bool
+    max_positions: int | None
+    lock: threading.RLock
+
+    @property
+    def device(self) -> torch.device:
+        """Where its inputs go."""
+        return next(self.model.parameters()).device
+
+    @contextlib.contextmanager
+    def prefixes(self, bank: PrefixBank, rows: torch.Tensor) -> Iterator[None]:
+        """Run the model with row i of the batch behind the prefix of slot `rows[i]`.
+
+        `backward` belongs inside too: with gradient checkpointing it runs the forward pass again. One thread at a time.
+        """
+        with self.lock:
+            self.active.bank, self.active.rows = bank, rows
+            try:
+                yield
+            finally:
+                self.active.bank, self.active.rows = None, None
+
+    def digest(self) -> str:
+        """SHA-256 over names and bytes of all parameters and buffers in memory: equal before and after training."""
+        total = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            total.update(name.encode())
+            total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return total.hexdigest()
+
+    def check_length(self, prefix: int, sequence: int) -> None:
+        """Refuse what passes the model's positions.
+
+        Raises:
+            PrefixError: prefix plus sequence is too long.
+        """
+        if self.max_positions is not None and prefix + sequence > self.max_positions:
+            raise PrefixError(
+                f"prefix of {prefix} and sequence of {sequence} tokens pass the {self.max_positions} positions of the base. "
+                "Shorten the prefix, the input or the target."
+            )
+
+
+def load_base(base: JobBase, device: torch.device | None = None) -> FrozenBase:
+    """Load a base, check that it is the one the job means, freeze it and attach the prefix hook.
+
+    Raises:
+        BaseModelError: not found, another digest than `base.digest`, or attention that takes no prefix.
+    """
+    info = resolve_base(base.path if Path(base.path).exists() else base.id, base.revision)
+    if info.digest != base.digest:
+        raise BaseModelError(
+            f"base model {base.path}: its weights have digest {info.digest[:16]}, the job is for {base.digest[:16]}. "
+            "The weights were changed: run the fleet again to train prefixes for the new base."
+        )
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    disable_progress_bar()  # of loading weights: noise in a log
+    kind = AutoModelForSeq2SeqLM if info.is_encoder_decoder else AutoModelForCausalLM
+    try:
+        model: Any = kind.from_pretrained(
+            info.path, dtype=choose_dtype(base.dtype, device), attn_implementation="sdpa", use_safetensors=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BaseModelError(f"base model {base.path}: cannot be loaded ({error}).") from error
+    return attach(model.to(device), info.max_positions)
+
+
+def attach(model: Any, max_positions: int | None = None) -> FrozenBase:
+    """Freeze a transformers model and attach the prefix hook to each of its attention modules.
+
+    Raises:
+        BaseModelError: its attention does not go through transformers' attention interface, so a prefix would be ignored silently.
+    """
+    model.requires_grad_(False)
+    # Dropout would make a row depend on the random numbers its neighbours drew; and gradient checkpointing needs train() mode.
+    for module in model.modules():
+        for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop", "attn_dropout", "resid_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    model.eval()
+    active = ActivePrefix()
+    if not model._can_set_attn_implementation():
+        raise _refusal(model)
+    model.set_attn_implementation(IMPLEMENTATION)
+    for module in model.modules():
+        module._prefixfleet = active
+    base = FrozenBase(
+        model=model,
+        folder=Path(model.name_or_path),
+        sites={},
+        active=active,
+        is_encoder_decoder=bool(model.config.is_encoder_decoder),
+        max_positions=max_positions,
+        lock=threading.RLock(),
+    )
+    base.sites = _find_sites(base)
+    _shift_positions(base)
+    return base
+
+
+def _refusal(model: Any) -> BaseModelError:
+    return BaseModelError(
+        f"model type {model.config.model_type!r}: its attention does not go through transformers' attention interface, so it takes no prefix. "
+        "Supported are the models that do: GPT-2, OPT, Llama, Mistral, Qwen, Phi, Gemma, BART, T5 and many more."
+    )
+
+
+def _find_sites(base: FrozenBase) -> dict[str, Site]:
+    """Run a few tokens through the model and see which modules ask for attention, in order.
+
+    Encoder and decoder get inputs of different lengths, so the shapes tell self-attention of either from cross-attention.
+    """
+    encoder_length, decoder_length = 5, 3
+    ids = torch.ones(1, encoder_length if base.is_encoder_decoder else decoder_length, dtype=torch.int64, device=base.device)
+    inputs = {"input_ids": ids}
+    if base.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids[:, :decoder_length]
+    base.active.captured, base.active.called = {}, []
+    try:
+        with torch.no_grad():
+            base.model(**inputs, use_cache=False)
+        calls = list(base.active.called)
+    finally:
+        base.active.captured, base.active.called = None, []
+    sites: dict[str, Site] = {}
+    counts: dict[str, int] = {}
+    bias_sources: dict[str, nn.Module] = {}
+    for module, query, key in calls:
+        of_decoder, to_decoder = query[2] == decoder_length, key[2] == decoder_length
+        kind = {(False, False): "encoder.self", (True, True): "decoder.self", (True, False): "decoder.cross"}[of_decoder, to_decoder]
+        name = f"{kind}.{counts.setdefault(kind, 0)}"
+        counts[kind] += 1
+        module._prefixfleet_site = name  # type: ignore[assignment]
+        if getattr(module, "has_relative_attention_bias", False):
+            bias_sources[kind] = module
+        if kind == "decoder.self" and kind in bias_sources:
+            # The table lives in the first layer only; keep it out of the module tree, for it is no child.
+            object.__setattr__(module, "_prefixfleet_bias_source", bias_sources[kind])
+        sites[name] = Site(heads=key[1], head_dim=key[3])
+    decoder_layers = base.model.config.get_text_config(decoder=True).num_hidden_layers
+    if counts.get("decoder.self", 0) != decoder_layers:
+        raise _refusal(base.model)
+    return sites
+
+
+def _shift_positions(base: FrozenBase) -> None:
+    """Make each row's decoder positions begin after its prefix, as the original code and PEFT do."""
+    active = base.active
+    if not base.is_encoder_decoder:
+
+        def shift_ids(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            ids: torch.Tensor = args[0] if args else kwargs["input_ids"]
+            batch, length = ids.shape
+            shift = active.shift(batch)
+            if shift is None:
+                return args, kwargs
+            positions = kwargs.get("position_ids")
+            if positions is None:
+                mask = kwargs.get("attention_mask")
+                if mask is not None and mask.dim() == 2:
+                    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+                else:
+                    cache = kwargs.get("past_key_values")
+                    seen = cache.get_seq_length() if cache is not None else 0
+                    positions = torch.arange(seen, seen + length, device=ids.device)[None, :]
+            return args, {**kwargs, "position_ids": positions + shift[:, None]}
+
+        base.model.register_forward_pre_hook(shift_ids, with_kwargs=True)
+        return
+
+    positions = getattr(base.model.get_decoder(), "embed_positions", None)
+    if positions is None:
+        return  # relative positions (T5): the bias is taken in the attention function
+    if not isinstance(positions, nn.Embedding) or not hasattr(positions, "offset"):
+        raise BaseModelError(
+            f"model type {base.model.config.model_type!r}: its decoder positions cannot be shifted behind a prefix."
+        )
+
+    # BART's decoder takes no position_ids that differ by row (transformers 5.23), so the embeddings themselves are looked up again.
+    def shift_embeddings(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
+        shift = active.shift(args[0].shape[0])
+        if shift is None:
+            return output
+        seen = args[1] if len(args) > 1 else kwargs.get("past_key_values_length", 0)
+        ids = torch.arange(seen, seen + output.shape[-2], device=output.device)[None, :] + shift[:, None]
+        return nn.functional.embedding(ids + module.offset, module.weight)
+
+    positions.register_forward_hook(shift_embeddings, with_kwargs=True)

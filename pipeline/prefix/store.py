@@ -1,0 +1,61 @@
+"""A prefix on disk: `prefix.safetensors` and `prefix.json`, written as one folder or not at all.
+
+Tensors are named `<site>.key` and `<site>.value`, float32 `[heads_kv, P, head_dim]`. Nothing is pickled.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from pipeline.errors import PrefixError
+from pipeline.files import file_digest, read_json, whole_folder, write_json
+from pipeline.prefix.bank import Prefix
+
+FORMAT = 1
+
+
+def save_prefix(folder: Path, prefix: Prefix, config: dict[str, Any]) -> None:
+    """Write a prefix folder. `config` is the content of prefix.json; format and digest of the weights are added.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    with whole_folder(folder) as temporary:
+        tensors = {}
+        for site, (key, value) in prefix.items():
+            tensors[f"{site}.key"], tensors[f"{site}.value"] = key.contiguous(), value.contiguous()
+        weights = temporary / "prefix.safetensors"
+        save_file(tensors, weights, metadata={"format": "pt"})
+        write_json(temporary / "prefix.json", {"format": FORMAT, **config, "weights_sha256": file_digest(weights)})
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of prefix.json.
+
+    Raises:
+        StorageError: missing or damaged.
+    """
+    return read_json(folder / "prefix.json", FORMAT)
+
+
+def load_prefix(folder: Path) -> tuple[Prefix, dict[str, Any]]:
+    """Read a prefix folder and check its weights against the digest in prefix.json.
+
+    Raises:
+        StorageError: prefix.json is missing or damaged.
+        PrefixError: the weights are missing, damaged or not those that were saved.
+    """
+    config = read_config(folder)
+    file = folder / "prefix.safetensors"
+    try:
+        if file_digest(file) != config["weights_sha256"]:
+            raise PrefixError(
+                f"{file}: its digest is not the one in prefix.json. It was damaged or changed: train or download it again."
+            )
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise PrefixError(f"{file}: cannot be read ({error}). Train or download it again.") from error
+    sites = [name.removesuffix(".key") for name in tensors if name.endswith(".key")]
+    return {site: (tensors[f"{site}.key"], tensors[f"{site}.value"]) for site in sites}, config

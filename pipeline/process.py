@@ -1,0 +1,55 @@
+"""How a stage's process behaves: it dies with the flow that started it, says what it used, and is quiet."""
+
+import contextlib
+import os
+import resource
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pipeline
+
+INTERRUPTED = 143  # 128 + SIGTERM: asked to stop; run the same command again to go on
+
+
+def exit_with_parent() -> None:
+    """Leave as soon as standard input closes, if `PREFIXFLEET_EXIT_WITH_PARENT` is set.
+
+    A flow keeps the other end of that pipe open. The launcher between the two survives a SIGKILL of the flow, so being orphaned shows
+    only here.
+    """
+    if os.environ.get("PREFIXFLEET_EXIT_WITH_PARENT") != "1":
+        return
+
+    def wait() -> None:
+        with contextlib.suppress(OSError):
+            while os.read(0, 4096):
+                pass
+        os._exit(INTERRUPTED)  # every file is written whole or not at all, so there is nothing to tidy
+
+    threading.Thread(target=wait, name="exit-with-parent", daemon=True).start()
+
+
+def peak_memory_bytes() -> int:
+    """Peak resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def code_version() -> str:
+    """`0.1.0`, with the commit behind it when the code runs from a git checkout: `0.1.0+g1a2b3c4` (`.dirty` if it was changed since)."""
+    root = Path(pipeline.__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return pipeline.__version__
+    try:
+        described = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty=.dirty", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return pipeline.__version__
+    return f"{pipeline.__version__}+g{described.stdout.strip()}"

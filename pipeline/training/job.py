@@ -1,0 +1,198 @@
+"""The job file: what one process of training or evaluation is asked to do.
+
+Plain dataclasses and YAML, for it is read on bare GPU nodes. No field has a default: every value was fixed when the job was written
+(`pipeline.config` is where defaults live). `python -m pipeline.training JOB.yaml` and `python -m pipeline.evaluation JOB.yaml` read the same file.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import yaml
+
+from pipeline.errors import ConfigError
+from pipeline.files import write_text
+from pipeline.keys import CustomerKey
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class JobBase:
+    """The frozen base: where it is and what it must be."""
+
+    id: str
+    path: str
+    revision: str | None
+    digest: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class JobPrompt:
+    """See `pipeline.config.PromptSettings`."""
+
+    template: str
+    eos: bool
+    truncation_side: str
+    max_input_tokens: int
+    max_target_tokens: int
+
+
+@dataclass(frozen=True)
+class JobPrefix:
+    """See `pipeline.config.PrefixSettings`."""
+
+    length: int
+    layers: str
+    reparam: str
+    init: str
+    init_text: str | None
+
+
+@dataclass(frozen=True)
+class JobTraining:
+    """See `pipeline.config.TrainingSettings`."""
+
+    max_steps: int
+    batch_size: int
+    lr: float
+    schedule: str
+    warmup_steps: int
+    weight_decay: float
+    max_grad_norm: float
+    eval_every: int
+    early_stopping: int | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class JobGate:
+    """See `pipeline.config.GateSettings`."""
+
+    metric: str
+    min_gain_over_base: float
+    min_score: float | None
+
+
+@dataclass(frozen=True)
+class JobEvaluation:
+    """See `pipeline.config.EvaluationSettings`; `max_new_tokens` is resolved."""
+
+    metrics: list[str]
+    gate: JobGate
+    num_beams: int
+    max_new_tokens: int
+    bootstrap_resamples: int
+
+
+@dataclass(frozen=True)
+class JobCustomer:
+    """One customer of a job. Digests are of everything the stage's outcome depends on; folders are absolute.
+
+    Attributes:
+        prepared: folder with {train,dev,test}.parquet and card.json.
+        data_fingerprint: the card's fingerprint; the stage refuses data that was prepared anew since.
+        train_digest: names the prefix; `prefix_dir` is where it goes.
+        config_digest: digest of the settings alone (prompt, prefix, training).
+        evaluate_digest: names the evaluation; `evaluation_dir` is where it goes.
+    """
+
+    customer: str
+    task: str
+    prepared: str
+    data_fingerprint: str
+    train_digest: str
+    config_digest: str
+    evaluate_digest: str
+    prefix_dir: str
+    evaluation_dir: str
+    prompt: JobPrompt
+    prefix: JobPrefix
+    training: JobTraining
+    evaluation: JobEvaluation
+
+    @property
+    def key(self) -> CustomerKey:
+        """(customer, task)."""
+        return CustomerKey(self.customer, self.task)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job: one base, one process group, any number of customers.
+
+    Attributes:
+        folder: where the job's own files go: metrics and one `result.json` a customer in `<folder>/<customer>/<task>/`.
+        experiment: MLflow experiment that runs are logged to, when a tracking store is configured.
+    """
+
+    format: Literal[1]
+    name: str
+    folder: str
+    experiment: str
+    base: JobBase
+    customers: list[JobCustomer]
+
+
+def write_job(path: Path, job: Job) -> None:
+    """Write a job file, whole or not at all."""
+    write_text(path, yaml.safe_dump(dataclasses.asdict(job), sort_keys=False, allow_unicode=True))
+
+
+def read_job(path: Path) -> Job:
+    """Read a job file.
+
+    Raises:
+        ConfigError: missing, of another format, or with missing or unknown fields.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such job file. `prefixfleet train FLEET.yaml` writes one.") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as a job file ({error}).") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ConfigError(f"{path}: is no job file of format {FORMAT}. Write it again with `prefixfleet train FLEET.yaml`.")
+    return _build(Job, content, str(path))
+
+
+def _build(kind: Any, content: Any, place: str) -> Any:
+    """Build dataclass `kind` from nested mappings, naming the place of whatever does not fit."""
+    if not isinstance(content, dict):
+        raise ConfigError(f"{place}: expected a mapping, got {content!r}")
+    names = [f.name for f in dataclasses.fields(kind)]
+    for missing in [n for n in names if n not in content]:
+        raise ConfigError(f"{place}.{missing}: is missing")
+    for unknown in [n for n in content if n not in names]:
+        raise ConfigError(f"{place}.{unknown}: unknown field. Known: {', '.join(names)}")
+    hints = get_type_hints(kind)
+    values = {}
+    for name in names:
+        hint, value = hints[name], content[name]
+        if dataclasses.is_dataclass(hint):
+            value = _build(hint, value, f"{place}.{name}")
+        elif name == "customers":
+            if not isinstance(value, list):
+                raise ConfigError(f"{place}.customers: expected a list")
+            value = [_build(JobCustomer, item, f"{place}.customers[{i}]") for i, item in enumerate(value)]
+        elif not _fits(value, hint):
+            raise ConfigError(f"{place}.{name}: {value!r} is not of the type {hint}")
+        values[name] = value
+    return kind(**values)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    text = str(hint)
+    if value is None:
+        return "None" in text
+    if hint is float or "float" in text:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is bool:
+        return isinstance(value, bool)
+    if "int" in text and hint is not str:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is str or text.startswith("str"):
+        return isinstance(value, str)
+    return isinstance(value, list) if text.startswith("list") else True

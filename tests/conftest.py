@@ -1,0 +1,40 @@
+"""What all tests share: quiet libraries, no network, small threads, and the real input where it is at hand."""
+
+import os
+from pathlib import Path
+
+# Before any library reads them.
+os.environ.update(
+    {
+        "HF_HUB_OFFLINE": "1",
+        "DO_NOT_TRACK": "true",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+)
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real data and official scores, kept beside the checkout and never copied into it; tests that need them skip where they are absent."""
+    path = ROOT.parent / "shared"
+    if not (path / "data").is_dir():
+        pytest.skip("no ../shared/data beside the checkout")
+    return path
+
+
+@pytest.fixture(scope="session")
+def example_base() -> Path:
+    """The embedded base model."""
+    return ROOT / "examples" / "base"

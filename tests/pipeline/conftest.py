@@ -1,0 +1,95 @@
+"""A tiny base on disk, prepared data and job files, as the stages before would have left them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from pipeline.base import resolve_base
+from pipeline.config import Customer, DataSettings
+from pipeline.data import prepare
+from pipeline.files import digest_of
+from pipeline.training.job import Job, JobBase, JobCustomer, JobEvaluation, JobGate, JobPrefix, JobPrompt, JobTraining, write_job
+
+WORDS = [f"w{i}" for i in range(40)] + ["colour", ":", "red", "blue", "green", "say", "it", "is", "bright", "dark", "calm"]
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of 30,000 parameters with a word-level tokenizer."""
+    folder = tmp_path_factory.mktemp("base")
+    vocabulary = {word: i for i, word in enumerate(["<eos>", "<pad>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>").save_pretrained(
+        folder
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=64, eos_token_id=0, bos_token_id=0, pad_token_id=1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def rows(seed: int, count: int = 60) -> list[dict[str, str]]:
+    """Pairs whose target follows from the input, in a way that depends on the seed."""
+    tones = ["bright", "dark", "calm"]
+    colours = ["red", "blue", "green"]
+    return [
+        {
+            "input": f"colour : {colours[i % 3]} w{i % 40} w{(7 * i + i // 40) % 40}",
+            "target": f"it is {tones[(i + seed) % 3]} w{i % 40}",
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def make_job(tiny_base: Path, tmp_path: Path) -> Callable[..., tuple[Job, Path]]:
+    """Prepare data for customers `c0`, `c1`, … and write a job for them; keyword arguments change the training settings."""
+
+    def make(customers: int = 1, name: str = "job", init: str = "text", length: int = 3, **training: Any) -> tuple[Job, Path]:
+        info = resolve_base(str(tiny_base))
+        listed = []
+        for i in range(customers):
+            source = tmp_path / f"c{i}.jsonl"
+            import json
+
+            source.write_text("".join(json.dumps(row) + "\n" for row in rows(i)))
+            customer = Customer(id=f"c{i}", data=DataSettings(path=str(source)))
+            prepared = prepare(customer, info, tmp_path / "prepared" / f"c{i}" / "default")
+            settings = {
+                "max_steps": 12, "batch_size": 6, "lr": 0.02, "schedule": "linear", "warmup_steps": 0, "weight_decay": 0.0,
+                "max_grad_norm": 1.0, "eval_every": 4, "early_stopping": None, "seed": 0, **training,
+            }  # fmt: skip
+            digest = digest_of([i, settings, init, length, prepared.card["fingerprint"]])
+            listed.append(
+                JobCustomer(
+                    customer=f"c{i}",
+                    task="default",
+                    prepared=str(prepared.folder),
+                    data_fingerprint=prepared.card["fingerprint"],
+                    train_digest=digest,
+                    config_digest=digest_of(settings),
+                    evaluate_digest=digest_of([digest, "evaluate"]),
+                    prefix_dir=str(tmp_path / name / "prefixes" / f"c{i}" / digest[:16]),
+                    evaluation_dir=str(tmp_path / name / "evaluations" / f"c{i}" / digest[:16]),
+                    prompt=JobPrompt("{input}\n", True, "none", 40, 16),
+                    prefix=JobPrefix(length, "all", "none", init, None),
+                    training=JobTraining(**settings),
+                    evaluation=JobEvaluation(["bleu"], JobGate("bleu", 0.0, None), 1, 16, 100),
+                )
+            )
+        base = JobBase(str(tiny_base), str(tiny_base), None, info.digest, "float32")
+        job = Job(1, name, str(tmp_path / name), "test", base, listed)
+        path = tmp_path / name / "job.yaml"
+        write_job(path, job)
+        return job, path
+
+    return make

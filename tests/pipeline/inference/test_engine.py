@@ -1,0 +1,85 @@
+"""Mixed-customer generation: every row gets its own customer's text, whoever shares the batch."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pipeline.data import read_split
+from pipeline.errors import BaseModelError, PrefixError
+from pipeline.inference import load_engine
+from pipeline.prefix import load_base, save_prefix
+from pipeline.prefix.initialise import from_random
+from pipeline.training.job import Job
+
+MakeJob = Callable[..., tuple[Job, Path]]
+
+
+@pytest.fixture
+def trained(make_job: MakeJob) -> Job:
+    """A job whose prefixes are strong random ones, so that each customer's text is unmistakable."""
+    job, _ = make_job(customers=3)
+    base = load_base(job.base, torch.device("cpu"))
+    for seed, customer in enumerate(job.customers):
+        prefix = {site: (key * 100, value * 100) for site, (key, value) in from_random(base, 3 + seed, seed).items()}
+        config = {"base": {"digest": job.base.digest}, "prompt": dataclasses.asdict(customer.prompt), "chat": False}
+        save_prefix(Path(customer.prefix_dir), prefix, config)
+    return job
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_text_of_a_row_is_the_same_alone_and_in_a_mixed_batch(trained: Job, beams: int) -> None:
+    engine = load_engine(trained.base)
+    slots = [engine.add(Path(c.prefix_dir)) for c in trained.customers]
+    prompts = [r.prompt_ids for r in read_split(Path(trained.customers[0].prepared), "test")]
+    mixed_prompts = [p for p in prompts for _ in range(4)]
+    mixed_slots = [slot for _ in prompts for slot in (0, *slots)]
+    together = engine.generate(mixed_prompts, mixed_slots, max_new_tokens=8, num_beams=beams)
+    alone = [
+        engine.generate([p], [s], max_new_tokens=8, num_beams=beams)[0] for p, s in zip(mixed_prompts, mixed_slots, strict=True)
+    ]
+    assert together == alone
+    # Customers were trained to answer differently, so a mix-up would show.
+    by_slot = [tuple(together[i::4]) for i in range(4)]
+    assert len(set(by_slot)) == 4
+
+
+def test_slot_zero_is_the_base_without_prefix(trained: Job, tiny_base: Path) -> None:
+    engine = load_engine(trained.base)
+    engine.add(Path(trained.customers[0].prefix_dir))
+    prompts = [r.prompt_ids for r in read_split(Path(trained.customers[0].prepared), "test")]
+    found = engine.generate(prompts, [0] * len(prompts), max_new_tokens=8)
+    plain = AutoModelForCausalLM.from_pretrained(tiny_base)
+    for prompt, text in zip(prompts, found, strict=True):
+        out = plain.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, len(prompt) :]
+        assert text == engine.tokenizer.decode(out, skip_special_tokens=True).strip()
+
+
+def test_the_same_prefix_gets_the_same_slot(trained: Job) -> None:
+    engine = load_engine(trained.base)
+    first = [engine.add(Path(c.prefix_dir)) for c in trained.customers]
+    assert first == [engine.add(Path(c.prefix_dir)) for c in trained.customers] == [1, 2, 3]
+
+
+def test_answer_builds_the_prompt_that_was_saved_with_the_prefix(trained: Job) -> None:
+    engine = load_engine(trained.base)
+    slot = engine.add(Path(trained.customers[0].prefix_dir))
+    record = read_split(Path(trained.customers[0].prepared), "test")[0]
+    assert engine.answer([record.input], slot) == engine.generate([record.prompt_ids], [slot], max_new_tokens=16)
+
+
+def test_prefix_of_another_base_is_refused_with_both_digests(trained: Job) -> None:
+    engine = load_engine(trained.base)
+    engine._base_digest = "f" * 64
+    with pytest.raises(BaseModelError, match=f"{trained.base.digest[:16]}.*ffffffffffffffff"):
+        engine.add(Path(trained.customers[0].prefix_dir))
+
+
+def test_prompt_too_long_for_the_base_is_an_error_not_nonsense(trained: Job) -> None:
+    engine = load_engine(trained.base)
+    slot = engine.add(Path(trained.customers[0].prefix_dir))
+    with pytest.raises(PrefixError, match="64 positions"):
+        engine.generate([[5] * 60], [slot], max_new_tokens=8)

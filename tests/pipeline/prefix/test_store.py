@@ -1,0 +1,43 @@
+"""A prefix on disk: what was saved comes back, what was changed is refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.errors import PrefixError, StorageError
+from pipeline.prefix import load_prefix, save_prefix
+
+PREFIX = {"decoder.self.0": (torch.ones(2, 3, 4), torch.zeros(2, 3, 4))}
+
+
+def test_saved_prefix_comes_back(tmp_path: Path) -> None:
+    save_prefix(tmp_path / "p", PREFIX, {"customer": "acme"})
+    prefix, config = load_prefix(tmp_path / "p")
+    assert config["customer"] == "acme" and config["format"] == 1
+    assert torch.equal(prefix["decoder.self.0"][0], PREFIX["decoder.self.0"][0])
+
+
+def test_saving_again_replaces_the_folder_and_leaves_nothing_else(tmp_path: Path) -> None:
+    for customer in ("a", "b"):
+        save_prefix(tmp_path / "p", PREFIX, {"customer": customer})
+    assert load_prefix(tmp_path / "p")[1]["customer"] == "b"
+    assert [f.name for f in tmp_path.iterdir()] == ["p"]
+
+
+def test_changed_weights_are_refused(tmp_path: Path) -> None:
+    save_prefix(tmp_path / "p", PREFIX, {})
+    file = tmp_path / "p" / "prefix.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(PrefixError, match="damaged or changed"):
+        load_prefix(tmp_path / "p")
+
+
+def test_missing_or_foreign_config_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"prefix\.json"):
+        load_prefix(tmp_path)
+    (tmp_path / "prefix.json").write_text('{"format": 99}')
+    with pytest.raises(StorageError, match="format 99"):
+        load_prefix(tmp_path)
