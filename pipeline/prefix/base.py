@@ -146,6 +146,8 @@ def attach(model: Any, max_positions: int | None = None) -> FrozenBase:
         max_positions=max_positions,
         lock=threading.RLock(),
     )
+    # A slice of the last positions is not contiguous, and torch (2.13) then multiplies by a copy of the vocabulary matrix for every row.
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     base.sites = _find_sites(base)
     _shift_positions(base)
     return base

@@ -1,0 +1,340 @@
+"""The command `prefixfleet`.
+
+Results go to standard output, everything else to standard error. Exit status: 0 all that was asked for succeeded, 1 something failed, 2 the command
+line, the fleet file or the surroundings are wrong, 130 Ctrl-C, 143 asked to stop. Every import is where it is used: `--help` takes no half second.
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from flows.work import Outcome, Work
+
+OK, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+
+_FLEET = "examples/fleet.yaml"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    # A process asked to stop takes its children along: that needs an exception, for `finally` is where they are ended.
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        return int(arguments.run(arguments))
+    except KeyboardInterrupt:
+        print("stopped. What is finished is kept: run the same command again to go on.", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has left, as `head` does. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as error:
+        from pipeline.errors import BaseModelError, ConfigError, PrefixFleetError
+
+        if not isinstance(error, PrefixFleetError):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE if isinstance(error, ConfigError | BaseModelError) else FAILED
+
+
+def _stop(*_: object) -> NoReturn:
+    raise SystemExit(TERMINATED)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="prefixfleet",
+        description="One frozen language model, thousands of customers, one small prefix each.",
+        epilog=f"example: prefixfleet run {_FLEET}",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str, examples: list[str]) -> argparse.ArgumentParser:
+        example = "examples:\n" + "\n".join(f"  {line}" for line in examples)
+        kind = argparse.RawDescriptionHelpFormatter
+        added = commands.add_parser(
+            name, help=text, description=text[0].upper() + text[1:] + ".", epilog=example, formatter_class=kind
+        )
+        added.set_defaults(run=run)
+        added.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+        return added
+
+    def of_fleet(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("fleet", type=Path, metavar="FLEET.yaml", help="the fleet file")
+        text = "only this customer (ID, or ID/TASK for one of its tasks); may be repeated"
+        parser.add_argument("--customer", action="append", default=[], metavar="ID", help=text)
+        parser.add_argument("-v", "--verbose", action="store_true", help="show what the stages print instead of bars")
+
+    run = command(
+        "run",
+        _run,
+        "bring every customer of a fleet file up to date: prepare, train, evaluate, register whatever is due",
+        [
+            f"prefixfleet run {_FLEET}",
+            f"prefixfleet run {_FLEET} --customer bistro --customer harbour",
+            f"prefixfleet run {_FLEET} --dry-run",
+        ],
+    )
+    of_fleet(run)
+    run.add_argument("--dry-run", action="store_true", help="only say what is due")
+    for stage, text in _STAGES.items():
+        of_fleet(
+            command(stage, _stage, text, [f"prefixfleet {stage} {_FLEET}", f"prefixfleet {stage} {_FLEET} --customer bistro"])
+        )
+
+    generate = command(
+        "generate",
+        _generate,
+        "look up a customer's prefix in the registry and answer with it",
+        [
+            "prefixfleet generate --customer bistro --input 'name : The Green Door | food : Thai'",
+            "prefixfleet generate --customer bistro --version 2 --file inputs.jsonl --json",
+        ],
+    )
+    generate.add_argument("--customer", required=True, metavar="ID")
+    generate.add_argument("--task", default=None, metavar="TASK", help="by default the customer's task `default`")
+    which = generate.add_mutually_exclusive_group()
+    which.add_argument("--alias", default="champion", help="the version that holds this alias (default: champion)")
+    which.add_argument("--version", type=int, help="this version")
+    what = generate.add_mutually_exclusive_group(required=True)
+    what.add_argument("--input", metavar="TEXT", help="one input")
+    what.add_argument("--file", type=Path, metavar="JSONL", help='one input a line: {"input": TEXT} or {"messages": […]}')
+
+    status = command(
+        "status",
+        _status,
+        "show customers, versions, champions and scores from the registry",
+        ["prefixfleet status", "prefixfleet status --customer bistro --json"],
+    )
+    status.add_argument(
+        "--customer", action="append", default=[], metavar="ID", help="only this customer (ID or ID/TASK); may be repeated"
+    )
+    return parser
+
+
+_STAGES = {
+    "prepare": "stage 1: read, check, split and tokenise the customers' data",
+    "train": "stage 2: train the prefixes of prepared customers",
+    "evaluate": "stage 3: generate for the test splits, score, and decide",
+    "register": "stage 4: register evaluated prefixes in MLflow",
+}
+
+
+def _open(arguments: argparse.Namespace) -> "Work":
+    """The fleet, the base and what is due. Everything that can be wrong before work starts is found here."""
+    from flows.prefect_api import set_environment
+    from pipeline.home import Home
+
+    set_environment(Home.current(), arguments.verbose)
+    from flows.work import open_work
+    from pipeline.registry import ensure_store
+
+    work = open_work(arguments.fleet, arguments.customer)
+    ensure_store(work.home)
+    return work
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from flows import work as works
+
+    todo = _open(arguments)
+    works.survey(todo)
+    if arguments.dry_run:
+        return _show_plan(todo, arguments.json)
+    if not any(todo.due.values()):
+        return _finish(works.outcome(todo), arguments)
+    from flows.prefect_api import prefect_api
+
+    with _display(arguments), prefect_api(todo.home):
+        from flows.fleet import fleet
+
+        state: Any = fleet(arguments.fleet.resolve(), arguments.customer or None, return_state=True)
+        result = state.result(raise_on_failure=False)
+    if isinstance(result, BaseException):
+        raise result
+    return _finish(result, arguments)
+
+
+def _stage(arguments: argparse.Namespace) -> int:
+    """One stage for all customers, without Prefect. Needs what the stage before wrote."""
+    from flows import work as works
+
+    todo = _open(arguments)
+    works.survey(todo)
+    with _display(arguments):
+        works.run_stage(todo, arguments.command, _log(arguments.verbose))
+    return _finish(works.outcome(todo), arguments)
+
+
+def _finish(outcome: "Outcome", arguments: argparse.Namespace) -> int:
+    from flows import display
+    from pipeline.registry.store import shown_uri
+
+    peak = _peak_memory_bytes()
+    if arguments.json:
+        _print_json(
+            {
+                "format": 1,
+                "fleet": outcome.fleet,
+                "ok": not outcome.failed,
+                "customers": [vars(row) for row in outcome.rows],
+                "stage_seconds": outcome.stage_seconds,
+                "peak_memory_bytes": peak,
+                "report": outcome.report,
+                "mlflow": shown_uri(),
+                "next": display.next_command(outcome),
+            }
+        )
+    else:
+        display.summary(outcome, shown_uri(), peak, display.output())
+    return FAILED if outcome.failed else OK
+
+
+def _show_plan(todo: "Work", as_json: bool) -> int:
+    if as_json:
+        _print_json(
+            {
+                "format": 1,
+                "fleet": todo.fleet.name,
+                "customers": [{"key": str(key), "due": list(due)} for key, due in todo.due.items()],
+            }
+        )
+        return OK
+    width = max(len(str(key)) for key in todo.due)
+    for key, due in todo.due.items():
+        print(f"{key!s:<{width}}  {', '.join(due) or 'nothing to do'}")
+    return OK
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from pipeline.errors import ConfigError
+    from pipeline.home import Home
+    from pipeline.keys import DEFAULT_TASK, CustomerKey
+
+    key = CustomerKey.parse(arguments.customer)
+    if arguments.task is not None:
+        if key.task not in (DEFAULT_TASK, arguments.task):
+            raise ConfigError(f"--customer {arguments.customer} names another task than --task {arguments.task}")
+        key = CustomerKey(key.customer, arguments.task)
+    inputs = [arguments.input] if arguments.file is None else _inputs(arguments.file)
+    from pipeline.registry import ensure_store, lookup
+    from pipeline.registry.base_lookup import open_prefix
+
+    home = Home.current()
+    ensure_store(home)
+    found = lookup(key, arguments.alias, arguments.version, home)
+    for text, answer in zip(inputs, open_prefix(found.prefix_dir)(inputs), strict=True):
+        if arguments.json:
+            _print_json({"customer": str(key), "version": found.version, "input": text, "output": answer}, indent=None)
+        else:
+            print(answer)
+    return OK
+
+
+def _inputs(file: Path) -> list[Any]:
+    """The inputs of a JSONL file: texts or conversations."""
+    import json
+
+    from pipeline.errors import ConfigError, DataError
+
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except FileNotFoundError as error:
+        raise ConfigError(f"{file}: no such file. Give a JSONL file with one input a line.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: cannot be read ({error}).") from error
+    inputs: list[Any] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f'{file}:{number}: is not JSON ({error}). Every line must be like {{"input": "…"}}.') from error
+        value = (row.get("input") or row.get("messages")) if isinstance(row, dict) else None
+        if not isinstance(value, str | list):
+            raise DataError(
+                f'{file}:{number}: has neither a text `input` nor a list `messages`. Every line must be like {{"input": "…"}}.'
+            )
+        inputs.append(value)
+    if not inputs:
+        raise DataError(f'{file}: holds no input. Every line must be like {{"input": "…"}}.')
+    return inputs
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from pipeline.keys import CustomerKey
+
+    wanted = [CustomerKey.parse(name) for name in arguments.customer]
+    from pipeline.registry import ensure_store, status
+    from pipeline.registry.store import shown_uri
+
+    ensure_store()
+    # An id without a task means all tasks of that customer.
+    found = status(None)
+    if wanted:
+        names = set(arguments.customer)
+        found = [model for model in found if model.key.customer in names or f"{model.key.customer}/{model.key.task}" in names]
+        missing = sorted(str(key) for key in wanted if not any(model.key.customer == key.customer for model in found))
+        if missing:
+            from pipeline.errors import RegistryError
+
+            raise RegistryError(
+                f"{', '.join(missing)}: nothing is registered at {shown_uri()}. `prefixfleet run FLEET.yaml` trains and registers."
+            )
+    if arguments.json:
+        _print_json(
+            {"format": 1, "mlflow": shown_uri(), "customers": [{**vars(model), "key": str(model.key)} for model in found]}
+        )
+    elif found:
+        from flows.display import status_table
+
+        status_table(found)
+    else:
+        print(f"Nothing is registered at {shown_uri()}. `prefixfleet run FLEET.yaml` trains and registers.")
+    return OK
+
+
+@contextlib.contextmanager
+def _display(arguments: argparse.Namespace) -> Iterator[None]:
+    from flows.display import Display
+    from flows.events import listening
+
+    with Display(bars=not arguments.verbose) as display, listening(display.event):
+        yield
+
+
+def _log(verbose: bool) -> Any:
+    """Where a stage's own output goes without Prefect: to the terminal with -v."""
+    import logging
+
+    log = logging.getLogger("prefixfleet")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    log.handlers = [logging.StreamHandler() if verbose else logging.NullHandler()]
+    return log
+
+
+def _peak_memory_bytes() -> int:
+    """Peak resident memory of the largest process of this run: this one, or one that it started."""
+    import resource
+
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _print_json(content: Any, indent: int | None = 1) -> None:
+    import json
+
+    print(json.dumps(content, indent=indent, ensure_ascii=False, default=str))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

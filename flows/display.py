@@ -1,0 +1,201 @@
+"""What a person sees: a bar for each stage while it runs, plain lines where there is no terminal, and the table at the end.
+
+In: progress events and an `Outcome`. Out: text. Progress goes to standard error, so that standard output holds the result alone.
+"""
+
+import shlex
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from flows.work import Outcome, Row
+
+if TYPE_CHECKING:
+    from pipeline.registry import ModelStatus
+
+_LINE_SECONDS = 5.0
+
+
+class Display:
+    """Draws progress events. Use as a context manager; `event` may be called from any thread.
+
+    Args:
+        bars: draw bars if standard error is a terminal; otherwise plain lines.
+    """
+
+    def __init__(self, bars: bool = True) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self._lock = threading.Lock()
+        self._bars: dict[str, TaskID] = {}
+        self._last: dict[str, float] = {}
+        self._progress: Progress | None = None
+        if bars and self.console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description:<9}"),
+                BarColumn(bar_width=32),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[unit]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[info]}", style="dim"),
+                console=self.console,
+            )
+
+    def event(self, event: dict[str, Any]) -> None:
+        """Draw one event (see `pipeline.progress`)."""
+        with self._lock:
+            if "status" in event:
+                style = "red" if event["status"] == "failed" else ""
+                self._print(f"{event['stage']} {event.get('customer', '')}: {event['status']}: {event.get('text', '')}", style)
+            elif "total" in event:
+                self._draw(event)
+
+    def _draw(self, event: dict[str, Any]) -> None:
+        stage, done, total, unit = event["stage"], event.get("done", 0), event["total"], event.get("unit", "")
+        info = "  ".join(
+            f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in event.items()
+            if name not in ("stage", "done", "total", "unit")
+        )
+        if self._progress is None:
+            now = time.monotonic()
+            if done >= total or done == 0 or now - self._last.get(stage, 0.0) >= _LINE_SECONDS:
+                self._last[stage] = now
+                self._print(f"{stage}: {done}/{total} {unit}  {info}".rstrip())
+            return
+        if stage not in self._bars:
+            self._bars[stage] = self._progress.add_task(stage, total=total, unit=unit, info=info)
+        self._progress.update(self._bars[stage], completed=done, total=total, unit=unit, info=info)
+        if done >= total:
+            self._progress.stop_task(self._bars[stage])
+
+    def _print(self, text: str, style: str = "") -> None:
+        # Customers' text may hold brackets, which rich would take for markup.
+        self.console.print(Text(text, style=style), soft_wrap=True)
+
+    def __enter__(self) -> "Display":
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+
+def fleet_table(rows: Iterable[Row], console: Console) -> None:
+    """Print the table of a run, and under it why customers failed or were not promoted."""
+    rows = list(rows)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("customer", no_wrap=True)
+    for name in ("rows used", "quarantined", "metric", "base score", "prefix score (95 %)", "version", "alias", "seconds"):
+        table.add_column(name, justify="left" if name in ("metric", "alias") else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            Text(row.key, style="red" if row.status == "failed" else ""),
+            _number(row.rows_used, ","),
+            _number(row.quarantined, ","),
+            row.metric if row.score else "",
+            _number(row.base_score, ".1f"),
+            f"{row.score['score']:.1f} ({row.score['low']:.1f} to {row.score['high']:.1f})" if row.score else "",
+            _number(row.version, "d"),
+            row.alias or ("failed" if row.status == "failed" else ""),
+            f"{row.seconds:.1f}" if row.seconds else "",
+        )
+    console.print(table)
+    for row in rows:
+        if row.error:
+            console.print(Text(f"{row.key} failed: {row.error}", style="red"), soft_wrap=True)
+        elif row.decision == "reject":
+            console.print(Text(f"{row.key} was not promoted: {'; '.join(row.reasons)}", style="yellow"), soft_wrap=True)
+
+
+def status_table(models: "Iterable[ModelStatus]") -> None:
+    """Print what the registry holds of each customer."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("customer", "version", "champion", "decision", "scores (base)", "registered"):
+        table.add_column(name, justify="right" if name in ("version", "champion") else "left", no_wrap=True)
+    for model in models:
+        scores = [
+            f"{metric} {score:.1f}" + (f" ({model.base_scores[metric]:.1f})" if metric in model.base_scores else "")
+            for metric, score in model.scores.items()
+        ]
+        made = model.created_at.astimezone().strftime("%Y-%m-%d %H:%M")
+        table.add_row(
+            str(model.key), str(model.version), _number(model.champion_version, "d"), model.decision, ", ".join(scores), made
+        )
+    output().print(table)
+
+
+def summary(outcome: Outcome, mlflow: str, peak_memory_bytes: int, console: Console) -> None:
+    """Print the table, times and memory, where everything is, and what to type next."""
+    console.print()
+    fleet_table(outcome.rows, console)
+    console.print()
+    took = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in outcome.stage_seconds.items() if seconds >= 0.05)
+    lines = (
+        [f"Stages: {took}. Peak memory of one process: {peak_memory_bytes / 2**20:,.0f} MiB."]
+        if took
+        else ["Nothing to do: everybody is up to date."]
+    )
+    if outcome.report:
+        lines.append(f"Report: {shown(outcome.report)}")
+    one = next((row.report for row in outcome.rows if row.report), None)
+    if one:
+        lines.append(f"Customers' reports: such as {shown(one)}")
+    lines.append(f"MLflow: {mlflow}")
+    command = next_command(outcome)
+    if command:
+        lines.append(f"Next: {command}")
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)
+
+
+def next_command(outcome: Outcome) -> str | None:
+    """A command that uses one of the prefixes on an input of its own test set."""
+    from pipeline.data import read_split
+    from pipeline.errors import PrefixFleetError
+    from pipeline.home import Home
+    from pipeline.keys import CustomerKey
+
+    ready = [row for row in outcome.rows if row.alias and row.status != "failed"]
+    if not ready:
+        return None
+    key = CustomerKey.parse(ready[0].key)
+    try:
+        records = read_split(Home(outcome.home).prepared(key), "test")
+    except PrefixFleetError:
+        return None
+    inputs = sorted(
+        (r.input for r in records if "\n" not in r.input and "'" not in r.input), key=lambda text: abs(len(text) - 80)
+    )
+    if not inputs:
+        return None
+    task = "" if str(key) == key.customer else f" --task {key.task}"
+    return f"prefixfleet generate --customer {key.customer}{task} --input {shlex.quote(inputs[0])}"
+
+
+def shown(path: Path) -> str:
+    """A path as short as it can be typed from here."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def output() -> Console:
+    """Where results go: standard output; wide enough for the table where that is no terminal."""
+    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=160)
+
+
+def _number(value: int | float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

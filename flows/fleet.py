@@ -1,0 +1,97 @@
+"""The flow `fleet`: every customer of a fleet file from data to registered prefix, in one flow run with tasks per customer."""
+
+import datetime
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, unmapped
+from prefect.futures import PrefectFuture, as_completed
+from prefect.runtime import flow_run
+from prefect.states import Completed, Failed, State
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows import jobs, tasks, work
+from pipeline.home import Home
+from pipeline.keys import CustomerKey
+from pipeline.registry import ensure_store
+
+
+def _run_name() -> str:
+    wanted = flow_run.parameters.get("customers")
+    who = ", ".join(wanted[:5]) + (" …" if len(wanted) > 5 else "") if wanted else "all customers"
+    return f"{Path(flow_run.parameters['fleet_file']).stem} · {datetime.date.today().isoformat()} · {who}"
+
+
+# More threads would only wait for one another: preparing is serial, registering writes to one store.
+THREADS: Any = ThreadPoolTaskRunner(max_workers=4)
+
+
+@flow(name="fleet", flow_run_name=_run_name, task_runner=THREADS, persist_result=False)
+def fleet(fleet_file: Path, customers: list[str] | None = None) -> Any:
+    """Bring a fleet up to date: prepare, train, evaluate and register whoever is due, and leave the others alone.
+
+    A customer that fails goes no further and is reported; the others finish, and the run ends as failed.
+
+    Args:
+        fleet_file: see `pipeline.config`.
+        customers: only these; by default all.
+
+    Returns:
+        A state that holds a `flows.work.Outcome`.
+    """
+    return bring_up_to_date(fleet_file, customers)
+
+
+def bring_up_to_date(fleet_file: Path, customers: list[str] | None) -> State[work.Outcome]:
+    """The body of both flows; must run inside one."""
+    home = Home.current()
+    ensure_store(home)
+    todo = work.open_work(fleet_file, customers, home)
+    work.survey(todo)
+
+    with todo.timed("prepare"):
+        due = todo.is_due("prepare")
+        futures = tasks.prepare.map(due, unmapped(todo.base), unmapped(home))
+        _settle(todo, "prepare", [c.key for c in due], futures, todo.prepared)
+
+    for job in todo.plan():
+        for stage in ("train", "evaluate"):
+            with todo.timed(stage):
+                _run_job(todo, job, stage)
+
+    with todo.timed("register"):
+        members = todo.ready_to_register()
+        _settle(todo, "register", [m.key for m in members], tasks.register.map(members), todo.registered)
+
+    outcome = work.outcome(todo)
+    failed = [row.key for row in outcome.failed]
+    if failed:
+        return Failed(message=f"{len(failed)} of {len(outcome.rows)} customers failed: {', '.join(failed[:20])}", data=outcome)
+    return Completed(message=f"all {len(outcome.rows)} customers are up to date", data=outcome)
+
+
+def _run_job(todo: work.Work, job: jobs.PlannedJob, stage: str) -> None:
+    members = jobs.due_in(job, stage)
+    if members:
+        ended = tasks.run_job(job, stage, return_state=True).result(raise_on_failure=False)
+        todo.finished(job, members, stage, ended if isinstance(ended, BaseException) else None)
+
+
+def _settle(
+    todo: work.Work,
+    stage: str,
+    keys: Sequence[CustomerKey],
+    futures: Sequence[PrefectFuture[Any]],
+    keep: Callable[[CustomerKey, Any], None],
+) -> None:
+    """Wait for the tasks of all customers, keep each one's result, and note who failed."""
+    of = dict(zip(futures, keys, strict=True))
+    count = work.Counter(stage, len(keys))
+    for future in as_completed(list(futures)):
+        result = future.result(raise_on_failure=False)
+        if isinstance(result, BaseException):
+            todo.fail(of[future], stage, result)
+        else:
+            keep(of[future], result)
+        count.step()

@@ -1,0 +1,147 @@
+"""What is to be done, and the job files that say so: pure functions from settings, prepared data and base to digests and jobs.
+
+In: a `Fleet`, the cards of the prepared data, the base. Out: for every customer what is due, and one job for each way to launch. A stage is due
+if the folder named by the digest of everything it depends on is not there: so nothing is done twice, and nothing stale is used. Knows nothing
+of Prefect, imports no torch.
+"""
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.base import BaseModelInfo
+from pipeline.config import Customer, Fleet, LaunchSettings
+from pipeline.errors import PrefixFleetError
+from pipeline.files import digest_of
+from pipeline.home import Home
+from pipeline.training.job import (
+    Job,
+    JobBase,
+    JobCustomer,
+    JobEvaluation,
+    JobGate,
+    JobPrefix,
+    JobPrompt,
+    JobTraining,
+    write_job,
+)
+from pipeline.training.results import read_result, result_path
+
+# Raised when the same settings and data would give another prefix, or the same prefix another score: everything is then due again.
+METHOD_VERSION = 1
+EVALUATION_VERSION = 1
+
+STAGES = ("prepare", "train", "evaluate", "register")
+_RESULT = {"train": "train", "evaluate": "eval"}  # what the results of the stages that run in a child are called
+
+
+def job_customer(customer: Customer, card: dict[str, Any], base: BaseModelInfo, dtype: str, home: Home) -> JobCustomer:
+    """One customer of a job: every setting resolved, the digests of everything that its prefix and its evaluation depend on, the folders."""
+    settings = customer.evaluation.model_dump(mode="json")
+    settings["max_new_tokens"] = settings["max_new_tokens"] or customer.prompt.max_target_tokens
+    prompt, prefix, training = (
+        section.model_dump(mode="json") for section in (customer.prompt, customer.prefix, customer.training)
+    )
+    config_digest = digest_of([prompt, prefix, training])
+    train_digest = digest_of([card["fingerprint"], config_digest, base.digest, base.tokenizer_digest, dtype, METHOD_VERSION])
+    evaluate_digest = digest_of([train_digest, settings, EVALUATION_VERSION])
+    return JobCustomer(
+        customer=customer.id,
+        task=customer.task,
+        prepared=str(home.prepared(customer.key)),
+        data_fingerprint=card["fingerprint"],
+        train_digest=train_digest,
+        config_digest=config_digest,
+        evaluate_digest=evaluate_digest,
+        prefix_dir=str(home.prefix(customer.key, train_digest)),
+        evaluation_dir=str(home.evaluation(customer.key, evaluate_digest)),
+        prompt=JobPrompt(**prompt),
+        prefix=JobPrefix(**prefix),
+        training=JobTraining(**training),
+        evaluation=JobEvaluation(**{**settings, "gate": JobGate(**settings["gate"])}),
+    )
+
+
+def is_trained(customer: JobCustomer) -> bool:
+    """Whether its prefix is there: a folder is written whole or not at all."""
+    return (Path(customer.prefix_dir) / "prefix.json").is_file()
+
+
+def is_evaluated(customer: JobCustomer) -> bool:
+    """Whether its evaluation is there."""
+    return (Path(customer.evaluation_dir) / "decision.json").is_file()
+
+
+@dataclass(frozen=True)
+class PlannedJob:
+    """A job and how to launch it; `path` is its job file."""
+
+    job: Job
+    launch: LaunchSettings
+    path: Path
+
+
+def plan(fleet: Fleet, members: Iterable[tuple[Customer, JobCustomer]], base: BaseModelInfo, home: Home) -> list[PlannedJob]:
+    """One job for each distinct way to launch, in the order of the fleet file. Writes nothing.
+
+    A job is named by the fleet and the digest of what it does: the same work finds the same folder, and with it its checkpoints.
+    """
+    groups: dict[str, tuple[LaunchSettings, list[JobCustomer]]] = {}
+    for customer, member in members:
+        # Fields set by hand count: a number of processes that is not given comes from the accelerate config.
+        how = digest_of(customer.launch.model_dump(mode="json", exclude_unset=True))
+        groups.setdefault(how, (customer.launch, []))[1].append(member)
+    jobs = []
+    for how, (launch, customers) in groups.items():
+        name = f"{readable(fleet.name)}-{digest_of([how, base.path.as_posix(), [(c.train_digest, c.evaluate_digest) for c in customers]])[:10]}"
+        folder = home.job(name)
+        job = Job(
+            format=1,
+            name=name,
+            folder=str(folder),
+            experiment="prefixfleet",
+            base=JobBase(
+                id=base.id, path=str(base.path), revision=base.revision, digest=base.digest, dtype=fleet.base_model.dtype
+            ),
+            customers=customers,
+        )
+        jobs.append(PlannedJob(job, launch, folder / "job.yaml"))
+    return jobs
+
+
+def due_in(planned: PlannedJob, stage: str) -> list[JobCustomer]:
+    """The customers of a job for whom `train` or `evaluate` can and must run now."""
+    if stage == "train":
+        return [c for c in planned.job.customers if not is_trained(c)]
+    return [c for c in planned.job.customers if is_trained(c) and not is_evaluated(c)]
+
+
+def write(planned: PlannedJob, stage: str) -> None:
+    """Write the job file for those due in `stage`, and forget what an earlier run of the same job said of them."""
+    customers = due_in(planned, stage)
+    for customer in customers:
+        result_path(planned.job, customer.key, _RESULT[stage]).unlink(missing_ok=True)
+    write_job(planned.path, dataclasses.replace(planned.job, customers=customers))
+
+
+def result_of(planned: PlannedJob, customer: JobCustomer, stage: str) -> tuple[str | None, float]:
+    """What became of a customer in a stage that has just run: (reason of failure or None, seconds)."""
+    finished = is_trained(customer) if stage == "train" else is_evaluated(customer)
+    reason: str | None = None
+    seconds = 0.0
+    with contextlib.suppress(PrefixFleetError):  # a damaged file says as little as none
+        result = read_result(planned.job, customer.key, _RESULT[stage])
+        if result is not None:
+            reason = str(result["reason"]) if result.get("reason") else None
+            seconds = float(str(result.get("seconds") or 0.0))
+    # The folder is the truth: results are only words about it.
+    return (None if finished else reason or f"{stage}: the process ended before it came to this customer"), seconds
+
+
+def readable(name: str) -> str:
+    """`name` as part of a file or folder name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40] or "fleet"

@@ -1,0 +1,368 @@
+"""One run over a fleet: whose stages are due, what became of them, and the table at the end.
+
+The stages themselves are in `pipeline`; the Prefect flows and the stage commands both drive a `Work`. Knows nothing of Prefect, imports no torch.
+"""
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows import events, jobs, launch
+from pipeline.base import BaseModelInfo, resolve_base
+from pipeline.config import Customer, Fleet, load_fleet
+from pipeline.errors import PrefixFleetError
+from pipeline.files import read_json, write_json
+from pipeline.home import Home
+from pipeline.keys import CustomerKey
+from pipeline.training.job import JobCustomer
+
+if TYPE_CHECKING:
+    from pipeline.registry import ModelStatus
+
+log = logging.getLogger(__name__)
+_preparing = threading.Lock()
+
+
+@dataclass
+class Row:
+    """One customer in the table at the end. Scores are in points (0..100) of `metric`.
+
+    `status` is `done` (something was done), `unchanged` or `failed`; `seconds` are those of this run; `score` holds `score`, `low`, `high`.
+    """
+
+    key: str
+    rows_used: int | None = None
+    quarantined: int | None = None
+    metric: str = ""
+    base_score: float | None = None
+    score: dict[str, float] | None = None
+    decision: str | None = None
+    reasons: list[str] = field(default_factory=list)
+    version: int | None = None
+    alias: str | None = None
+    report: Path | None = None
+    seconds: float = 0.0
+    status: str = "unchanged"
+    error: str | None = None
+
+
+@dataclass
+class Outcome:
+    """What a run came to."""
+
+    fleet: str
+    rows: list[Row]
+    stage_seconds: dict[str, float]
+    report: Path | None
+    home: Path
+
+    @property
+    def failed(self) -> list[Row]:
+        """The customers that did not get through."""
+        return [row for row in self.rows if row.status == "failed"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What stage 1 gave for one customer."""
+
+    card: dict[str, Any]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Registered:
+    """What stage 4 gave for one customer."""
+
+    version: int
+    alias: str | None
+    seconds: float
+
+
+class Counter:
+    """The bar of a stage that goes through customers one by one."""
+
+    def __init__(self, stage: str, total: int) -> None:
+        self.stage, self.total, self.done = stage, total, -1
+        self.step()
+
+    def step(self) -> None:
+        """One more customer is through."""
+        self.done += 1
+        if self.total:
+            events.emit({"stage": self.stage, "done": self.done, "total": self.total, "unit": "customers"})
+
+
+@dataclass
+class Work:
+    """The customers of one run and what is known of them so far.
+
+    Attributes:
+        due: the stages that must run, for each customer.
+        members: settings with digests and folders, for customers whose data is prepared.
+        errors: why a customer went no further.
+        seconds: time spent on a customer.
+    """
+
+    fleet: Fleet
+    customers: tuple[Customer, ...]
+    base: BaseModelInfo
+    home: Home
+    due: dict[CustomerKey, tuple[str, ...]] = field(default_factory=dict)
+    cards: dict[CustomerKey, dict[str, Any]] = field(default_factory=dict)
+    members: dict[CustomerKey, JobCustomer] = field(default_factory=dict)
+    errors: dict[CustomerKey, str] = field(default_factory=dict)
+    seconds: dict[CustomerKey, float] = field(default_factory=dict)
+    versions: dict[CustomerKey, tuple[int | None, str | None]] = field(default_factory=dict)
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+
+    def is_due(self, stage: str) -> list[Customer]:
+        """The customers for whom `stage` is due and who have not failed yet."""
+        return [c for c in self.customers if stage in self.due.get(c.key, ()) and c.key not in self.errors]
+
+    def fail(self, key: CustomerKey, stage: str, error: BaseException | str) -> None:
+        """Note that a customer goes no further."""
+        text = str(error) if isinstance(error, PrefixFleetError | str) else f"{type(error).__name__}: {error}"
+        if isinstance(error, BaseException) and not isinstance(error, PrefixFleetError):
+            log.error("%s of %s failed", stage, key, exc_info=error)
+        self.errors[key] = text
+        events.emit({"stage": stage, "customer": str(key), "status": "failed", "text": text})
+
+    def took(self, key: CustomerKey, seconds: float) -> None:
+        """Add to a customer's time."""
+        self.seconds[key] = self.seconds.get(key, 0.0) + seconds
+
+    @contextlib.contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the time meanwhile to the stage's."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.stage_seconds[stage] = self.stage_seconds.get(stage, 0.0) + time.monotonic() - start
+
+    def prepared(self, key: CustomerKey, result: Prepared) -> None:
+        """Note that a customer's data is prepared: now it is known what its prefix and evaluation depend on."""
+        self.took(key, result.seconds)
+        self.cards[key] = result.card
+        customer = next(c for c in self.customers if c.key == key)
+        self.members[key] = jobs.job_customer(customer, result.card, self.base, self.fleet.base_model.dtype, self.home)
+
+    def registered(self, key: CustomerKey, result: Registered) -> None:
+        """Note that a customer's prefix is in the registry."""
+        self.took(key, result.seconds)
+        self.versions[key] = (result.version, result.alias)
+
+    def plan(self) -> list[jobs.PlannedJob]:
+        """The jobs for everybody who must be trained or evaluated."""
+        todo = [(c, self.members[c.key]) for c in self.customers if c.key in self.members and c.key not in self.errors]
+        return jobs.plan(
+            self.fleet, [(c, m) for c, m in todo if not (jobs.is_trained(m) and jobs.is_evaluated(m))], self.base, self.home
+        )
+
+    def finished(
+        self, planned: jobs.PlannedJob, members: list[JobCustomer], stage: str, crash: BaseException | None = None
+    ) -> None:
+        """Note what became of the customers of a job in `train` or `evaluate`; `crash` is the error of the whole process."""
+        for member in members:
+            reason, seconds = jobs.result_of(planned, member, stage)
+            self.took(member.key, seconds)
+            if reason is not None:
+                self.fail(member.key, stage, crash if crash is not None else reason)
+
+    def ready_to_register(self) -> list[JobCustomer]:
+        """Those evaluated whose version is not in the registry as it should be."""
+        members = [(c.key, self.members[c.key]) for c in self.customers if c.key in self.members and c.key not in self.errors]
+        return [m for key, m in members if "register" in self.due.get(key, ()) and jobs.is_evaluated(m)]
+
+
+def open_work(fleet_file: Path | str, wanted: list[str] | None = None, home: Home | None = None) -> Work:
+    """Read the fleet file and find the base.
+
+    Raises:
+        ConfigError: the fleet file is wrong, or names no customer of `wanted`.
+        BaseModelError: there is no such base.
+    """
+    fleet = load_fleet(fleet_file)
+    customers = fleet.select(wanted or [])
+    for customer in customers:
+        launch.config_file(customer.launch)
+    home = home or Home.current()
+    base = resolve_base(fleet.base_model.path, fleet.base_model.revision, home.root / "cache" / "base_digests.json")
+    return Work(fleet, customers, base, home)
+
+
+def survey(work: Work) -> None:
+    """Fill `work.due` from what lies on disk and in the registry, which must be set up (`ensure_store`). Changes nothing.
+
+    Raises:
+        RegistryError: MLflow failed.
+    """
+    from pipeline.data import is_prepared, read_card
+
+    known = _registered_versions(work)
+    for customer in work.customers:
+        key, folder = customer.key, work.home.prepared(customer.key)
+        work.due[key] = jobs.STAGES
+        # What is wrong with the data is said in full by the stage itself, which is the one to fail.
+        with contextlib.suppress(PrefixFleetError):
+            if is_prepared(customer, work.base, folder):
+                work.prepared(key, Prepared(read_card(folder), 0.0))
+                work.due[key] = _due(work.members[key], known.get(key))
+        if work.due[key] == () and key in known:
+            work.versions[key] = (known[key].version, "champion" if known[key].champion_version == known[key].version else None)
+
+
+def _due(member: JobCustomer, known: "ModelStatus | None") -> tuple[str, ...]:
+    """The stages due for a customer whose data is prepared; `known` is its newest registered version."""
+    due = [stage for stage, done in (("train", jobs.is_trained(member)), ("evaluate", jobs.is_evaluated(member))) if not done]
+    return tuple([*due, "register"] if due or not _is_registered(member, known) else due)
+
+
+def _registered_versions(work: Work) -> "dict[CustomerKey, ModelStatus]":
+    from pipeline.registry import status
+
+    # One question for the whole fleet, or one for each customer.
+    everybody = len(work.customers) == len(work.fleet.customers)
+    return {known.key: known for known in status(None if everybody else [c.key for c in work.customers])}
+
+
+def _is_registered(member: JobCustomer, known: "ModelStatus | None") -> bool:
+    """Whether stage 4 has been through with this evaluation in the store in use.
+
+    The receipt tells a registration that was interrupted before its alias was set from one whose alias somebody has moved since; the store tells
+    whether the version still is where the receipt says.
+    """
+    from pipeline.registry import find
+
+    try:
+        receipt = read_json(_receipt(member), 1)
+    except PrefixFleetError:
+        return False
+    if known is None or receipt.get("store") != _store():
+        return False
+    return known.fingerprint == member.train_digest or find(member.key, member.train_digest) is not None
+
+
+def _receipt(member: JobCustomer) -> Path:
+    return Path(member.evaluation_dir) / "registered.json"
+
+
+def _store() -> str:
+    from pipeline.registry.store import shown_uri
+
+    return shown_uri()
+
+
+def prepare(customer: Customer, base: BaseModelInfo, home: Home) -> Prepared:
+    """Stage 1 for one customer."""
+    from pipeline.data import prepare as prepare_data
+
+    # Two threads that import transformers at once fail (lazy modules, 5.23), and a tokenizer in use by another raises "Already borrowed". It
+    # spreads over the cores by itself.
+    with _preparing:
+        start = time.monotonic()
+        card = prepare_data(customer, base, home.prepared(customer.key)).card
+        return Prepared(card, time.monotonic() - start)
+
+
+def run_job(planned: jobs.PlannedJob, stage: str, logger: "logging.Logger | logging.LoggerAdapter[Any]") -> None:
+    """Stage 2 or 3 for the customers of one job, in a child process. Nothing is launched if nobody is due any more.
+
+    Raises:
+        ProcessCrash, TrainingError, EvaluationError: see `flows.launch.run_module`.
+    """
+    if jobs.due_in(planned, stage):
+        jobs.write(planned, stage)
+        module = "pipeline.training" if stage == "train" else "pipeline.evaluation"
+        launch.run_module(module, planned.path, planned.launch, events.emit, logger)
+
+
+def register(member: JobCustomer) -> Registered:
+    """Stage 4 for one customer."""
+    from pipeline.registry import register as register_prefix
+
+    start = time.monotonic()
+    registration = register_prefix(Path(member.prefix_dir), Path(member.evaluation_dir))
+    write_json(_receipt(member), {"format": 1, "store": _store(), "name": registration.name, "version": registration.version})
+    return Registered(registration.version, registration.alias, time.monotonic() - start)
+
+
+def run_stage(work: Work, stage: str, logger: logging.Logger) -> None:
+    """One stage for everybody for whom it is due, one after another. Needs what the stage before wrote.
+
+    Customers for whom an earlier stage is due fail, and are told so.
+    """
+    before = jobs.STAGES[: jobs.STAGES.index(stage)]
+    for customer in work.customers:
+        missing = [name for name in before if name in work.due[customer.key]]
+        if missing:
+            work.fail(
+                customer.key,
+                stage,
+                f"{missing[0]} has not been done for what the fleet file says now. `prefixfleet {missing[0]}` does it.",
+            )
+    with work.timed(stage):
+        if stage in ("prepare", "register"):
+            _one_by_one(work, stage)
+        else:
+            for planned in work.plan():
+                members = jobs.due_in(planned, stage)
+                crash: BaseException | None = None
+                try:
+                    run_job(planned, stage, logger)
+                except PrefixFleetError as error:
+                    crash = error
+                work.finished(planned, members, stage, crash)
+
+
+def _one_by_one(work: Work, stage: str) -> None:
+    customers = work.is_due(stage)
+    count = Counter(stage, len(customers))
+    for customer in customers:
+        try:
+            if stage == "prepare":
+                work.prepared(customer.key, prepare(customer, work.base, work.home))
+            else:
+                work.registered(customer.key, register(work.members[customer.key]))
+        except PrefixFleetError as error:
+            work.fail(customer.key, stage, error)
+        count.step()
+
+
+def outcome(work: Work) -> Outcome:
+    """The table, and the fleet's report as a page."""
+    rows = [_row(work, customer) for customer in work.customers]
+    page = work.home.root / "reports" / f"{jobs.readable(work.fleet.name)}.html"
+    report: Path | None = page
+    try:
+        from pipeline.evaluation.report import fleet_report
+
+        fleet_report([vars(row) for row in rows], page)
+    except PrefixFleetError as error:
+        # The work is done and registered: a page that could not be written must not make it look otherwise.
+        log.warning("the fleet report could not be written: %s", error)
+        report = None
+    return Outcome(work.fleet.name, rows, work.stage_seconds, report, work.home.root)
+
+
+def _row(work: Work, customer: Customer) -> Row:
+    key = customer.key
+    row = Row(str(key), metric=customer.evaluation.gate.metric, seconds=work.seconds.get(key, 0.0), error=work.errors.get(key))
+    row.status = "failed" if row.error else "done" if work.seconds.get(key) else "unchanged"
+    card, member = work.cards.get(key), work.members.get(key)
+    if card is not None:
+        row.rows_used, row.quarantined = card["counts"]["used"], card["counts"]["quarantined"]
+    if member is not None and jobs.is_evaluated(member):
+        folder = Path(member.evaluation_dir)
+        metrics, decision = read_json(folder / "metrics.json", 1), read_json(folder / "decision.json", 1)
+        row.base_score = metrics["scores"]["base"][row.metric]["score"]
+        row.score = {name: metrics["scores"]["prefix"][row.metric][name] for name in ("score", "low", "high")}
+        row.decision, row.reasons, row.report = decision["decision"], list(decision["reasons"]), folder / "report.html"
+    row.version, row.alias = work.versions.get(key, (None, None))
+    return row

@@ -1,0 +1,293 @@
+"""The pieces that the HTML reports are put together from: escaping, the page around it, tables, score plots, the loss curve.
+
+A page is one file that loads nothing: its style and drawings are inside, and a content security policy forbids everything else,
+since the texts shown are customers' and models' and may be hostile. Light or dark follows the reader's system. Knows nothing of
+evaluations.
+"""
+
+import html
+import io
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+_STYLE = """
+:root{color-scheme:light dark;--bg:#f6f6f3;--card:#fff;--ink:#1b1d20;--soft:#5b626b;--line:#e1e2de;--accent:#1361cf;
+--accent-soft:#7fb0f5;--base:#868d96;--good:#11713f;--good-bg:#e0f3e8;--bad:#ab3016;--bad-bg:#fbe8e2}
+@media (prefers-color-scheme:dark){:root{--bg:#131518;--card:#1b1e22;--ink:#e8eaed;--soft:#a0a7b0;--line:#30343a;
+--accent:#6aa9ff;--accent-soft:#33598f;--base:#8b929b;--good:#6fd39d;--good-bg:#15342440;--bad:#ff9a80;--bad-bg:#4a1d1340}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--bg);color:var(--ink);
+font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif;-webkit-text-size-adjust:100%}
+main{max-width:1080px;margin:0 auto;padding:28px 20px 56px}
+a{color:var(--accent)}
+h1{font-size:30px;line-height:1.2;margin:0;overflow-wrap:anywhere;letter-spacing:-.01em}
+h2{font-size:18px;margin:0 0 14px}
+h3{font-size:15px;margin:22px 0 8px}
+h3:first-of-type{margin-top:0}
+p{margin:0 0 10px}
+.eyebrow{color:var(--soft);font-size:14px;margin:0 0 4px}
+.soft{color:var(--soft)}
+.small{font-size:14px}
+.title{display:flex;flex-wrap:wrap;align-items:center;gap:8px 14px}
+.badge{display:inline-block;border-radius:99px;padding:2px 12px;font-size:14px;font-weight:600;white-space:nowrap;
+color:var(--soft);border:1px solid var(--line)}
+.badge.good{color:var(--good);background:var(--good-bg);border-color:transparent}
+.badge.bad{color:var(--bad);background:var(--bad-bg);border-color:transparent}
+.good{color:var(--good)}.bad{color:var(--bad)}
+.lead{margin:12px 0 0;padding-left:20px}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin:22px 0 0}
+.tile,section{background:var(--card);border:1px solid var(--line);border-radius:12px}
+.tile{padding:12px 16px}
+.tile b{display:block;font-size:24px;line-height:1.25;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
+.tile span{color:var(--soft);font-size:14px}
+section{padding:20px;margin-top:16px}
+.two{display:grid;grid-template-columns:minmax(0,1fr) minmax(0,1fr);gap:0 16px}
+.middle{align-items:center}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
+th,td{text-align:left;padding:8px 14px 8px 0;border-top:1px solid var(--line);vertical-align:top}
+thead th{border-top:0;color:var(--soft);font-weight:500;font-size:14px;white-space:nowrap;padding-top:0}
+th:last-child,td:last-child{padding-right:0}
+tbody th{font-weight:600}
+.scale td{border:0;padding:0}
+.number{text-align:right;white-space:nowrap}
+.interval{display:block;color:var(--soft);font-size:13px}
+.key{display:flex;flex-wrap:wrap;gap:2px 18px;color:var(--soft);font-size:14px;margin:10px 0 0}
+.key i{display:inline-block;width:10px;height:10px;border-radius:99px;margin-right:6px;background:var(--accent)}
+.key i.base{background:none;border:2px solid var(--base)}
+.key i.line{height:2px;width:16px;background:var(--accent-soft);vertical-align:4px;border-radius:0}
+.key i.dev{height:3px;width:16px;vertical-align:4px;border-radius:0}
+.plot{display:block;width:100%;height:22px;overflow:visible}
+.rows{display:grid;grid-template-columns:fit-content(34%) minmax(0,1fr) auto;gap:2px 14px;align-items:center}
+.rows>:first-child,.rows>*{min-width:0;overflow-wrap:anywhere}
+.axis{height:18px;overflow:visible;width:100%;display:block}
+.axis text{fill:var(--soft);font-size:12px}
+.curve{width:100%;height:auto;display:block;max-width:640px}
+dl{margin:0;display:grid;grid-template-columns:fit-content(45%) minmax(0,1fr);gap:5px 16px;font-size:14px}
+dt{color:var(--soft);overflow-wrap:anywhere}
+dd{margin:0;overflow-wrap:anywhere;white-space:pre-wrap;font-variant-numeric:tabular-nums}
+.sample{border-top:1px solid var(--line);padding:14px 0}
+.sample:last-child{padding-bottom:0}
+.text{white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate}
+.input{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,"Noto Sans Mono",monospace;font-size:13.5px;margin-bottom:10px}
+.answers{display:grid;grid-template-columns:repeat(3,minmax(0,1fr));gap:16px;font-size:15px}
+.answers h4{margin:0 0 3px;font-size:13px;font-weight:500;color:var(--soft)}
+.answers .ours{box-shadow:inset 3px 0 0 var(--accent);padding-left:12px}
+.note{border-left:3px solid var(--bad);padding-left:12px}
+footer{color:var(--soft);font-size:14px;margin-top:24px}
+@media (max-width:760px){
+main{padding:20px 14px 40px}
+h1{font-size:25px}
+section{padding:16px}
+.two,.answers{grid-template-columns:minmax(0,1fr)}
+.answers{gap:10px}
+.middle{row-gap:14px}
+.rows{grid-template-columns:fit-content(42%) minmax(0,1fr) auto;font-size:14px}
+.tiles{grid-template-columns:repeat(2,minmax(0,1fr))}
+.scores thead{display:none}
+.scores tr{display:grid;grid-template-columns:repeat(3,minmax(0,1fr));gap:2px 12px;padding:12px 0;border-top:1px solid var(--line)}
+.scores tr:first-child{border-top:0;padding-top:0}
+.scores .scale{padding:0;border:0}
+.scores th,.scores td{border:0;padding:0;text-align:left}
+.scores th,.scores td.wide{grid-column:1/-1;width:auto!important}
+.scores td[data-of]::before{content:attr(data-of);display:block;color:var(--soft);font-size:13px}
+}
+@media print{section,.tile{break-inside:avoid}}
+"""
+
+# Nothing may be loaded or run, whatever a customer's text holds.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+
+# Stand-ins that matplotlib draws with and that are then replaced by the page's own colours, so that the curve follows light and
+# dark too.
+_COLOURS = {"#010101": "var(--soft)", "#020202": "var(--line)", "#030303": "var(--accent)", "#040404": "var(--accent-soft)"}
+_SOFT, _LINE, _ACCENT, _FAINT = _COLOURS
+
+_SHOWN_CHARACTERS = 3000
+
+
+def text(value: object) -> str:
+    """`value` as HTML text that is safe in content and in quoted attributes."""
+    # Control characters are not allowed in HTML and lone surrogates not in UTF-8; a model can produce the former, a customer's
+    # JSON the latter.
+    shown = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\ufffd", str(value).replace("\r\n", "\n"))
+    return html.escape(shown, quote=True)
+
+
+def long_text(value: str, style: str = "") -> str:
+    """A customer's or model's text in its own direction (Arabic runs right to left), cut if it is very long."""
+    cut = (
+        f"{value[:_SHOWN_CHARACTERS]} [… {len(value) - _SHOWN_CHARACTERS} characters more]"
+        if len(value) > _SHOWN_CHARACTERS
+        else value
+    )
+    return f'<div class="text {style}" dir="auto">{text(cut) if cut else "<span class=soft>(empty)</span>"}</div>'
+
+
+def page(title: str, body: str) -> str:
+    """A whole HTML document around `body`."""
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{text(title)}</title>\n'
+        f"<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def tiles(content: Iterable[tuple[str, str]]) -> str:
+    """Large figures with a caption each; both are plain text."""
+    return (
+        '<div class="tiles">'
+        + "".join(f'<div class="tile"><b>{text(figure)}</b><span>{text(name)}</span></div>' for name, figure in content)
+        + "</div>"
+    )
+
+
+def facts(content: Mapping[str, Any]) -> str:
+    """Names and values, nested mappings spread out as `outer.inner`."""
+    return "<dl>" + "".join(f"<dt>{text(name)}</dt><dd>{text(value)}</dd>" for name, value in _flat(content)) + "</dl>"
+
+
+def _flat(content: Mapping[str, Any], before: str = "") -> Iterable[tuple[str, str]]:
+    for name, value in content.items():
+        label = f"{before}{name}".replace("_", " ")
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{label}.")
+        elif value is None or value in ({}, []):
+            yield label, "none"
+        elif isinstance(value, bool):
+            yield label, "yes" if value else "no"
+        elif isinstance(value, float):
+            yield label, f"{value:.6g}"
+        elif isinstance(value, list):
+            yield label, ", ".join(map(str, value))
+        elif isinstance(value, str) and (value != value.strip() or "\n" in value):
+            yield label, repr(value)  # so that a template's blanks and line ends can be seen
+        else:
+            yield label, str(value)
+
+
+def table(head: Sequence[str], rows: Iterable[str], style: str = "") -> str:
+    """A table; a column whose title begins with `#` holds numbers. `rows` are `<tr>` elements."""
+    titles = "".join(f'<th class="number">{text(t[1:])}</th>' if t.startswith("#") else f"<th>{text(t)}</th>" for t in head)
+    return (
+        f'<div class="scroll"><table class="{style}"><thead><tr>{titles}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    )
+
+
+def score_cell(score: Mapping[str, float] | None, of: str) -> str:
+    """A table cell with a score and its interval below; `of` is the column's name where a phone shows no head."""
+    if score is None:
+        return f'<td class="number soft" data-of="{text(of)}">none</td>'
+    interval = f'<span class="interval">{score["low"]:.1f} to {score["high"]:.1f}</span>' if "low" in score else ""
+    return f'<td class="number" data-of="{text(of)}">{score["score"]:.1f}{interval}</td>'
+
+
+def gain_cell(base: float | None, score: float | None) -> str:
+    """A table cell with the signed difference."""
+    if base is None or score is None:
+        return '<td class="number soft" data-of="gain">none</td>'
+    return f'<td class="number {_colour(score - base)}" data-of="gain">{signed(score - base)}</td>'
+
+
+def signed(gain: float) -> str:
+    """A difference in points with its sign; small ones with two digits, so that a gain never reads +0.0."""
+    return f"{gain:+.2f}" if abs(gain) < 1 else f"{gain:+.1f}"
+
+
+def _colour(gain: float) -> str:
+    return "good" if gain > 0 else "bad" if gain < 0 else "soft"
+
+
+def score_plot(base: Mapping[str, float], prefix: Mapping[str, float], top: float) -> str:
+    """One row of a score plot on a scale from 0 to `top`: a ring at the base's score, a dot at the prefix's, whiskers for 95 %.
+
+    Places are percentages, so the row is as wide as its place allows while dots and strokes keep their size.
+    """
+
+    def at(value: float) -> str:
+        return f"{100 * min(max(value / top, 0.0), 1.0):.2f}%"
+
+    def whisker(score: Mapping[str, float], colour: str) -> str:
+        if "low" not in score:
+            return ""
+        ends = f'x1="{at(score["low"])}" x2="{at(score["high"])}"'
+        return f'<line {ends} y1="11" y2="11" stroke="{colour}" stroke-width="3" stroke-linecap="round"/>'
+
+    label = f"base {base['score']:.1f}, prefix {prefix['score']:.1f}"
+    return (
+        f'<svg class="plot" role="img" aria-label="{label}"><title>{label}</title>'
+        '<line x1="0" x2="100%" y1="11" y2="11" stroke="var(--line)"/>'
+        f"{whisker(base, 'var(--base)')}{whisker(prefix, 'var(--accent-soft)')}"
+        f'<circle cx="{at(base["score"])}" cy="11" r="4.5" fill="var(--card)" stroke="var(--base)" stroke-width="2"/>'
+        f'<circle cx="{at(prefix["score"])}" cy="11" r="5.5" fill="var(--accent)"/></svg>'
+    )
+
+
+def score_axis(top: float) -> str:
+    """The scale below rows of `score_plot`, from 0 to `top`."""
+    anchors = ["start", "middle", "middle", "middle", "end"]
+    ticks = "".join(
+        f'<text x="{25 * i}%" y="13" text-anchor="{anchor}">{top * i / 4:g}</text>' for i, anchor in enumerate(anchors)
+    )
+    return f'<svg class="axis" aria-hidden="true">{ticks}</svg>'
+
+
+def top_of_scale(scores: Iterable[float]) -> float:
+    """The end of a scale that starts at 0 and holds all `scores` (points): a multiple of 20, so that four ticks are round."""
+    return min(100.0, max(20.0, 20.0 * math.ceil(max(scores, default=0.0) / 20.0)))
+
+
+def loss_curve(history: Sequence[Mapping[str, Any]], best_step: int | None) -> str:
+    """Training and dev loss by step as inline SVG, from entries `{step, loss}` and `{step, dev_loss}`; empty without any."""
+    series = {
+        name: [
+            (entry["step"], entry[name])
+            for entry in history
+            if isinstance(entry.get(name), int | float) and math.isfinite(entry[name])
+        ]
+        for name in ("loss", "dev_loss")
+    }
+    if not any(series.values()):
+        return ""
+    # Without pyplot: no global state, no display, nothing to close.
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    # Text stays text (the reader's font), and equal curves give equal files.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "prefixfleet", "font.size": 11}):
+        figure = Figure(figsize=(5.2, 2.9), layout="constrained")
+        axes = figure.add_subplot()
+        if series["loss"]:
+            axes.plot(*zip(*series["loss"], strict=True), color=_FAINT, linewidth=1.6)
+        if series["dev_loss"]:
+            axes.plot(*zip(*series["dev_loss"], strict=True), color=_ACCENT, linewidth=2.2, marker="o", markersize=4.5)
+        if best_step is not None:
+            axes.axvline(best_step, color=_SOFT, linewidth=1, linestyle=(0, (2, 3)))
+        axes.set_xlabel("step", color=_SOFT)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.set_ylabel("loss per token (nats)", color=_SOFT)
+        axes.grid(axis="y", color=_LINE, linewidth=0.8)
+        axes.tick_params(length=0, colors=_SOFT)
+        axes.spines[:].set_visible(False)
+        drawn = io.StringIO()
+        FigureCanvasSVG(figure).print_svg(drawn, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    svg = drawn.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="patch_1">.*?</g>', "", svg, count=1, flags=re.DOTALL)  # the figure's white background
+    svg = re.sub(r'<g id="patch_2">.*?</g>', "", svg, count=1, flags=re.DOTALL)  # the axes' white background
+    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
+    for stand_in, colour in _COLOURS.items():
+        svg = svg.replace(stand_in, colour)
+    return re.sub(
+        r'<svg [^>]*?viewBox="([^"]*)"[^>]*>',
+        r'<svg class="curve" role="img" aria-label="loss by step" viewBox="\1">',
+        svg,
+        count=1,
+    )

@@ -1,0 +1,38 @@
+"""The code of every registered version: MLflow runs this file (models from code, nothing pickled) to make a model of a prefix.
+
+`mlflow.pyfunc.load_model("models:/prefixfleet.acme@champion").predict(pandas.DataFrame({"input": […]}))` gives one text for each
+input. The base is found by `PREFIXFLEET_BASE`, else where it was at training, and loaded once for all prefixes of a process.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas  # type: ignore[import-untyped]  # pandas ships no types
+from mlflow.pyfunc import PythonModel, PythonModelContext
+
+
+class PrefixModel(PythonModel):
+    """One customer's prefix before the shared base."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Load the base, if no prefix before did, and add the prefix.
+
+        Raises:
+            BaseModelError: the base is not found, or not the one that the prefix was trained on.
+        """
+        # Imported here, for MLflow also runs this file when a prefix is registered, where no torch is needed.
+        from pipeline.registry.base_lookup import open_prefix
+
+        self._answer = open_prefix(Path(context.artifacts["prefix"]))
+
+    # MLflow reads the type of `model_input`: for any other than a DataFrame it warns, or checks inputs by it and not the signature.
+    def predict(
+        self, context: PythonModelContext, model_input: pandas.DataFrame, params: dict[str, Any] | None = None
+    ) -> list[str]:
+        """One text for each input; `model_input` has the column `input`. A plain list of texts will do too."""
+        texts = model_input["input"] if isinstance(model_input, pandas.DataFrame) else model_input
+        return self._answer([str(text) for text in texts])
+
+
+mlflow.models.set_model(PrefixModel())

@@ -1,0 +1,251 @@
+"""Where MLflow is and how it is reached: the embedded SQLite store, or the server that the environment names.
+
+In: `MLFLOW_TRACKING_URI` and `MLFLOW_REGISTRY_URI`, which mean what they mean everywhere; unset, a SQLite store below
+`PREFIXFLEET_HOME`. Out: a store that answers, or a `RegistryError` that names it. Knows nothing of prefixes. MLflow takes
+a second or more to import, so it is imported where it is used, and a store known to be ready is not opened again.
+"""
+
+import contextlib
+import importlib.metadata
+import logging
+import os
+import re
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.errors import RegistryError, StorageError
+from pipeline.files import whole_file, write_text
+from pipeline.home import Home
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+EXPERIMENT = "prefixfleet"
+
+# Only where the user has not set them.
+_SETTINGS = {
+    # MLflow reads these when it is imported. It knows the word `true`, not `1`, in DO_NOT_TRACK.
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    # MLflow's own retries block 246 s when a server is away; these 12 s.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "2",
+    # Otherwise a uv.lock of the folder that the user happens to stand in is copied into every model.
+    "MLFLOW_UV_AUTO_DETECT": "false",
+    # One bar for each of a fleet's customers, for a few kilobytes.
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # Otherwise MLflow prints the address of each run it closes to the standard output, where `--json` belongs.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+# Seconds that the first request, which only asks whether anybody is there, waits for an answer.
+_FIRST_ANSWER = "3"
+
+_uri_set_here: str | None = None
+_ready: set[tuple[str, str]] = set()
+
+
+def ensure_store(home: Home | None = None) -> None:
+    """Make sure that MLflow can be used, by this process and by its children.
+
+    Sets `MLFLOW_TRACKING_URI` to the embedded store below `home` if it is unset; creates that store, or brings its schema up to
+    date, once and under a lock. A server is asked whether it answers, once in a process. Turns telemetry off and bounds retries,
+    unless the environment says otherwise.
+
+    Raises:
+        RegistryError: the server does not answer (after about 12 s), or the store is damaged or from a newer MLflow.
+        StorageError: the embedded store cannot be written.
+    """
+    global _uri_set_here
+    home = home or Home.current()
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    embedded = _embedded_uri(home)
+    if os.environ.get("MLFLOW_TRACKING_URI", "") in ("", _uri_set_here):
+        os.environ["MLFLOW_TRACKING_URI"] = _uri_set_here = embedded
+    stores = (os.environ["MLFLOW_TRACKING_URI"], os.environ.get("MLFLOW_REGISTRY_URI", ""))
+    if stores[0] == embedded:
+        _prepare_embedded(home)
+    if stores in _ready:
+        return
+    if stores[0] != embedded or stores[1]:
+        # Two processes that open a fresh SQLite store at once create the same tables; before a server, nobody need queue.
+        waiting = lock(home, "mlflow") if any(uri.startswith("sqlite:") for uri in stores) else contextlib.nullcontext()
+        with waiting, translated("looking for MLflow"), _impatient():
+            connect().search_experiments(max_results=1)
+            connect().search_registered_models(max_results=1)
+    _ready.add(stores)
+
+
+def connect() -> "MlflowClient":
+    """A client of the store that the environment names. Call `ensure_store` first."""
+    from mlflow import MlflowClient
+
+    return MlflowClient()
+
+
+def experiment_id(name: str = EXPERIMENT, home: Home | None = None) -> str:
+    """The id of experiment `name`, created if need be, by however many processes at once.
+
+    In the embedded store its artifacts lie below `home`; MLflow's own default is a folder `mlruns` wherever the process runs.
+
+    Raises:
+        RegistryError: it was deleted in MLflow, or MLflow failed.
+    """
+    from mlflow.exceptions import MlflowException
+
+    home = home or Home.current()
+    client = connect()
+    embedded = os.environ.get("MLFLOW_TRACKING_URI") == _embedded_uri(home)
+    location = home.mlflow_artifacts.as_uri() if embedded else None
+    with translated(f"opening the experiment {name}"):
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            try:
+                return str(client.create_experiment(name, artifact_location=location))
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                experiment = client.get_experiment_by_name(name)
+    if experiment is None or experiment.lifecycle_stage != "active":
+        number = experiment.experiment_id if experiment else "?"
+        raise RegistryError(
+            f"the MLflow experiment {name!r} at {shown_uri()} was deleted. Bring it back: "
+            f"`mlflow experiments restore -x {number}`."
+        )
+    return str(experiment.experiment_id)
+
+
+def shown_uri() -> str:
+    """The stores in use, for messages: without user name and password."""
+    tracking, registry = os.environ.get("MLFLOW_TRACKING_URI", ""), os.environ.get("MLFLOW_REGISTRY_URI", "")
+    shown = tracking if registry in ("", tracking) else f"{tracking} (registry {registry})"
+    return re.sub(r"://[^/@\s]*@", "://", shown)
+
+
+@contextlib.contextmanager
+def translated(doing: str) -> Iterator[None]:
+    """Turn what MLflow raises into a `RegistryError` that says what was being done and where."""
+    from mlflow.exceptions import MlflowException
+    from requests.exceptions import RequestException
+
+    try:
+        yield
+    except (MlflowException, RequestException) as error:
+        reason = re.sub(r"://[^/@\s]*@", "://", str(error)).strip()
+        # MLflow 3.17 has no class of its own for a server that does not answer (rest_utils.http_request).
+        if isinstance(error, RequestException) or "API request to" in reason:
+            raise RegistryError(
+                f"{doing}: MLflow at {shown_uri()} does not answer. Start it, or correct MLFLOW_TRACKING_URI and "
+                "MLFLOW_REGISTRY_URI; with both unset an embedded store is used. What is trained stays on disk: run the same "
+                f"command again. ({reason[:300]})"
+            ) from error
+        raise RegistryError(f"{doing}: MLflow at {shown_uri()} refused: {reason[:500]}") from error
+
+
+@contextlib.contextmanager
+def lock(home: Home, name: str) -> Iterator[None]:
+    """Let one process at a time pass, on this machine. Released when the process ends, however it ends.
+
+    Raises:
+        StorageError: the lock cannot be made.
+    """
+    from filelock import FileLock
+
+    path = home.root / "locks" / f"{name}.lock"
+    guard = FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        guard.acquire()
+    except OSError as error:
+        raise StorageError(
+            f"{path}: cannot be written ({error.strerror}). Check PREFIXFLEET_HOME and its permissions."
+        ) from error
+    try:
+        yield
+    finally:
+        guard.release()
+
+
+def _embedded_uri(home: Home) -> str:
+    return f"sqlite:///{home.mlflow_database}"
+
+
+def _schema_note(home: Home) -> Path:
+    return home.mlflow_database.with_suffix(".version")
+
+
+def _is_prepared(home: Home, version: str) -> bool:
+    try:
+        return home.mlflow_database.exists() and _schema_note(home).read_text(encoding="utf-8") == version
+    except FileNotFoundError:
+        return False
+
+
+def _prepare_embedded(home: Home) -> None:
+    """Create the SQLite store, or bring an older MLflow's to this one's schema, on a copy that then takes its place.
+
+    So a process killed half way leaves no half-made tables, which MLflow would not repair. A note with MLflow's version beside
+    the database tells later processes that nothing is to be done, without importing MLflow.
+    """
+    version = importlib.metadata.version("mlflow")
+    if _is_prepared(home, version):
+        return
+    with lock(home, "mlflow"):
+        if _is_prepared(home, version):
+            return
+        database = home.mlflow_database
+        with quiet(), whole_file(database) as temporary:
+            import sqlalchemy
+            from alembic.util.exc import CommandError
+            from mlflow.exceptions import MlflowException
+            from mlflow.store.db.utils import _upgrade_db  # what `mlflow db upgrade` calls; there is no public function
+            from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+            try:
+                if database.exists():
+                    _copy_database(database, temporary)
+                    engine = sqlalchemy.create_engine(f"sqlite:///{temporary}")
+                    if sqlalchemy.inspect(engine).has_table("alembic_version"):
+                        _upgrade_db(engine)
+                    engine.dispose()
+                # Creates the tables and the experiment `Default`, whose artifacts must not go to the current folder either.
+                SqlAlchemyStore(f"sqlite:///{temporary}", home.mlflow_artifacts.as_uri())._dispose_engine()
+            except (MlflowException, CommandError, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error) as error:
+                raise RegistryError(
+                    f"{database}: cannot be brought to the schema of MLflow {version} ({str(error).strip()[:300]}). "
+                    "It is damaged, or was written by a newer MLflow: install that one, or move the file away to start afresh."
+                ) from error
+        write_text(_schema_note(home), version)
+
+
+def _copy_database(source: Path, target: Path) -> None:
+    """By SQLite itself, so that what another process is just writing is in it whole or not at all."""
+    with contextlib.closing(sqlite3.connect(source)) as old, contextlib.closing(sqlite3.connect(target)) as new:
+        old.backup(new)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the lines that MLflow logs about its own work, such as one for each of fifty schema changes. Warnings pass."""
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+@contextlib.contextmanager
+def _impatient() -> Iterator[None]:
+    """Requests within wait a few seconds for an answer, not MLflow's 120, unless the user has set the time."""
+    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = _FIRST_ANSWER
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)

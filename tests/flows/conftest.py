@@ -1,0 +1,96 @@
+"""A small fleet on the embedded base, stages that take milliseconds, and one real in-process Prefect API for the session."""
+
+import contextlib
+import json
+import os
+import sqlite3
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flows import launch
+from flows.prefect_api import prefect_api, set_environment
+from pipeline.home import Home
+from pipeline.registry import ensure_store, store
+
+HERE = Path(__file__).parent
+
+
+def write_rows(path: Path, name: str, count: int = 30) -> None:
+    rows = [
+        {"input": f"name : {name} {i} | food : soup", "target": f"{name} {i} serves soup number {i * 7}."} for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture
+def fleet_file(tmp_path: Path, example_base: Path) -> Path:
+    """Customers acme, bolt and crisp."""
+    customers = ["acme", "bolt", "crisp"]
+    for name in customers:
+        write_rows(tmp_path / f"{name}.jsonl", name)
+    lines = "".join(f"  - {{id: {name}, data: {name}.jsonl}}\n" for name in customers)
+    path = tmp_path / "fleet.yaml"
+    path.write_text(f"base_model: {{path: {example_base}}}\ncustomers:\n{lines}", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def fresh_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with an empty embedded MLflow store, whose tables take seconds to make."""
+    root = tmp_path_factory.mktemp("fresh")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.setattr(store, "_uri_set_here", None)
+        ensure_store(Home(root))
+    return root
+
+
+@pytest.fixture
+def home(tmp_path: Path, fresh_home: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
+    """`PREFIXFLEET_HOME` of one test, with a store ready for use."""
+    root = tmp_path / "home"
+    root.mkdir()
+    for name in ("mlflow.db", "mlflow.version"):
+        if (fresh_home / name).exists():
+            (root / name).write_bytes((fresh_home / name).read_bytes())
+    monkeypatch.setenv("PREFIXFLEET_HOME", str(root))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(store, "_uri_set_here", None)
+    return Home(root)
+
+
+@pytest.fixture
+def fake_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Children are `fake_stage.py`."""
+    fake = str(HERE / "fake_stage.py")
+    monkeypatch.setattr(launch, "command", lambda module, job_file, _launch: [sys.executable, fake, module, str(job_file)])
+
+
+@pytest.fixture(scope="session")
+def prefect_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
+    """The API that `prefixfleet run` uses, started once; yields the home that its database is in."""
+    home = Home(tmp_path_factory.mktemp("prefect"))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("PREFECT_API_URL", "PREFECT_HOME"):
+            patch.delenv(name, raising=False)
+        before = dict(os.environ)
+        set_environment(home)
+        with prefect_api(home):
+            yield home
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@pytest.fixture
+def ready_home(home: Home, prefect_session: Home) -> Home:
+    """`home` with a Prefect database too, which takes seconds to make: for tests that start `prefixfleet run` as a process."""
+    home.prefect.mkdir()
+    with (
+        contextlib.closing(sqlite3.connect(prefect_session.prefect / "prefect.db")) as source,
+        contextlib.closing(sqlite3.connect(home.prefect / "prefect.db")) as copy,
+    ):
+        source.backup(copy)
+    return home

@@ -1,0 +1,276 @@
+"""The command `prefixfleet`: statuses, messages, output for programs, and what it leaves behind when it is stopped."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from flows import cli
+from pipeline.home import Home
+
+HERE = Path(__file__).parent
+COMMANDS = ("run", "prepare", "train", "evaluate", "register", "generate", "status")
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    """`main` takes over SIGTERM."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def closed_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def family_of(home: Home) -> list[psutil.Process]:
+    """Living processes, other than this one, that work in `home`."""
+    found = []
+    for process in psutil.process_iter(["status"]):
+        with contextlib.suppress(psutil.Error):
+            mine = process.environ().get("PREFIXFLEET_HOME") == str(home.root) and process.pid != os.getpid()
+            if mine and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def start(fleet_file: Path, home: Home, *arguments: str, **env: str) -> "subprocess.Popen[str]":
+    """`prefixfleet run` with fake stages, in a process group of its own as a shell would start it."""
+    return subprocess.Popen(
+        [sys.executable, str(HERE / "fake_cli.py"), "run", str(fleet_file), *arguments],
+        env={**os.environ, "PREFIXFLEET_HOME": str(home.root), "PYTHONPATH": str(HERE.parent.parent), **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_until(condition: Any, seconds: float = 60.0) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def stage_is_running(home: Home) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return any("fake_stage.py" in part for process in family_of(home) for part in process.cmdline())
+    return False
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--help"])
+    assert ended.value.code == 0 and f"prefixfleet {command}" in capsys.readouterr().out.partition("examples:")[2]
+
+
+def test_help_imports_no_heavy_library() -> None:
+    # Seconds vary with the machine; what is imported does not.
+    code = "import sys; from flows import cli\ntry: cli.main(['--help'])\nexcept SystemExit: print(sorted(sys.modules), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"torch", "transformers", "prefect", "mlflow", "pydantic", "rich", "yaml", "numpy", "pandas", "datasets"}
+    assert heavy.isdisjoint(m.strip("' ") for m in done.stderr.strip("[]\n").split(","))
+
+
+def test_fleet_file_with_two_mistakes_names_both_without_a_traceback(
+    home: Home, fleet_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fleet_file.write_text(fleet_file.read_text().replace("id: acme", "id: ../acme").replace("id: bolt", "prefx: {}, id: bolt"))
+    assert cli.main(["run", str(fleet_file)]) == 2
+    errors = capsys.readouterr().err
+    assert "../acme" in errors and "Did you mean 'prefix'" in errors and "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "missing.yaml"], "missing.yaml: no such file"),
+        (["run", "FLEET", "--customer", "acmee"], "Did you mean 'acme'"),
+        (["generate", "--customer", "a/b/c", "--input", "x"], "is not valid"),
+        (["generate", "--customer", "acme", "--file", "missing.jsonl"], "missing.jsonl: no such file"),
+    ],
+)
+def test_user_s_mistake_is_status_2_and_one_message(
+    home: Home, fleet_file: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([str(fleet_file) if part == "FLEET" else part for part in arguments]) == 2
+    printed = capsys.readouterr()
+    assert said in printed.err and "Traceback" not in printed.err and printed.out == ""
+
+
+def test_missing_base_is_named_before_anything_is_started(
+    home: Home, fleet_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = fleet_file.read_text().splitlines()
+    fleet_file.write_text("\n".join(["base_model: {path: ./nowhere}", *lines[1:]]))
+    assert cli.main(["run", str(fleet_file)]) == 2
+    assert "nowhere: no such folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["nonsense", '{"target": "x"}', "[]", '{"input": 3}'])
+def test_bad_line_of_an_input_file_is_named_with_its_number(
+    home: Home, tmp_path: Path, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "inputs.jsonl"
+    file.write_text('{"input": "fine"}\n\n' + line + "\n")
+    assert cli.main(["generate", "--customer", "acme", "--file", str(file)]) == 1
+    assert "inputs.jsonl:3:" in capsys.readouterr().err
+
+
+def test_customer_that_is_not_registered_is_told_how_to_become_so(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", "--customer", "acme", "--input", "x"]) == 1
+    assert "prefixfleet run" in capsys.readouterr().err
+    assert cli.main(["status", "--customer", "acme"]) == 1
+    assert cli.main(["status"]) == 0
+    assert "Nothing is registered" in capsys.readouterr().out
+
+
+def test_stages_by_hand_each_read_what_the_one_before_wrote(
+    home: Home, fleet_file: Path, fake_stages: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["train", str(fleet_file)]) == 1
+    assert "prepare has not been done" in capsys.readouterr().out
+    for stage in ("prepare", "train", "evaluate", "register"):
+        assert cli.main([stage, str(fleet_file), "--json"]) == 0, capsys.readouterr()
+        result = json.loads(capsys.readouterr().out)
+    assert [(row["key"], row["version"], row["alias"]) for row in result["customers"]] == [
+        (name, 1, "champion") for name in ("acme", "bolt", "crisp")
+    ]
+    assert "prefect" not in result["next"] and result["next"].startswith(
+        "prefixfleet generate --customer acme --input 'name : acme"
+    )
+
+    assert cli.main(["status", "--customer", "bolt", "--json"]) == 0
+    (bolt,) = json.loads(capsys.readouterr().out)["customers"]
+    assert (bolt["key"], bolt["version"], bolt["champion_version"], bolt["scores"]["bleu"]) == ("bolt", 1, 1, 40.0)
+    assert cli.main(["status"]) == 0
+    assert "crisp" in capsys.readouterr().out
+
+
+def test_run_with_nothing_to_do_says_so_and_does_not_start_prefect(
+    home: Home, fleet_file: Path, fake_stages: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import prefect_api
+
+    for stage in ("prepare", "train", "evaluate", "register"):
+        assert cli.main([stage, str(fleet_file)]) == 0
+    monkeypatch.setattr(prefect_api, "prefect_api", lambda home: pytest.fail("Prefect was started"))
+    capsys.readouterr()
+    assert cli.main(["run", str(fleet_file), "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("nothing to do") == 3
+    assert cli.main(["run", str(fleet_file)]) == 0
+    assert "Nothing to do" in capsys.readouterr().out
+    # Changed data makes exactly that customer due, and a dry run changes nothing.
+    with (fleet_file.parent / "bolt.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"input": "new", "target": "New."}\n')
+    before = sorted(home.root.rglob("*"))
+    assert cli.main(["run", str(fleet_file), "--dry-run", "--json"]) == 0
+    due = {row["key"]: row["due"] for row in json.loads(capsys.readouterr().out)["customers"]}
+    assert due == {"acme": [], "bolt": ["prepare", "train", "evaluate", "register"], "crisp": []}
+    assert sorted(home.root.rglob("*")) == before
+
+
+def test_unreachable_prefect_server_is_named_within_seconds(
+    home: Home, fleet_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"http://127.0.0.1:{closed_port()}/api"
+    monkeypatch.setenv("PREFECT_API_URL", url)
+    started = time.monotonic()
+    assert cli.main(["run", str(fleet_file)]) == 2
+    assert f"PREFECT_API_URL={url}: no Prefect server answers" in capsys.readouterr().err
+    assert time.monotonic() - started < 20
+
+
+def test_unreachable_mlflow_server_is_named_within_seconds(
+    home: Home, fleet_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"http://127.0.0.1:{closed_port()}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+    started = time.monotonic()
+    assert cli.main(["run", str(fleet_file)]) != 0
+    errors = capsys.readouterr().err
+    assert url in errors and "MLFLOW_TRACKING_URI" in errors and "Traceback" not in errors
+    assert time.monotonic() - started < 40
+
+
+def test_json_of_a_run_is_all_that_stands_on_standard_output(home: Home, fleet_file: Path) -> None:
+    (fleet_file.parent / "bolt.jsonl").write_text("nonsense\n", encoding="utf-8")
+    process = start(fleet_file, home, "--json")
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 1, errors
+    result = json.loads(out)
+    assert [(row["key"], row["status"]) for row in result["customers"]] == [
+        ("acme", "done"),
+        ("bolt", "failed"),
+        ("crisp", "done"),
+    ]
+    assert "prepare bolt: failed" in errors and "Traceback" not in errors
+    assert set(result["stage_seconds"]) == {"prepare", "train", "evaluate", "register"}
+    assert Path(result["report"]).is_file() and family_of(home) == []
+    # The user's own Prefect is untouched: everything of ours lies below our home.
+    assert (home.prefect / "prefect.db").is_file()
+
+
+@pytest.mark.parametrize("whom", ["process", "group"])
+def test_ctrl_c_ends_everything_within_ten_seconds(ready_home: Home, fleet_file: Path, whom: str) -> None:
+    process = start(fleet_file, ready_home, FAKE_STAGE="train:hang")
+    try:
+        assert wait_until(lambda: stage_is_running(ready_home)), process.communicate(timeout=5)
+        time.sleep(1.5)
+        stopped = time.monotonic()
+        # `kill -INT` reaches the process alone, a terminal's Ctrl-C its whole group.
+        (os.kill if whom == "process" else os.killpg)(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+        assert time.monotonic() - stopped < 10
+        assert process.returncode == 130 and "run the same command again" in errors and "Traceback" not in errors, errors
+        assert family_of(ready_home) == []
+    finally:
+        process.kill()
+
+
+def test_sigterm_ends_everything_and_is_status_143(ready_home: Home, fleet_file: Path) -> None:
+    process = start(fleet_file, ready_home, FAKE_STAGE="train:hang")
+    try:
+        assert wait_until(lambda: stage_is_running(ready_home)), process.communicate(timeout=5)
+        time.sleep(1.0)
+        process.terminate()
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode == 143 and "Traceback" not in errors, errors
+        assert family_of(ready_home) == []
+    finally:
+        process.kill()
+
+
+def test_sigkill_leaves_neither_children_nor_prefect_s_api_behind(ready_home: Home, fleet_file: Path) -> None:
+    process = start(fleet_file, ready_home, FAKE_STAGE="train:wait")
+    assert wait_until(lambda: stage_is_running(ready_home))
+    time.sleep(0.5)
+    process.kill()
+    process.wait()
+    assert wait_until(lambda: not family_of(ready_home), 15), [p.cmdline() for p in family_of(ready_home)]
+
+
+def test_output_cut_off_by_head_is_no_traceback(home: Home, fleet_file: Path) -> None:
+    line = f"{sys.executable} {HERE / 'fake_cli.py'} run {fleet_file} --dry-run --json | true; echo ${{PIPESTATUS[0]}}"
+    env = {**os.environ, "PREFIXFLEET_HOME": str(home.root), "PYTHONPATH": str(HERE.parent.parent)}
+    bash = shutil.which("bash") or "bash"
+    done = subprocess.run([bash, "-c", line], capture_output=True, text=True, timeout=60, env=env)
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr

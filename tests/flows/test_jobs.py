@@ -1,0 +1,119 @@
+"""What is due and what jobs are made of it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows import jobs
+from pipeline.base import BaseModelInfo
+from pipeline.config import Customer, Fleet
+from pipeline.home import Home
+from pipeline.training.job import read_job
+
+CARD = {"fingerprint": "f" * 64}
+
+
+def base(**changes: Any) -> BaseModelInfo:
+    known: dict[str, Any] = {
+        "id": "base",
+        "path": Path("/models/base"),
+        "revision": None,
+        "digest": "b" * 64,
+        "tokenizer_digest": "t" * 64,
+        "is_encoder_decoder": False,
+        "model_type": "llama",
+        "max_positions": 512,
+    }
+    return BaseModelInfo(**{**known, **changes})
+
+
+def customer(id: str = "acme", **settings: Any) -> Customer:
+    return Customer.model_validate({"id": id, "data": "/data/acme.jsonl", **settings})
+
+
+def digests(
+    home: Home, card: dict[str, Any] = CARD, on: BaseModelInfo | None = None, dtype: str = "auto", **settings: Any
+) -> tuple[str, str, str]:
+    member = jobs.job_customer(customer(**settings), card, on or base(), dtype, home)
+    return member.config_digest, member.train_digest, member.evaluate_digest
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"training": {"lr": 0.01}},
+        {"prefix": {"length": 5}},
+        {"prompt": {"template": "Say: {input}\n"}},
+        {"card": {"fingerprint": "e" * 64}},
+        {"on": base(digest="c" * 64)},
+        {"on": base(tokenizer_digest="c" * 64)},
+        {"dtype": "float32"},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_whatever_makes_another_prefix_makes_another_train_digest(tmp_path: Path, changed: dict[str, Any]) -> None:
+    before, after = digests(Home(tmp_path)), digests(Home(tmp_path), **changed)
+    assert before[1] != after[1] and before[2] != after[2]
+
+
+@pytest.mark.parametrize("evaluation", [{"num_beams": 2}, {"gate": {"min_score": 3.0}}, {"max_new_tokens": 9}])
+def test_evaluation_settings_change_the_evaluation_and_not_the_prefix(tmp_path: Path, evaluation: dict[str, Any]) -> None:
+    before, after = digests(Home(tmp_path)), digests(Home(tmp_path), evaluation=evaluation)
+    assert before[:2] == after[:2] and before[2] != after[2]
+
+
+def test_where_a_base_lies_or_data_is_read_from_changes_no_digest(tmp_path: Path) -> None:
+    moved = digests(Home(tmp_path / "elsewhere"), on=base(path=Path("/other/base"), id="other"), data="/other/acme.csv")
+    assert moved == digests(Home(tmp_path))
+
+
+def test_max_new_tokens_is_the_prompt_s_target_length_unless_given(tmp_path: Path) -> None:
+    member = jobs.job_customer(customer(prompt={"max_target_tokens": 33}), CARD, base(), "auto", Home(tmp_path))
+    assert member.evaluation.max_new_tokens == 33
+
+
+def test_one_job_for_each_way_to_launch(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    customers = [
+        customer("a"),
+        customer("b", launch={"accelerate_config": "cpu_2proc"}),
+        customer("c"),
+        customer("a", task="menu"),
+    ]
+    fleet = Fleet(base_model={"path": "base"}, customers=customers, name="My Fleet!")  # type: ignore[arg-type]
+    members = [(c, jobs.job_customer(c, CARD, base(), "auto", home)) for c in fleet.customers]
+    planned = jobs.plan(fleet, members, base(), home)
+    assert [[str(c.key) for c in p.job.customers] for p in planned] == [["a", "c", "a/menu"], ["b"]]
+    assert all(p.job.name.startswith("my-fleet-") for p in planned)
+    assert planned[0].path.parent == home.job(planned[0].job.name)
+    # The same work finds the same folder, and so its checkpoints.
+    assert [p.job.name for p in jobs.plan(fleet, members, base(), home)] == [p.job.name for p in planned]
+
+
+def test_written_job_reads_back_equal_and_forgets_old_results(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    fleet = Fleet(base_model={"path": "base"}, customers=[customer()])  # type: ignore[arg-type]
+    members = [(c, jobs.job_customer(c, CARD, base(), "auto", home)) for c in fleet.customers]
+    (planned,) = jobs.plan(fleet, members, base(), home)
+    result = home.job(planned.job.name) / "acme" / "default" / "train_result.json"
+    result.parent.mkdir(parents=True)
+    result.write_text('{"format": 1, "reason": "old", "seconds": 1.0}')
+    assert jobs.result_of(planned, members[0][1], "train") == ("old", 1.0)
+    jobs.write(planned, "train")
+    assert read_job(planned.path) == planned.job
+    reason, seconds = jobs.result_of(planned, members[0][1], "train")
+    assert reason is not None and "before it came to this customer" in reason and seconds == 0.0
+
+
+def test_result_says_done_only_if_the_folder_is_there(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    fleet = Fleet(base_model={"path": "base"}, customers=[customer()])  # type: ignore[arg-type]
+    members = [(c, jobs.job_customer(c, CARD, base(), "auto", home)) for c in fleet.customers]
+    (planned,) = jobs.plan(fleet, members, base(), home)
+    folder = Path(members[0][1].prefix_dir)
+    folder.mkdir(parents=True)
+    assert jobs.due_in(planned, "train") and not jobs.due_in(planned, "evaluate")
+    (folder / "prefix.json").write_text("{}")
+    assert jobs.result_of(planned, members[0][1], "train") == (None, 0.0)
+    assert not jobs.due_in(planned, "train") and jobs.due_in(planned, "evaluate")

@@ -1,0 +1,196 @@
+"""Children of a flow: their output, their end, and ours."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from flows import launch
+from pipeline.config import LaunchSettings
+from pipeline.errors import ConfigError, EvaluationError, TrainingError
+
+LOG = logging.getLogger("test_launch")
+
+
+def run(code: str, on_event: Any = lambda event: None, name: str = "pipeline.training", log: Any = LOG) -> None:
+    launch.run_process([sys.executable, "-c", code], dict(os.environ), name, on_event, log)
+
+
+def sleepers(tag: str) -> list[psutil.Process]:
+    """Living processes with `tag` in their command line."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        if process.info["status"] != psutil.STATUS_ZOMBIE and any(tag in part for part in process.info["cmdline"] or []):
+            found.append(process)
+    return [process for process in found if process.pid != os.getpid()]
+
+
+def wait_until(condition: Any, seconds: float = 15.0) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_marked_lines_are_events_and_all_others_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    events: list[dict[str, Any]] = []
+    code = """
+import sys
+print('@prefixfleet {"stage": "train", "done": 1, "total": 2, "unit": "steps"}')
+print("plain")
+print("to stderr", file=sys.stderr)
+print("@prefixfleet {garbled")
+print("bar 1\\rbar 2")
+sys.stdout.buffer.write(b"bad \\xff byte\\n")
+print("", flush=True)
+"""
+    with caplog.at_level(logging.INFO, logger="test_launch"):
+        run(code, events.append)
+    assert events == [{"stage": "train", "done": 1, "total": 2, "unit": "steps"}]
+    assert {"plain", "to stderr", "@prefixfleet {garbled", "bar 2", "bad \ufffd byte"} == {r.getMessage() for r in caplog.records}
+
+
+def test_child_that_floods_its_output_loses_no_line(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="test_launch"):
+        run("for i in range(20000): print(i)")
+    assert [r.getMessage() for r in caplog.records] == [str(i) for i in range(20000)]
+
+
+def test_killed_child_is_named_with_its_signal_its_last_lines_and_a_remedy() -> None:
+    with pytest.raises(launch.ProcessCrash, match=r"(?s)SIGKILL.*out of memory.*last words.*run the same command again"):
+        run("import os, signal; print('last words', flush=True); os.kill(os.getpid(), signal.SIGKILL)")
+
+
+def test_only_the_last_thirty_lines_are_repeated() -> None:
+    with pytest.raises(launch.ProcessCrash) as caught:
+        run("import sys\nfor i in range(100): print('line', i)\nsys.exit(7)")
+    assert "exit status 7" in str(caught.value)
+    assert "line 70\n" in str(caught.value) and "line 69\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("pipeline.training", TrainingError), ("pipeline.evaluation", EvaluationError)])
+def test_refused_job_is_no_crash_and_not_worth_a_retry(name: str, kind: type[Exception]) -> None:
+    with pytest.raises(kind, match="error: no such base") as caught:
+        run("import sys; print('error: no such base', file=sys.stderr); sys.exit(2)", name=name)
+    assert not isinstance(caught.value, launch.ProcessCrash)
+
+
+@pytest.mark.parametrize("status", [143, 130])
+def test_child_that_was_asked_to_stop_is_no_crash(status: int) -> None:
+    with pytest.raises(TrainingError, match="from outside") as caught:
+        run(f"import sys; sys.exit({status})")
+    assert not isinstance(caught.value, launch.ProcessCrash)
+
+
+@pytest.mark.parametrize("config", ["cpu", "cpu_2proc"])
+def test_error_behind_the_real_launcher_is_that_of_the_process_it_started(
+    tmp_path: Path, config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # `accelerate launch` ends with status 1 whatever happened, with a traceback of its own.
+    (tmp_path / "dies.py").write_text(
+        "import os, signal, sys\nprint('argument', sys.argv[1], flush=True)\nos.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(launch.ProcessCrash) as caught:
+        launch.run_module("dies", tmp_path / "job.yaml", LaunchSettings(accelerate_config=config), lambda event: None, LOG)
+    assert "SIGKILL" in str(caught.value) and f"argument {tmp_path / 'job.yaml'}" in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+
+
+def test_interrupt_ends_child_and_grandchild_in_another_session_and_ignoring_sigterm() -> None:
+    tag = f"sleeper-{os.getpid()}-a"
+    grandchild = f"import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); '{tag}'; time.sleep(600)"
+    code = f"import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', {grandchild!r}], start_new_session=True)\ntime.sleep(600)"
+
+    def interrupt() -> None:
+        wait_until(lambda: len(sleepers(tag)) >= 2)
+        time.sleep(0.3)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        run(code)
+    assert sleepers(tag) == []
+
+
+def test_grandchildren_of_a_killed_launcher_do_not_outlive_it() -> None:
+    tag = f"sleeper-{os.getpid()}-b"
+    grandchild = f"import time; '{tag}'; time.sleep(600)"
+    code = f"""
+import os, signal, subprocess, sys, time
+subprocess.Popen([sys.executable, '-c', {grandchild!r}])
+time.sleep(2.5)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    with pytest.raises(launch.ProcessCrash, match="SIGKILL"):
+        run(code)
+    assert sleepers(tag) == []
+
+
+def test_child_ends_when_its_parent_is_killed() -> None:
+    tag = f"sleeper-{os.getpid()}-c"
+    child = f"from pipeline.process import exit_with_parent; import time; exit_with_parent(); '{tag}'; time.sleep(600)"
+    parent = f"""
+import logging, os, sys
+from flows import launch
+env = {{**os.environ, "PREFIXFLEET_EXIT_WITH_PARENT": "1"}}
+launch.run_process([sys.executable, "-c", {child!r}], env, "x", print, logging.getLogger())
+"""
+    process = subprocess.Popen([sys.executable, "-c", parent])
+    try:
+        assert wait_until(lambda: any(p.ppid() == process.pid for p in sleepers(tag)), 30)
+        time.sleep(0.5)
+    finally:
+        process.kill()
+        process.wait()
+    assert wait_until(lambda: not sleepers(tag))
+
+
+def test_environment_sets_what_is_unset_and_leaves_what_the_user_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "7")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    env = launch.environment(LaunchSettings())
+    cores = len(os.sched_getaffinity(0))
+    assert (env["OMP_NUM_THREADS"], env["MALLOC_TRIM_THRESHOLD_"], env["HF_HUB_OFFLINE"]) == (str(cores), "7", "0")
+    assert launch.environment(LaunchSettings(accelerate_config="cpu_2proc"))["OMP_NUM_THREADS"] == str(max(1, cores // 2))
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert launch.environment(LaunchSettings())["OMP_NUM_THREADS"] == "3"
+
+
+def test_unknown_accelerate_config_is_named_with_those_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"gpus\.yaml.*cpu, cpu_2proc, multi_gpu_ddp, single_gpu"):
+        launch.config_file(LaunchSettings(accelerate_config="gpus"))
+
+
+def test_more_processes_than_the_config_starts_are_refused() -> None:
+    with pytest.raises(ConfigError, match="starts one process"):
+        launch.config_file(LaunchSettings(accelerate_config="cpu", num_processes=2))
+
+
+def test_processes_are_the_config_file_s_unless_the_fleet_file_says(tmp_path: Path) -> None:
+    assert "--num_processes" not in launch.command("m", tmp_path, LaunchSettings(accelerate_config="cpu_2proc"))
+    named = launch.command("m", tmp_path, LaunchSettings(accelerate_config="multi_gpu_ddp", num_processes=4))
+    assert named[named.index("--num_processes") + 1] == "4"
+
+
+def test_two_process_config_starts_two_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "ranks.py").write_text(
+        "import os\nprint('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'], flush=True)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with caplog.at_level(logging.INFO, logger="test_launch"):
+        launch.run_module("ranks", tmp_path / "job.yaml", LaunchSettings(accelerate_config="cpu_2proc"), lambda event: None, LOG)
+    assert {"rank 0 of 2", "rank 1 of 2"} <= {record.getMessage() for record in caplog.records}

@@ -1,0 +1,362 @@
+"""Every customer of a job is evaluated in mixed batches; what is wrong with one is its own; nothing is done twice."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.data.records import Record
+from pipeline.evaluation.run import evaluate_job
+from pipeline.files import read_json, write_json
+from pipeline.training.job import Job, JobCustomer, write_job
+from pipeline.training.results import read_result
+
+GOOD = "Place number {} is a quiet house by the river."
+
+
+def knows(engine, *customers: JobCustomer) -> None:
+    """Let the fake engine answer well with the prefixes of `customers`."""
+    for customer in customers:
+        engine.answers[customer.prefix_dir] = lambda prompt: GOOD.format(prompt[0])
+
+
+def result(job: Job, index: int = 0) -> dict:
+    found = read_result(job, job.customers[index].key, "eval")
+    assert found is not None
+    return found
+
+
+def folder(job: Job, index: int = 0) -> Path:
+    return Path(job.customers[index].evaluation_dir)
+
+
+def test_all_customers_share_one_call_and_one_loaded_base(make_job, engine) -> None:
+    job = make_job("acme", "bistro", "bistro/menu")
+    knows(engine, *job.customers)
+    evaluate_job(job, engine.load)
+    assert engine.loads == 1
+    assert engine.calls == [(3 * 2 * 12, 32, 1)]
+    assert [result(job, i)["status"] for i in range(3)] == ["done"] * 3
+
+
+def test_the_folder_holds_outputs_scores_decision_and_report_of_this_prefix(make_job, engine) -> None:
+    job = make_job("acme")
+    knows(engine, *job.customers)
+    evaluate_job(job, engine.load)
+    assert sorted(p.name for p in folder(job).iterdir()) == ["decision.json", "generations.jsonl", "metrics.json", "report.html"]
+    lines = [json.loads(line) for line in (folder(job) / "generations.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert lines[3] == {
+        "input": "name: place 3",
+        "references": [GOOD.format(3)],
+        "base": "the base says little",
+        "prefix": GOOD.format(3),
+        "fields": {"size": 3},
+    }
+    metrics = read_json(folder(job) / "metrics.json", 1)
+    assert (metrics["customer"], metrics["digest"], metrics["records"]) == ("acme", job.customers[0].evaluate_digest, 12)
+    assert metrics["prefix_digest"] == job.customers[0].train_digest
+    assert set(metrics["scores"]["base"]) == {"bleu", "rougeL", "chrf"}
+    assert metrics["scores"]["prefix"]["bleu"] == {"score": 100, "low": 100, "high": 100}
+    assert metrics["settings"] == {"num_beams": 1, "max_new_tokens": 32, "bootstrap_resamples": 200, "seed": 12345}
+    decision = read_json(folder(job) / "decision.json", 1)
+    assert decision["decision"] == "promote"
+    assert decision["gate"] == {"metric": "bleu", "min_gain_over_base": 0.0, "min_score": None}
+
+
+def test_a_prefix_that_does_not_beat_the_base_is_rejected_but_evaluated(make_job, engine) -> None:
+    job = make_job("acme")
+    engine.answers[job.customers[0].prefix_dir] = engine.answers[None]
+    evaluate_job(job, engine.load)
+    assert result(job)["status"] == "done"
+    assert read_json(folder(job) / "decision.json", 1)["decision"] == "reject"
+
+
+def no_prefix(customer: JobCustomer) -> None:
+    (Path(customer.prefix_dir) / "prefix.json").unlink()
+
+
+def damaged_prefix(customer: JobCustomer) -> None:
+    (Path(customer.prefix_dir) / "prefix.json").write_text("{", encoding="utf-8")
+
+
+def foreign_prefix(customer: JobCustomer) -> None:
+    path = Path(customer.prefix_dir) / "prefix.json"
+    write_json(path, {**read_json(path, 1), "digest": "0" * 64})
+
+
+def no_data(customer: JobCustomer) -> None:
+    (Path(customer.prepared) / "test.parquet").unlink()
+
+
+def damaged_data(customer: JobCustomer) -> None:
+    (Path(customer.prepared) / "test.parquet").write_bytes(b"PAR1 no")
+
+
+def other_data(customer: JobCustomer) -> None:
+    path = Path(customer.prepared) / "card.json"
+    write_json(path, {**read_json(path, 1), "fingerprint": "0" * 64})
+
+
+def incomplete_card(customer: JobCustomer) -> None:
+    write_json(Path(customer.prepared) / "card.json", {"format": 1, "fingerprint": customer.data_fingerprint})
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (no_prefix, "no such file"),
+        (damaged_prefix, "cannot be read"),
+        (foreign_prefix, "another prefix"),
+        (no_data, "no such file"),
+        (damaged_data, "cannot be read"),
+        (other_data, "prepared anew"),
+        (incomplete_card, "KeyError"),
+    ],
+)
+def test_what_is_wrong_with_one_customer_is_that_customers(make_job, engine, harm, message) -> None:
+    job = make_job("acme", "bistro")
+    knows(engine, *job.customers)
+    harm(job.customers[0])
+    evaluate_job(job, engine.load)
+    assert result(job, 0)["status"] == "failed"
+    assert message in result(job, 0)["reason"]
+    assert not folder(job, 0).exists()
+    assert result(job, 1)["status"] == "done"
+    assert folder(job, 1).exists()
+
+
+def test_an_empty_test_split_fails_with_the_remedy_and_loads_no_base(make_job, engine) -> None:
+    job = make_job("acme", records=[])
+    evaluate_job(job, engine.load)
+    assert "test split is empty. Give the customer a `test` file" in result(job)["reason"]
+    assert engine.loads == 0
+
+
+def test_a_customer_that_breaks_the_mixed_batch_fails_alone(make_job, engine, capfd) -> None:
+    job = make_job("acme", "bistro", "cafe")
+    knows(engine, *job.customers)
+
+    def breaks(prompt: list[int]) -> str:
+        raise RuntimeError("out of memory")
+
+    engine.answers[job.customers[1].prefix_dir] = breaks
+    evaluate_job(job, engine.load)
+    assert [result(job, i)["status"] for i in range(3)] == ["done", "failed", "done"]
+    assert result(job, 1)["reason"] == "RuntimeError: out of memory"
+    assert "trying each alone" in capfd.readouterr().out
+
+
+def test_an_evaluation_that_exists_is_not_made_again(make_job, engine) -> None:
+    job = make_job("acme", "bistro")
+    knows(engine, *job.customers)
+    evaluate_job(job, engine.load)
+    before = (folder(job) / "metrics.json").stat().st_mtime_ns
+    evaluate_job(job, engine.load)
+    assert engine.loads == 1
+    assert (folder(job) / "metrics.json").stat().st_mtime_ns == before
+    assert result(job)["status"] == "done"
+
+
+def next_prefix(job: Job, **evaluation: object) -> Job:
+    """The same customer, trained anew."""
+    customer = job.customers[0]
+    old = Path(customer.prefix_dir)
+    new = old.with_name("9" * 16)
+    new.mkdir()
+    write_json(new / "prefix.json", {**read_json(old / "prefix.json", 1), "digest": "9" * 64})
+    changed = dataclasses.replace(
+        customer,
+        train_digest="9" * 64,
+        prefix_dir=str(new),
+        evaluate_digest="8" * 64,
+        evaluation_dir=str(folder(job).with_name("8" * 16)),
+        evaluation=dataclasses.replace(customer.evaluation, **evaluation),
+    )
+    return dataclasses.replace(job, customers=[changed])
+
+
+def test_outputs_of_the_base_are_taken_from_an_earlier_evaluation_of_the_same_test_split(make_job, engine) -> None:
+    job = make_job("acme")
+    knows(engine, *job.customers)
+    evaluate_job(job, engine.load)
+    again = next_prefix(job)
+    knows(engine, *again.customers)
+    evaluate_job(again, engine.load)
+    assert [rows for rows, _, _ in engine.calls] == [24, 12]
+    first, second = (read_json(folder(j) / "metrics.json", 1) for j in (job, again))
+    assert first["scores"]["base"] == second["scores"]["base"]
+    assert first["base_generation_digest"] == second["base_generation_digest"]
+
+
+@pytest.mark.parametrize("change", [{"num_beams": 2}, {"max_new_tokens": 8}])
+def test_outputs_of_the_base_are_made_again_when_settings_changed(make_job, engine, change) -> None:
+    job = make_job("acme")
+    knows(engine, *job.customers)
+    evaluate_job(job, engine.load)
+    again = next_prefix(job, **change)
+    knows(engine, *again.customers)
+    evaluate_job(again, engine.load)
+    assert [rows for rows, _, _ in engine.calls] == [24, 24]
+
+
+def test_a_damaged_earlier_evaluation_only_means_generating_again(make_job, engine) -> None:
+    job = make_job("acme")
+    knows(engine, *job.customers)
+    evaluate_job(job, engine.load)
+    (folder(job) / "generations.jsonl").write_text('{"bas', encoding="utf-8")
+    again = next_prefix(job)
+    knows(engine, *again.customers)
+    evaluate_job(again, engine.load)
+    assert result(again)["status"] == "done"
+    assert [rows for rows, _, _ in engine.calls] == [24, 24]
+
+
+def test_customers_with_other_generation_settings_get_a_call_of_their_own(make_job, engine) -> None:
+    one, other = make_job("acme", "bistro"), make_job("cafe", max_new_tokens=8)
+    job = dataclasses.replace(one, customers=[*one.customers, *other.customers])
+    knows(engine, *job.customers)
+    evaluate_job(job, engine.load)
+    assert sorted(engine.calls) == [(24, 8, 1), (48, 32, 1)]
+
+
+def test_finished_customers_are_kept_when_a_later_call_kills_the_process(make_job, engine, monkeypatch) -> None:
+    monkeypatch.setattr("pipeline.evaluation.run._ROWS_PER_CALL", 24)
+    job = make_job("acme", "bistro")
+    knows(engine, job.customers[0])
+
+    def stop(prompt: list[int]) -> str:
+        raise SystemExit(143)
+
+    engine.answers[job.customers[1].prefix_dir] = stop
+    with pytest.raises(SystemExit):
+        evaluate_job(job, engine.load)
+    assert folder(job, 0).exists()
+    assert not folder(job, 1).parent.exists()
+    assert read_result(job, job.customers[1].key, "eval") is None
+
+
+def test_empty_outputs_other_scripts_and_hostile_text_go_through(make_job, engine) -> None:
+    records = [
+        Record([0], [1], "<script>alert(1)</script>", ["静かな川辺の家です。", "بيت هادئ"]),
+        Record([1], [1], "\U0001f3e0", ["بيت\u202e"], {"note": "\U0001f30a"}),
+    ]
+    job = make_job("acme", records=records)
+    engine.answers[job.customers[0].prefix_dir] = lambda prompt: "" if prompt[0] else "静かな\x00家</div><img src=x>"
+    evaluate_job(job, engine.load)
+    assert result(job)["status"] == "done"
+    report = (folder(job) / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in report
+    assert "<img" not in report
+    assert "\x00" not in report
+    assert "use chrf" in report
+
+
+def test_mlflow_gets_scores_and_report_in_the_prefixs_own_run(make_job, engine, tmp_path, monkeypatch) -> None:
+    pytest.importorskip("mlflow")
+    from mlflow import MlflowClient
+
+    from pipeline.home import Home
+    from pipeline.registry.store import ensure_store, experiment_id
+
+    home = Home(tmp_path / "home")
+    monkeypatch.setenv("PREFIXFLEET_HOME", str(home.root))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    ensure_store(home)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", os.environ["MLFLOW_TRACKING_URI"])  # taken back after the test
+    run = MlflowClient().create_run(experiment_id("x", home))
+    job = make_job("acme", run_id=run.info.run_id)
+    gone = make_job("bistro", run_id="0" * 32)
+    job = dataclasses.replace(job, customers=[*gone.customers, *job.customers])
+    knows(engine, *job.customers)
+    evaluate_job(job, engine.load)
+    assert [result(job, i)["status"] for i in range(2)] == ["done", "done"]  # a run that is gone is a warning
+    logged = MlflowClient().get_run(run.info.run_id).data.metrics
+    scores = read_json(folder(job, 1) / "metrics.json", 1)["scores"]
+    assert logged["bleu"] == scores["prefix"]["bleu"]["score"]
+    assert logged["base_chrf_low"] == scores["base"]["chrf"]["low"]
+    assert [f.path for f in MlflowClient().list_artifacts(run.info.run_id, "evaluation")] == ["evaluation/report.html"]
+
+
+def test_an_unreachable_mlflow_is_a_warning_and_is_asked_once(make_job, engine, monkeypatch, capfd) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    job = make_job("acme", "bistro", run_id="0" * 32)
+    knows(engine, *job.customers)
+    evaluate_job(job, engine.load)
+    assert [result(job, i)["status"] for i in range(2)] == ["done", "done"]
+    assert capfd.readouterr().out.count("does not answer") == 1
+
+
+def command(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline.evaluation", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_a_bad_job_file_ends_with_status_2_and_one_message(tmp_path) -> None:
+    child = command(str(tmp_path / "none.yaml"))
+    _, errors = child.communicate(timeout=120)
+    assert child.returncode == 2
+    assert "no such job file" in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_another_base_than_the_jobs_ends_with_status_2(make_job, tmp_path, example_base) -> None:
+    job = make_job("acme")
+    job = dataclasses.replace(job, base=dataclasses.replace(job.base, id=str(example_base), path=str(example_base)))
+    write_job(tmp_path / "job.yaml", job)
+    child = command(str(tmp_path / "job.yaml"))
+    _, errors = child.communicate(timeout=120)
+    assert child.returncode == 2
+    assert "its weights have digest" in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_the_real_engine_evaluates_and_sigterm_ends_with_143_leaving_nothing_half_done(make_job, tmp_path, example_base) -> None:
+    """An untrained prefix on the example base: what counts is that engine and evaluation fit together."""
+    import torch
+    from safetensors.torch import save_file
+
+    from pipeline.base import resolve_base
+    from pipeline.files import file_digest
+    from pipeline.prefix import load_base
+    from pipeline.training.job import JobBase
+
+    info = resolve_base(str(example_base))
+    base = JobBase(info.id, str(info.path), None, info.digest, "float32")
+    records = [Record([10 + i, 20, 30], [40], f"row {i}", ["a quiet house by the river"]) for i in range(4)]
+    job = dataclasses.replace(make_job("acme", records=records, max_new_tokens=6), base=base)
+    prefix_dir = Path(job.customers[0].prefix_dir)
+    tensors = {}
+    for name, site in load_base(base).sites.items():
+        for part in ("key", "value"):
+            tensors[f"{name}.{part}"] = torch.zeros(site.heads, 2, site.head_dim)
+    save_file(tensors, prefix_dir / "prefix.safetensors")
+    config = read_json(prefix_dir / "prefix.json", 1)
+    config["base"]["digest"] = info.digest
+    write_json(prefix_dir / "prefix.json", {**config, "weights_sha256": file_digest(prefix_dir / "prefix.safetensors")})
+    write_job(tmp_path / "job.yaml", job)
+
+    killed = command(str(tmp_path / "job.yaml"))
+    assert killed.stdout is not None
+    killed.stdout.readline()  # the first line of progress: the engine is being loaded
+    killed.send_signal(signal.SIGTERM)
+    assert killed.wait(timeout=60) == 143
+    assert not folder(job).exists()
+
+    started = time.monotonic()
+    child = command(str(tmp_path / "job.yaml"))
+    out, errors = child.communicate(timeout=300)
+    assert child.returncode == 0, errors
+    assert result(job)["status"] == "done", result(job)["reason"]
+    assert result(job)["seconds"] <= time.monotonic() - started
+    assert "evaluate: 8/8 rows" in out
+    assert len((folder(job) / "generations.jsonl").read_text(encoding="utf-8").splitlines()) == 4

@@ -1,0 +1,230 @@
+"""Synthetic prefixes and evaluations, and the two stores: embedded SQLite, and a real MLflow server on loopback."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+from safetensors.numpy import save_file
+
+from pipeline.files import file_digest, write_json
+from pipeline.home import Home
+from pipeline.registry import ensure_store, store
+
+Made = tuple[Path, Path]
+Make = Callable[..., Made]
+
+
+def sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def make_folders(
+    root: Path,
+    customer: str = "acme",
+    task: str = "default",
+    seed: int = 0,
+    decision: str = "promote",
+    bleu: float = 41.5,
+    base: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Made:
+    """A prefix folder and an evaluation folder as training and evaluation write them. `seed` makes another prefix."""
+    digest = sha(f"{customer}/{task}/{seed}")
+    prefix_dir, evaluation_dir = root / "prefixes" / digest[:16], root / "evaluations" / f"{digest[:16]}-{decision}-{bleu}"
+    prefix_dir.mkdir(parents=True)
+    evaluation_dir.mkdir(parents=True)
+    noise = numpy.random.default_rng(seed)  # no torch here: children of the tests import this file
+    tensors = {
+        f"decoder.self.{layer}.{part}": noise.standard_normal((2, 5, 64), dtype=numpy.float32)
+        for layer in range(6)
+        for part in ("key", "value")
+    }
+    save_file(tensors, prefix_dir / "prefix.safetensors", metadata={"format": "pt"})
+    prefix = {
+        "format": 1,
+        "customer": customer,
+        "task": task,
+        "digest": digest,
+        "weights_sha256": file_digest(prefix_dir / "prefix.safetensors"),
+        "prefix": {
+            "length": 5,
+            "layers": "all",
+            "reparam": "none",
+            "init": "text",
+            "init_text": None,
+            "sites": {f"decoder.self.{layer}": {"heads": 2, "head_dim": 64} for layer in range(6)},
+            "parameters": 7680,
+        },
+        "prompt": {
+            "template": "{input}\n",
+            "eos": True,
+            "truncation_side": "none",
+            "max_input_tokens": 384,
+            "max_target_tokens": 8,
+        },
+        "chat": False,
+        "base": base
+        or {
+            "id": "examples/base",
+            "path": "/nowhere/base",
+            "revision": None,
+            "digest": sha("base"),
+            "model_type": "llama",
+            "is_encoder_decoder": False,
+            "tokenizer_digest": sha("tokenizer"),
+        },
+        "training": {"max_steps": 400, "lr": 0.005, "steps": 200, "best_dev_loss": 1.25, "history": [{"step": 1, "loss": 3.0}]},
+        "lineage": {
+            "data_fingerprint": sha("data"),
+            "config_digest": sha("config"),
+            "seed": seed,
+            "code_version": "0.1.0+abc",
+            "parent": None,
+            "counts": {"train": 300},
+        },
+        "run_id": None,
+    }
+    write_json(prefix_dir / "prefix.json", {**prefix, **changes})
+    scores = {
+        "base": {"bleu": {"score": 3.25, "low": 2.0, "high": 4.5}, "rougeL": {"score": 20.0, "low": 18.0, "high": 22.0}},
+        "prefix": {"bleu": {"score": bleu, "low": 39.0, "high": 44.0}, "rougeL": {"score": 60.0, "low": 58.0, "high": 62.0}},
+    }
+    metrics = {
+        "format": 1,
+        "customer": customer,
+        "task": task,
+        "digest": sha(f"{digest}{decision}{bleu}"),
+        "prefix_digest": digest,
+    }
+    write_json(evaluation_dir / "metrics.json", {**metrics, "records": 1, "scores": scores, "seconds": 1.0})
+    write_json(evaluation_dir / "decision.json", {"format": 1, "decision": decision, "reasons": [f"bleu is {bleu}"], "gate": {}})
+    (evaluation_dir / "report.html").write_text(f"<p>bleu {bleu}</p>")
+    record = {"input": "name : The Punter", "references": ["The Punter."], "base": "a", "prefix": "b", "fields": {}}
+    (evaluation_dir / "generations.jsonl").write_text(json.dumps(record) + "\n")
+    return prefix_dir, evaluation_dir
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """`make_folders` below this test's own folder."""
+
+    def call(**arguments: Any) -> Made:
+        call.count += 1  # type: ignore[attr-defined]
+        return make_folders(tmp_path / f"made{call.count}", **arguments)  # type: ignore[attr-defined]
+
+    call.count = 0  # type: ignore[attr-defined]
+    return call
+
+
+@pytest.fixture(scope="session")
+def fresh_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with an empty embedded store, made once (seconds) and copied."""
+    root = tmp_path_factory.mktemp("fresh")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.setattr(store, "_uri_set_here", None)
+        ensure_store(Home(root))
+    return root
+
+
+@pytest.fixture
+def sqlite(tmp_path: Path, fresh_home: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
+    """A home of this test's own with an embedded store; a space and a percent sign are in its path."""
+    root = tmp_path / "home 100%"
+    shutil.copytree(fresh_home, root)
+    monkeypatch.setenv("PREFIXFLEET_HOME", str(root))
+    monkeypatch.delenv("MLFLOW_REGISTRY_URI", raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(store, "_uri_set_here", None)
+    monkeypatch.setattr(store, "_ready", set())
+    ensure_store(Home(root))
+    return Home(root)
+
+
+class Child:
+    """A process forked from one that has imported MLflow but opened no store: it starts at once and shares no connection."""
+
+    def __init__(self, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["mlflow.pyfunc", "pipeline.registry", "safetensors.numpy", "pytest"])
+        wanted = {k: v for k, v in os.environ.items() if k.startswith(("MLFLOW_", "PREFIXFLEET_"))}
+        self._process = context.Process(target=_run_in, args=(wanted, os.getcwd(), function, arguments))
+        self._process.start()
+
+    def wait(self) -> int | None:
+        """The exit status."""
+        self._process.join(120)
+        return self._process.exitcode
+
+
+def _run_in(wanted: dict[str, str], folder: str, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    # The fork server keeps the environment of the test that started it.
+    for name in [k for k in os.environ if k.startswith(("MLFLOW_", "PREFIXFLEET_"))]:
+        del os.environ[name]
+    os.environ.update(wanted)
+    os.chdir(folder)
+    function(*arguments)
+
+
+@pytest.fixture
+def in_child() -> Callable[..., Child]:
+    """`in_child(function, *arguments)` runs a module's function in another process with this test's environment and folder."""
+    return lambda function, *arguments: Child(function, arguments)
+
+
+@pytest.fixture(scope="session")
+def server_uri(fresh_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real MLflow server with a database of its own."""
+    root = tmp_path_factory.mktemp("server")
+    shutil.copyfile(fresh_home / "mlflow.db", root / "mlflow.db")  # creating it again would take seconds
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{root}/mlflow.db", "--artifacts-destination", str(root / "artifacts")]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with (root / "log").open("wb") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=root, start_new_session=True)
+        try:
+            uri = f"http://127.0.0.1:{port}"
+            deadline = time.monotonic() + 90
+            while True:
+                try:
+                    urllib.request.urlopen(f"{uri}/health", timeout=2).close()
+                    break
+                except OSError:
+                    assert server.poll() is None and time.monotonic() < deadline, (root / "log").read_text()
+                    time.sleep(0.1)
+            yield uri
+        finally:
+            os.killpg(server.pid, 15)
+            server.wait(20)
+
+
+@pytest.fixture
+def server(server_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
+    """A home whose MLflow is the server. Tests share the server, so they use customers of their own."""
+    monkeypatch.setenv("PREFIXFLEET_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server_uri)
+    monkeypatch.delenv("MLFLOW_REGISTRY_URI", raising=False)
+    monkeypatch.setattr(store, "_ready", set())
+    ensure_store(Home.current())
+    return Home.current()
+
+
+@pytest.fixture(params=["sqlite", "server"])
+def home(request: pytest.FixtureRequest) -> Home:
+    """Either store."""
+    return request.getfixturevalue(request.param)

@@ -1,0 +1,99 @@
+"""A registered prefix answers: through MLflow alone in a fresh process, and only on the base that it was trained on."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.base import resolve_base
+from pipeline.errors import BaseModelError
+from pipeline.home import Home
+from pipeline.keys import CustomerKey
+from pipeline.registry import base_lookup, base_of, lookup, register
+
+_PREDICT = """
+import json
+import mlflow, pandas
+acme, bistro = (mlflow.pyfunc.load_model(f"models:/prefixfleet.{name}@champion") for name in ("acme", "bistro"))
+inputs = ["name : The Punter", "name : Aromi | food : Italian"]
+table = pandas.DataFrame({"input": inputs})
+listed = acme.unwrap_python_model().predict(None, inputs)
+from pipeline.registry import base_lookup
+print(json.dumps([list(acme.predict(table)), listed, list(bistro.predict(table)), len(base_lookup._engines)]))
+"""
+
+
+@pytest.fixture
+def trained_on(example_base: Path) -> dict[str, object]:
+    """What prefix.json says of the embedded base."""
+    info = resolve_base(str(example_base))
+    return {
+        "id": "examples/base",
+        "path": str(example_base),
+        "revision": None,
+        "digest": info.digest,
+        "model_type": info.model_type,
+        "is_encoder_decoder": False,
+        "tokenizer_digest": info.tokenizer_digest,
+    }
+
+
+def test_mlflow_alone_answers_in_a_fresh_process_as_the_engine_does(
+    sqlite: Home, make, trained_on: dict[str, object], root: Path
+) -> None:
+    acme, bistro = make(base=trained_on), make(customer="bistro", seed=7, base=trained_on)
+    register(*acme)
+    register(*bistro)
+    out = subprocess.run([sys.executable, "-c", _PREDICT], cwd=root, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    frame, listed, other, engines = json.loads(out.stdout)
+    from pipeline.inference import load_engine
+
+    engine = load_engine(base_of(trained_on_prefix(acme[0])))
+    inputs = ["name : The Punter", "name : Aromi | food : Italian"]
+    slots = [engine.add(lookup(CustomerKey(name)).prefix_dir) for name in ("acme", "bistro")]
+    assert frame == listed == engine.answer(inputs, slots[0]) and other == engine.answer(inputs, slots[1])
+    assert frame != other and engines == 1  # one base for both
+    assert "arning" not in out.stderr
+
+
+def trained_on_prefix(folder: Path) -> dict[str, object]:
+    return json.loads((folder / "prefix.json").read_text())
+
+
+def test_base_is_found_where_the_environment_says_or_where_training_had_it(
+    make, trained_on: dict[str, object], example_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFIXFLEET_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("PREFIXFLEET_BASE", raising=False)
+    prefix = trained_on_prefix(make(base=trained_on)[0])
+    found = base_of(prefix)
+    assert (found.path, found.digest, found.id, found.dtype) == (str(example_base), trained_on["digest"], "examples/base", "auto")
+    moved = tmp_path / "moved"
+    shutil.copytree(example_base, moved)
+    prefix["base"]["path"] = "/nowhere/at/all"
+    with pytest.raises(BaseModelError, match="set PREFIXFLEET_BASE"):
+        base_of(prefix)
+    monkeypatch.setenv("PREFIXFLEET_BASE", str(moved))
+    assert base_of(prefix).path == str(moved)
+    assert not (tmp_path / "home").exists()
+
+
+def test_base_with_other_weights_is_refused_with_both_digests(
+    make, trained_on: dict[str, object], example_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFIXFLEET_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PREFIXFLEET_BASE", str(example_base))
+    prefix = trained_on_prefix(make(base={**trained_on, "digest": "ab" * 32})[0])
+    with pytest.raises(BaseModelError, match=f"{'ab' * 8}.*{str(trained_on['digest'])[:16]}.*correct or unset PREFIXFLEET_BASE"):
+        base_of(prefix)
+
+
+def test_prefix_of_another_base_is_not_opened(make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFIXFLEET_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("PREFIXFLEET_BASE", raising=False)
+    with pytest.raises(BaseModelError, match="customer acme"):
+        base_lookup.open_prefix(make()[0])
