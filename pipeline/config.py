@@ -57,8 +57,8 @@ class PromptSettings(Settings):
     truncation_side: Literal["none", "left", "right"] = Field(
         "none", description="cut inputs longer than max_input_tokens on this side; none: such rows go to quarantine"
     )
-    max_input_tokens: int = Field(384, ge=1)
-    max_target_tokens: int = Field(128, ge=1)
+    max_input_tokens: int = Field(384, ge=1, description="of the whole prompt, template included")
+    max_target_tokens: int = Field(128, ge=1, description="end token included; also the longest answer")
 
     @field_validator("template")
     @classmethod
@@ -83,24 +83,24 @@ class PrefixSettings(Settings):
 class TrainingSettings(Settings):
     """AdamW on the prefix; the base never changes."""
 
-    max_steps: int = Field(400, ge=1)
+    max_steps: int = Field(400, ge=1, description="optimiser steps, unless early stopping ends them before")
     batch_size: int = Field(10, ge=1, description="rows per optimiser step, over all processes")
-    lr: float = Field(5e-3, gt=0)
+    lr: float = Field(5e-3, gt=0, description="peak learning rate")
     schedule: Literal["linear", "cosine", "constant"] = Field(
         "linear", description="of the learning rate, down to zero at max_steps"
     )
-    warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises from zero")
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="the gradient of a customer's prefix is clipped to this norm")
     eval_every: int = Field(50, ge=1, description="steps between two dev losses")
     early_stopping: int | None = Field(3, ge=1, description="stop after so many dev losses without improvement; null: never")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="of the order of the rows and of the initial prefix")
 
 
 class GateSettings(Settings):
     """What a prefix must reach to become champion."""
 
-    metric: Literal[METRICS] = "bleu"  # type: ignore[valid-type]  # a tuple of literals, unpacked by typing at run time
+    metric: Literal[METRICS] = Field("bleu", description="the score that decides")  # type: ignore[valid-type]  # a tuple of literals, unpacked by typing at run time
     min_gain_over_base: float = Field(0.0, description="the score must be greater than the base's by more than this (in points)")
     min_score: float | None = Field(None, description="the score must be at least this (in points)")
 
@@ -108,8 +108,10 @@ class GateSettings(Settings):
 class EvaluationSettings(Settings):
     """Generation for the test split, and scores."""
 
-    metrics: tuple[Literal[METRICS], ...] = ("bleu", "rougeL", "chrf")  # type: ignore[valid-type]
-    gate: GateSettings = GateSettings()
+    metrics: tuple[Literal[METRICS], ...] = Field(  # type: ignore[valid-type]
+        ("bleu", "rougeL", "chrf"), min_length=1, description="scores to compute, in points from 0 to 100"
+    )
+    gate: GateSettings = Field(GateSettings(), description="what makes a champion")
     num_beams: int = Field(1, ge=1, le=64, description="1: greedy")
     max_new_tokens: int | None = Field(None, ge=1, description="by default the prompt's max_target_tokens")
     bootstrap_resamples: int = Field(1000, ge=100, le=100_000, description="for the 95 % intervals")
@@ -124,10 +126,10 @@ class EvaluationSettings(Settings):
 class ColumnSettings(Settings):
     """The names of the columns in the customer's files."""
 
-    input: str = "input"
-    target: str = "target"
-    references: str = "references"
-    messages: str = "messages"
+    input: str = Field("input", description="the text that the model is given")
+    target: str = Field("target", description="the text that it should write")
+    references: str = Field("references", description="a list of such texts, instead of a target")
+    messages: str = Field("messages", description="a chat, instead of input and target; its last assistant turn is the target")
 
 
 class DataSettings(Settings):
@@ -137,10 +139,10 @@ class DataSettings(Settings):
     """
 
     path: str | None = Field(None, description="a JSONL, CSV, TSV or Parquet file, or a hub id")
-    train: str | None = None
-    dev: str | None = None
-    test: str | None = None
-    columns: ColumnSettings = ColumnSettings()
+    train: str | None = Field(None, description="ready-made training split; a file or a hub id, as are the next two")
+    dev: str | None = Field(None, description="ready-made split for early stopping and for choosing the best step")
+    test: str | None = Field(None, description="ready-made split for the scores")
+    columns: ColumnSettings = Field(ColumnSettings(), description="where the columns have other names")
     revision: str | None = Field(None, description="hub revision, where the data is a hub id")
     name: str | None = Field(None, description="configuration name, where the data is a hub id")
 

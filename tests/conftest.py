@@ -10,6 +10,7 @@ os.environ.update(
         "DO_NOT_TRACK": "true",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "OMP_NUM_THREADS": "1",  # two test processes share two cores
         "TOKENIZERS_PARALLELISM": "false",
     }
 )

@@ -182,7 +182,9 @@ def _find_sites(base: FrozenBase) -> dict[str, Site]:
     bias_sources: dict[str, nn.Module] = {}
     for module, query, key in calls:
         of_decoder, to_decoder = query[2] == decoder_length, key[2] == decoder_length
-        kind = {(False, False): "encoder.self", (True, True): "decoder.self", (True, False): "decoder.cross"}[of_decoder, to_decoder]
+        kind = {(False, False): "encoder.self", (True, True): "decoder.self", (True, False): "decoder.cross"}[
+            of_decoder, to_decoder
+        ]
         name = f"{kind}.{counts.setdefault(kind, 0)}"
         counts[kind] += 1
         module._prefixfleet_site = name  # type: ignore[assignment]

@@ -1,0 +1,88 @@
+"""Write docs/fleet-file.md from the pydantic models, so that the page and the program cannot disagree: `python docs/make_fleet_file.py`."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from pipeline import config
+
+HEAD = """# The fleet file
+
+Made by `docs/make_fleet_file.py` from `pipeline/config.py`; do not edit.
+
+A YAML file. `base_model` and `customers` are needed, everything else has a default. Paths are relative to the fleet file. An unknown key is an error that
+names the file, the line and the nearest known key.
+
+```yaml
+base_model: {path: base}
+launch: {accelerate_config: cpu}
+defaults:
+  prefix: {length: 10}
+  training: {max_steps: 400}
+customers:
+  - {id: acme, data: data/acme.jsonl, training: {lr: 1.0e-2}}
+  - {id: bistro, data: {train: b/train.csv, dev: b/dev.csv, test: b/test.csv}}
+  - {id: bistro, task: menu, data: data/menu.jsonl}
+```
+
+The sections `prompt`, `prefix`, `training` and `evaluation` stand under `defaults` for everybody, and under a customer for that customer alone, key by key.
+`launch` stands at the top and under a customer. (`id`, `task`) is the key of a customer; ids have 1 to 63 of the characters a-z, 0-9, `-` and `_`.
+"""
+
+SECTIONS: list[tuple[str, type[BaseModel]]] = [
+    ("`base_model`", config.BaseSettings),
+    ("`launch`", config.LaunchSettings),
+    ("`data` of a customer", config.DataSettings),
+    ("`data.columns`", config.ColumnSettings),
+    ("`prompt`", config.PromptSettings),
+    ("`prefix`", config.PrefixSettings),
+    ("`training`", config.TrainingSettings),
+    ("`evaluation`", config.EvaluationSettings),
+    ("`evaluation.gate`", config.GateSettings),
+]
+
+
+def page() -> str:
+    """The page as Markdown."""
+    parts = [HEAD]
+    for title, model in SECTIONS:
+        parts.append(f"## {title}\n\n{inspect.getdoc(model)}\n\n| key | default | values | meaning |\n|---|---|---|---|")
+        for name, field in model.model_fields.items():
+            default = "(needed)" if field.default is PydanticUndefined else _default(field.default)
+            parts.append(f"| `{name}` | {default} | {_values(field)} | {field.description or ''} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _default(value: Any) -> str:
+    if isinstance(value, BaseModel):
+        return "see below"
+    return f"`{list(value) if isinstance(value, tuple) else value!r}`".replace("None", "null").replace("True", "true")
+
+
+def _values(field: Any) -> str:
+    text = str(field.annotation) if not isinstance(field.annotation, type) else field.annotation.__name__
+    for old, new in (
+        ("typing.", ""),
+        ("pipeline.config.", ""),
+        ("ColumnSettings", "section"),
+        ("GateSettings", "section"),
+        ("NoneType", "null"),
+        ("None", "null"),
+        ("Literal", ""),
+        ("|", "or"),
+    ):
+        text = text.replace(old, new)
+    limits = [
+        f"{name} {getattr(m, attribute)}" for m in field.metadata for attribute, name in _LIMITS.items() if hasattr(m, attribute)
+    ]
+    return " ".join([text.replace("[", "").replace("]", "").replace(", ...", " …"), *limits])
+
+
+_LIMITS = {"ge": "≥", "gt": ">", "le": "≤"}
+
+if __name__ == "__main__":
+    Path(__file__).with_name("fleet-file.md").write_text(page(), encoding="utf-8")

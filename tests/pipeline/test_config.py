@@ -1,0 +1,110 @@
+"""The fleet file: what it means, and what it says about mistakes."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import Fleet, load_fleet
+from pipeline.errors import ConfigError
+from pipeline.keys import CustomerKey
+
+
+def load(tmp_path: Path, text: str) -> Fleet:
+    file = tmp_path / "fleet.yaml"
+    file.write_text(text, encoding="utf-8")
+    return load_fleet(file)
+
+
+def test_customers_inherit_defaults_key_by_key(tmp_path: Path) -> None:
+    fleet = load(
+        tmp_path,
+        """
+base_model: base
+launch: {accelerate_config: single_gpu}
+defaults: {training: {lr: 0.1, max_steps: 7}, evaluation: {gate: {min_gain_over_base: 2.0}}}
+customers:
+  - {id: acme, data: a.jsonl, training: {lr: 0.2}, evaluation: {gate: {min_score: 10}}}
+  - {id: 42, task: menu, data: {train: t.csv, test: org/set}}
+""",
+    )
+    acme, other = fleet.customers
+    assert (acme.training.lr, acme.training.max_steps, acme.training.batch_size) == (0.2, 7, 10)
+    assert (acme.evaluation.gate.min_score, acme.evaluation.gate.min_gain_over_base) == (10, 2.0)
+    assert other.training.lr == 0.1 and other.key == CustomerKey("42", "menu")
+    assert acme.launch.accelerate_config == "single_gpu"
+    assert acme.data.sources == {"all": str(tmp_path / "a.jsonl")}
+    assert other.data.sources == {"train": str(tmp_path / "t.csv"), "test": "org/set"}
+    assert fleet.base_model.path == str(tmp_path / "base")
+    assert fleet.name == "fleet"
+
+
+HEAD = "base_model: base\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            HEAD + "customers:\n  - {id: acme, data: a.jsonl, prefix: {lenght: 3}}",
+            r":3: customer acme: prefix.lenght: unknown key.*'length'",
+        ),
+        (
+            HEAD + "defaults:\n  training: {max_stepz: 3}\ncustomers: [{id: a, data: a.csv}]",
+            r":3: defaults.training.max_stepz.*'max_steps'",
+        ),
+        (HEAD + "custmers: []\ncustomers: [{id: a, data: a.csv}]", r":2: custmers: unknown key.*'customers'"),
+        (HEAD + "customers:\n  - {id: ../evil, data: a.jsonl}", r":3: customer \.\./evil: id: .*not valid.*a-z"),
+        (HEAD + "customers:\n  - {id: a.b, data: a.jsonl}", "not valid"),
+        (HEAD + "customers:\n  - {id: a, task: x/y, data: a.jsonl}", "task id 'x/y' is not valid"),
+        (HEAD + "customers:\n  - {id: a, data: a.csv}\n  - {id: a, data: b.csv}", "'a' with task 'default' stands twice"),
+        (HEAD + "customers:\n  - {id: a, data: a.csv, training: {lr: -1}}", r":3: customer a: training.lr: .*greater than 0.*-1"),
+        (HEAD + "customers:\n  - {id: a, data: {dev: a.csv}}", "needs either `path`, or `train`"),
+        (HEAD + "customers:\n  - {id: a}", r"customer a: data: is missing"),
+        (HEAD + "customers: []", "at least 1"),
+        (HEAD + "customers:\n  - {id: a, data: a.csv, prompt: {template: hello}}", r"must contain \{input\}"),
+        (HEAD + "customers:\n  - {id: a, data: a.csv, evaluation: {metrics: [chrf]}}", "gate.metric is 'bleu'"),
+        ("customers: [{id: a, data: a.csv}]", "base_model: is missing"),
+        ("- a\n- b", "no mapping"),
+        ("", "is empty"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_mistakes_name_file_line_customer_and_remedy(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as caught:
+        load(tmp_path, text)
+    assert str(caught.value).startswith(str(tmp_path / "fleet.yaml"))
+
+
+def test_a_mistake_in_the_defaults_is_said_once(tmp_path: Path) -> None:
+    customers = "".join(f"  - {{id: c{i}, data: a.csv}}\n" for i in range(20))
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, HEAD + "defaults: {prefix: {length: 0}}\ncustomers:\n" + customers)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_missing_file_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        load_fleet(tmp_path / "none.yaml")
+
+
+def test_select_takes_customers_with_all_their_tasks_and_names_the_nearest_for_unknown_ones(tmp_path: Path) -> None:
+    fleet = load(
+        tmp_path, HEAD + "customers: [{id: acme, data: a.csv}, {id: acme, task: menu, data: b.csv}, {id: bistro, data: c.csv}]"
+    )
+    assert [str(c.key) for c in fleet.select(["acme"])] == ["acme", "acme/menu"]
+    assert [str(c.key) for c in fleet.select(["acme/menu", "bistro"])] == ["acme/menu", "bistro"]
+    with pytest.raises(ConfigError, match="'acne' is not in the fleet file. Did you mean 'acme'"):
+        fleet.select(["acne"])
+
+
+def test_the_page_on_the_fleet_file_is_current(root: Path) -> None:
+    spec = importlib.util.spec_from_file_location("make_fleet_file", root / "docs" / "make_fleet_file.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (root / "docs" / "fleet-file.md").read_text(encoding="utf-8") == module.page(), "run `python docs/make_fleet_file.py`"
+
+
+def test_the_example_fleet_is_valid_and_has_five_customers(root: Path) -> None:
+    assert len(load_fleet(root / "examples" / "fleet.yaml").customers) == 5
