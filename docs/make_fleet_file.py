@@ -13,8 +13,8 @@ HEAD = """# The fleet file
 
 Made by `docs/make_fleet_file.py` from `pipeline/config.py`; do not edit.
 
-A YAML file. `base_model` and `customers` are needed, everything else has a default. Paths are relative to the fleet file. An unknown key is an error that
-names the file, the line and the nearest known key.
+A YAML file. `base_model` and `customers` are needed, everything else has a default. Paths are relative to the fleet file. An unknown key
+is an error that names the file, the line and the nearest known key.
 
 ```yaml
 base_model: {path: base}
@@ -28,7 +28,8 @@ customers:
   - {id: bistro, task: menu, data: data/menu.jsonl}
 ```
 
-The sections `prompt`, `prefix`, `training` and `evaluation` stand under `defaults` for everybody, and under a customer for that customer alone, key by key.
+The sections `prompt`, `prefix`, `training` and `evaluation` stand under `defaults` for everybody, and under a customer for that customer
+alone, key by key.
 `launch` stands at the top and under a customer. (`id`, `task`) is the key of a customer; ids have 1 to 63 of the characters a-z, 0-9, `-` and `_`.
 """
 

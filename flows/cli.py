@@ -217,6 +217,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     from pipeline.errors import ConfigError
     from pipeline.home import Home
     from pipeline.keys import DEFAULT_TASK, CustomerKey
+    from pipeline.process import share_cores
 
     key = CustomerKey.parse(arguments.customer)
     if arguments.task is not None:
@@ -228,6 +229,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     from pipeline.registry.base_lookup import open_prefix
 
     home = Home.current()
+    share_cores()
     ensure_store(home)
     found = lookup(key, arguments.alias, arguments.version, home)
     for text, answer in zip(inputs, open_prefix(found.prefix_dir)(inputs), strict=True):

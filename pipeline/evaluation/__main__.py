@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from pipeline.errors import PrefixFleetError
-from pipeline.process import exit_with_parent
+from pipeline.process import exit_with_parent, share_cores
 from pipeline.training.job import read_job
 
 
@@ -17,6 +17,7 @@ def main() -> int:
     parser.add_argument("job", type=Path, help="job file, as `prefixfleet train FLEET.yaml` writes it")
     arguments = parser.parse_args()
     exit_with_parent()
+    share_cores()
     # An exception instead of sudden death, so that temporary folders are removed on the way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if os.environ.get("RANK", "0") != "0":

@@ -28,7 +28,7 @@ class PrefixEngine:
         self._prefixes: list[Prefix] = []
         self._configs: list[dict[str, Any]] = []
         self._slots: dict[str, int] = {}
-        self._bank = PrefixBank(base.sites, slots=1, length=0, device=base.device)
+        self._bank: PrefixBank | None = None
 
     def add(self, prefix_dir: Path) -> int:
         """Load a prefix folder into a slot of its own; the same prefix again gets the same slot.
@@ -45,12 +45,10 @@ class PrefixEngine:
             )
         digest = config["weights_sha256"]
         if digest not in self._slots:
-            length = max(self._bank.length, next(iter(prefix.values()))[0].shape[1])
-            bank = PrefixBank(self.base.sites, slots=len(self._prefixes) + 2, length=length, device=self.base.device)
-            for slot, known in enumerate([*self._prefixes, prefix], start=1):
-                bank.put(slot, known)
-            self._bank = bank
+            # Tried in a bank of its own, so that a prefix that does not fit is refused here, and not in a batch with others.
+            PrefixBank(self.base.sites, slots=1, length=_length(prefix)).put(0, prefix)
             self._prefixes.append(prefix)
+            self._bank = None  # built for all at once, when it is needed
             self._configs.append(config)
             self._slots[digest] = len(self._prefixes)
         return self._slots[digest]
@@ -70,26 +68,26 @@ class PrefixEngine:
         Args:
             prompts: token ids, as `pipeline.data.prompt.encode_prompt` makes them.
             slots: the slot of each prompt; 0 for the base without prefix.
-            max_new_tokens: the longest answer in tokens.
+            max_new_tokens: the longest answer in tokens; shorter where the positions of the base end before.
             progress: called with the number of rows finished since its last call.
 
         Returns:
             the answers without special tokens, in the order of the prompts.
 
         Raises:
-            PrefixError: prefix, prompt and answer together pass the positions of the base.
+            PrefixError: prefix and prompt leave no room for an answer within the positions of the base.
         """
+        bank = self._filled_bank()
+        lengths = bank.lengths.tolist()
         texts = [""] * len(prompts)
-        lengths = self._bank.lengths.tolist()
-        if not self.base.is_encoder_decoder:
-            for prompt, slot in zip(prompts, slots, strict=True):
-                self.base.check_length(lengths[slot], len(prompt) + max_new_tokens)
-        for batch in _batches(prompts, max_new_tokens, num_beams):
+        for batch, longest in _batches(
+            prompts, [self._room(lengths[s], len(p), max_new_tokens) for p, s in zip(prompts, slots, strict=True)], num_beams
+        ):
             ids = [prompts[i] for i in batch]
             pad = self._pad
             tokens, mask = (right_padded if self.base.is_encoder_decoder else left_padded)(ids, pad, self.base.device)
             config = GenerationConfig(
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=longest,
                 num_beams=num_beams,
                 do_sample=False,
                 pad_token_id=pad,
@@ -97,7 +95,7 @@ class PrefixEngine:
                 eos_token_id=self._stop_tokens(),
                 decoder_start_token_id=getattr(self.base.model.generation_config, "decoder_start_token_id", None),
             )
-            with self.base.prefixes(self._bank, torch.tensor([slots[i] for i in batch], device=self.base.device)):
+            with self.base.prefixes(bank, torch.tensor([slots[i] for i in batch], device=self.base.device)):
                 out = self.base.model.generate(tokens, attention_mask=mask, generation_config=config)
             if not self.base.is_encoder_decoder:
                 out = out[:, tokens.shape[1] :]
@@ -119,6 +117,21 @@ class PrefixEngine:
         ids = [encode_prompt(self.tokenizer, prompt, config["chat"], text, self.base.is_encoder_decoder) for text in inputs]
         return self.generate(ids, [slot] * len(ids), max_new_tokens=prompt.max_target_tokens, num_beams=num_beams)
 
+    def _filled_bank(self) -> PrefixBank:
+        if self._bank is None:
+            length = max((_length(prefix) for prefix in self._prefixes), default=0)
+            self._bank = PrefixBank(self.base.sites, slots=len(self._prefixes) + 1, length=length, device=self.base.device)
+            for slot, prefix in enumerate(self._prefixes, start=1):
+                self._bank.put(slot, prefix)
+        return self._bank
+
+    def _room(self, prefix: int, prompt: int, max_new_tokens: int) -> int:
+        """How many tokens an answer may have before prefix, prompt and answer pass the positions of the base."""
+        before = 0 if self.base.is_encoder_decoder else prompt
+        self.base.check_length(prefix, before + 1)
+        limit = self.base.max_positions
+        return max_new_tokens if limit is None else min(max_new_tokens, limit - prefix - before)
+
     @property
     def _pad(self) -> int:
         return self.tokenizer.pad_token_id
@@ -130,19 +143,24 @@ class PrefixEngine:
         return sorted({t for t in [*named, self.tokenizer.eos_token_id] if t is not None})
 
 
-def _batches(prompts: Sequence[list[int]], max_new_tokens: int, num_beams: int) -> list[list[int]]:
-    """Indices of prompts, like lengths together (longest first, so that running out of memory shows at once), cut by rows and tokens."""
-    batches: list[list[int]] = []
-    for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
-        longest = len(prompts[batches[-1][0]]) if batches else 0
-        full = (
-            not batches
-            or len(batches[-1]) >= ROWS_PER_BATCH
-            or (len(batches[-1]) + 1) * num_beams * (longest + max_new_tokens) > TOKENS_PER_BATCH
-        )
-        if full:
-            batches.append([])
-        batches[-1].append(i)
+def _length(prefix: Prefix) -> int:
+    return next(iter(prefix.values()))[0].shape[1]
+
+
+def _batches(prompts: Sequence[list[int]], rooms: Sequence[int], num_beams: int) -> list[tuple[list[int], int]]:
+    """Indices of prompts that share a batch, and the longest answer of that batch.
+
+    Like lengths come together, longest first, so that running out of memory shows at once; batches are cut by rows and tokens. Prompts with
+    room for answers of different lengths never share a batch: nobody's answer is cut short by a neighbour.
+    """
+    batches: list[tuple[list[int], int]] = []
+    for i in sorted(range(len(prompts)), key=lambda i: (-rooms[i], -len(prompts[i]))):
+        batch, room = batches[-1] if batches else ([], -1)
+        tokens = (len(batch) + 1) * num_beams * (len(prompts[batch[0]]) + room) if batch else 0
+        if room != rooms[i] or len(batch) >= ROWS_PER_BATCH or tokens > TOKENS_PER_BATCH:
+            batch, room = [], rooms[i]
+            batches.append((batch, room))
+        batch.append(i)
     return batches
 
 

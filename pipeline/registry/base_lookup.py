@@ -52,7 +52,9 @@ def base_of(prefix: dict[str, Any]) -> JobBase:
             seen.append(str(error))
             continue
         if found.digest == base["digest"]:
-            return JobBase(id=base["id"], path=str(found.path), revision=base["revision"], digest=base["digest"], dtype="auto")
+            return JobBase(
+                id=base["id"], path=str(found.path), revision=base["revision"], digest=base["digest"], dtype=base["dtype"]
+            )
         seen.append(f"{place} has weights with digest {found.digest[:16]}.")
     remedy = "correct or unset PREFIXFLEET_BASE" if chosen else "set PREFIXFLEET_BASE to the folder that has it"
     raise BaseModelError(

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from pipeline.errors import PrefixFleetError
-from pipeline.process import exit_with_parent
+from pipeline.process import exit_with_parent, share_cores
 
 
 def main() -> int:
@@ -14,6 +14,7 @@ def main() -> int:
     parser.add_argument("job", type=Path, help="job file, as `prefixfleet train FLEET.yaml` writes it")
     arguments = parser.parse_args()
     exit_with_parent()
+    share_cores()
     # After the parent is watched, for importing torch takes seconds.
     from pipeline.training.job import read_job
     from pipeline.training.run import run_job

@@ -158,11 +158,11 @@ launch.run_process([sys.executable, "-c", {child!r}], env, "x", print, logging.g
 
 def test_environment_sets_what_is_unset_and_leaves_what_the_user_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "7")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "7")
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     env = launch.environment(LaunchSettings())
     cores = len(os.sched_getaffinity(0))
-    assert (env["OMP_NUM_THREADS"], env["MALLOC_TRIM_THRESHOLD_"], env["HF_HUB_OFFLINE"]) == (str(cores), "7", "0")
+    assert (env["OMP_NUM_THREADS"], env["TOKENIZERS_PARALLELISM"], env["HF_HUB_OFFLINE"]) == (str(cores), "7", "0")
     assert launch.environment(LaunchSettings(accelerate_config="cpu_2proc"))["OMP_NUM_THREADS"] == str(max(1, cores // 2))
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert launch.environment(LaunchSettings())["OMP_NUM_THREADS"] == "3"

@@ -1,5 +1,6 @@
 """A tiny base on disk, prepared data and job files, as the stages before would have left them."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from pipeline.base import resolve_base
 from pipeline.config import Customer, DataSettings
@@ -18,10 +19,8 @@ from pipeline.training.job import Job, JobBase, JobCustomer, JobEvaluation, JobG
 WORDS = [f"w{i}" for i in range(40)] + ["colour", ":", "red", "blue", "green", "say", "it", "is", "bright", "dark", "calm"]
 
 
-@pytest.fixture(scope="session")
-def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of 30,000 parameters with a word-level tokenizer."""
-    folder = tmp_path_factory.mktemp("base")
+def save_tokenizer(folder: Path) -> int:
+    """A word-level tokenizer; returns the size of its vocabulary."""
     vocabulary = {word: i for i, word in enumerate(["<eos>", "<pad>", "<unk>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -34,6 +33,19 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_position_embeddings=64, eos_token_id=0, bos_token_id=0, pad_token_id=1,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder_decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random T5 of about the same size."""
+    folder = tmp_path_factory.mktemp("encoder-decoder")
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=save_tokenizer(folder), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, eos_token_id=0, pad_token_id=1,
+        decoder_start_token_id=1,
+    )  # fmt: skip
+    T5ForConditionalGeneration(config).save_pretrained(folder)
     return folder
 
 
@@ -54,13 +66,13 @@ def rows(seed: int, count: int = 60) -> list[dict[str, str]]:
 def make_job(tiny_base: Path, tmp_path: Path) -> Callable[..., tuple[Job, Path]]:
     """Prepare data for customers `c0`, `c1`, … and write a job for them; keyword arguments change the training settings."""
 
-    def make(customers: int = 1, name: str = "job", init: str = "text", length: int = 3, **training: Any) -> tuple[Job, Path]:
-        info = resolve_base(str(tiny_base))
+    def make(
+        customers: int = 1, name: str = "job", init: str = "text", length: int = 3, base: Path = tiny_base, **training: Any
+    ) -> tuple[Job, Path]:
+        info = resolve_base(str(base))
         listed = []
         for i in range(customers):
             source = tmp_path / f"c{i}.jsonl"
-            import json
-
             source.write_text("".join(json.dumps(row) + "\n" for row in rows(i)))
             customer = Customer(id=f"c{i}", data=DataSettings(path=str(source)))
             prepared = prepare(customer, info, tmp_path / "prepared" / f"c{i}" / "default")
@@ -86,8 +98,8 @@ def make_job(tiny_base: Path, tmp_path: Path) -> Callable[..., tuple[Job, Path]]
                     evaluation=JobEvaluation(["bleu"], JobGate("bleu", 0.0, None), 1, 16, 100),
                 )
             )
-        base = JobBase(str(tiny_base), str(tiny_base), None, info.digest, "float32")
-        job = Job(1, name, str(tmp_path / name), "test", base, listed)
+        job_base = JobBase(str(base), str(base), None, info.digest, "float32")
+        job = Job(1, name, str(tmp_path / name), "test", job_base, listed)
         path = tmp_path / name / "job.yaml"
         write_job(path, job)
         return job, path

@@ -49,10 +49,10 @@ def test_what_is_missing_is_named(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(BaseModelError, match="no tokenizer"):
         resolve_base(str(copy))
     (copy / "model.safetensors").unlink()
-    with pytest.raises(BaseModelError, match="no .safetensors weights"):
+    with pytest.raises(BaseModelError, match=r"no \.safetensors weights"):
         resolve_base(str(copy))
     (copy / "config.json").unlink()
-    with pytest.raises(BaseModelError, match="no config.json"):
+    with pytest.raises(BaseModelError, match=r"no config\.json"):
         resolve_base(str(copy))
 
 

@@ -94,7 +94,7 @@ def test_select_takes_customers_with_all_their_tasks_and_names_the_nearest_for_u
     )
     assert [str(c.key) for c in fleet.select(["acme"])] == ["acme", "acme/menu"]
     assert [str(c.key) for c in fleet.select(["acme/menu", "bistro"])] == ["acme/menu", "bistro"]
-    with pytest.raises(ConfigError, match="'acne' is not in the fleet file. Did you mean 'acme'"):
+    with pytest.raises(ConfigError, match=r"'acne' is not in the fleet file\. Did you mean 'acme'"):
         fleet.select(["acne"])
 
 

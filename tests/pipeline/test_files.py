@@ -54,7 +54,7 @@ def test_json_of_another_format_or_damaged_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     write_json(file, {"format": 1, "x": "é"})
     assert read_json(file, 1)["x"] == "é"
-    with pytest.raises(StorageError, match="format 1.*reads format 2"):
+    with pytest.raises(StorageError, match=r"format 1.*reads format 2"):
         read_json(file, 2)
     file.write_text('{"format": 1')
     with pytest.raises(StorageError, match="cannot be read"):

@@ -354,7 +354,7 @@ def test_prompts_served_later_equal_those_trained_on(customer, base, some_pairs,
 
 
 def test_inputs_that_differ_only_in_case_width_and_spacing_are_in_one_split(customer, base, some_pairs, tmp_path):
-    same = ["große  straße", "GROSSE STRASSE", "Große\tStraße", "ｇrosse strasse"]  # noqa: RUF001  # full-width g
+    same = ["große  straße", "GROSSE STRASSE", "Große\tStraße", "ｇrosse strasse"]  # full-width g
     result = prepare(customer([*some_pairs(10), *({"input": text, "target": "t"} for text in same)]), base, tmp_path / "p")
     holding = [split for split in SPLITS if inputs(result.folder, split) & set(same)]
     assert len(holding) == 1

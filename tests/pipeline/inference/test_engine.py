@@ -82,4 +82,13 @@ def test_prompt_too_long_for_the_base_is_an_error_not_nonsense(trained: Job) -> 
     engine = load_engine(trained.base)
     slot = engine.add(Path(trained.customers[0].prefix_dir))
     with pytest.raises(PrefixError, match="64 positions"):
-        engine.generate([[5] * 60], [slot], max_new_tokens=8)
+        engine.generate([[5] * 61], [slot], max_new_tokens=8)
+
+
+def test_an_answer_ends_where_the_positions_of_the_base_end_and_cuts_nobody_elses_short(trained: Job) -> None:
+    engine = load_engine(trained.base)
+    slot = engine.add(Path(trained.customers[0].prefix_dir))  # of length 3, so 60 + 3 leave one position
+    engine.base.model.generation_config.eos_token_id = None
+    engine.tokenizer.eos_token = None
+    long, short = engine.generate([[5] * 60, [5] * 10], [slot, slot], max_new_tokens=8)
+    assert (len(long.split()), len(short.split())) == (1, 8)

@@ -80,6 +80,7 @@ def make_folders(
             "id": "examples/base",
             "path": "/nowhere/base",
             "revision": None,
+            "dtype": "bfloat16",
             "digest": sha("base"),
             "model_type": "llama",
             "is_encoder_decoder": False,

@@ -71,7 +71,12 @@ def test_base_is_found_where_the_environment_says_or_where_training_had_it(
     monkeypatch.delenv("PREFIXFLEET_BASE", raising=False)
     prefix = trained_on_prefix(make(base=trained_on)[0])
     found = base_of(prefix)
-    assert (found.path, found.digest, found.id, found.dtype) == (str(example_base), trained_on["digest"], "examples/base", "auto")
+    assert (found.path, found.digest, found.id, found.dtype) == (
+        str(example_base),
+        trained_on["digest"],
+        "examples/base",
+        "bfloat16",
+    )
     moved = tmp_path / "moved"
     shutil.copytree(example_base, moved)
     prefix["base"]["path"] = "/nowhere/at/all"

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 
 from pipeline.data import Record, read_split
 from pipeline.errors import BaseModelError, ConfigError
+from pipeline.inference import load_engine
 from pipeline.prefix import PrefixBank, load_base, load_prefix
 from pipeline.prefix.initialise import from_text
 from pipeline.training.batches import target_loss
@@ -160,6 +161,21 @@ def test_job_file_comes_back_and_mistakes_name_their_place(make_job: MakeJob) ->
             read_job(path)
     with pytest.raises(ConfigError, match="no such job file"):
         read_job(path.with_name("none.yaml"))
+
+
+def test_an_encoder_decoder_trains_and_answers_with_its_prefix(make_job: MakeJob, tiny_encoder_decoder: Path) -> None:
+    job, _ = make_job(base=tiny_encoder_decoder, max_steps=40, eval_every=10, lr=0.1)
+    assert run_job(job) == 0
+    prefix, config = load_prefix(Path(job.customers[0].prefix_dir))
+    dev = [entry["dev_loss"] for entry in config["training"]["history"] if "dev_loss" in entry]
+    assert min(dev) < dev[0] - 0.1
+    assert {site.rsplit(".", 1)[0] for site in prefix} == {"encoder.self", "decoder.self", "decoder.cross"}
+    engine = load_engine(job.base)
+    slot = engine.add(Path(job.customers[0].prefix_dir))
+    prompts = [record.prompt_ids for record in read_split(Path(job.customers[0].prepared), "test")]
+    assert engine.generate(prompts, [slot] * len(prompts), max_new_tokens=8) != engine.generate(
+        prompts, [0] * len(prompts), max_new_tokens=8
+    )
 
 
 def launch(path: Path, config: str, root: Path, **environment: str) -> subprocess.Popen[bytes]:
