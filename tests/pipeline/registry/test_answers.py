@@ -33,6 +33,7 @@ def trained_on(example_base: Path) -> dict[str, object]:
     return {
         "id": "examples/base",
         "path": str(example_base),
+        "dtype": "bfloat16",
         "revision": None,
         "digest": info.digest,
         "model_type": info.model_type,
