@@ -23,7 +23,7 @@ defaults:
   prefix: {length: 10}
   training: {max_steps: 400}
 customers:
-  - {id: acme, data: data/acme.jsonl, training: {lr: 1.0e-2}}
+  - {id: acme, data: data/acme.jsonl, training: {lr: 0.05}}
   - {id: bistro, data: {train: b/train.csv, dev: b/dev.csv, test: b/test.csv}}
   - {id: bistro, task: menu, data: data/menu.jsonl}
 ```

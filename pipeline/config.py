@@ -85,7 +85,7 @@ class TrainingSettings(Settings):
 
     max_steps: int = Field(400, ge=1, description="optimiser steps, unless early stopping ends them before")
     batch_size: int = Field(10, ge=1, description="rows per optimiser step, over all processes")
-    lr: float = Field(5e-3, gt=0, description="peak learning rate")
+    lr: float = Field(0.1, gt=0, description="peak learning rate; keys and values trained directly want far more than weights do")
     schedule: Literal["linear", "cosine", "constant"] = Field(
         "linear", description="of the learning rate, down to zero at max_steps"
     )
