@@ -29,7 +29,7 @@ from pipeline.training.job import (
     JobTraining,
     write_job,
 )
-from pipeline.training.results import read_result, result_path
+from pipeline.training.results import EVALUATION_FILES, PREFIX_FILES, is_whole, read_result, result_path
 
 # Raised when the same settings and data would give another prefix, or the same prefix another score: everything is then due again.
 METHOD_VERSION = 1
@@ -43,12 +43,14 @@ def job_customer(customer: Customer, card: dict[str, Any], base: BaseModelInfo, 
     """One customer of a job: every setting resolved, the digests of everything that its prefix and its evaluation depend on, the folders."""
     settings = customer.evaluation.model_dump(mode="json")
     settings["max_new_tokens"] = settings["max_new_tokens"] or customer.prompt.max_target_tokens
+    # How it is decoded is part of a version, for it is served as it was judged.
+    generation = [settings["num_beams"], settings["max_new_tokens"]]
     prompt, prefix, training = (
         section.model_dump(mode="json") for section in (customer.prompt, customer.prefix, customer.training)
     )
-    config_digest = digest_of([prompt, prefix, training])
-    train_digest = digest_of([card["fingerprint"], config_digest, base.digest, base.tokenizer_digest, dtype, METHOD_VERSION])
-    evaluate_digest = digest_of([train_digest, settings, EVALUATION_VERSION])
+    config_digest = digest_of([prompt, prefix, training, generation])
+    train_digest = digest_of([card["train_fingerprint"], config_digest, base.digest, base.tokenizer_digest, dtype, METHOD_VERSION])
+    evaluate_digest = digest_of([train_digest, card["fingerprint"], settings, EVALUATION_VERSION])
     return JobCustomer(
         customer=customer.id,
         task=customer.task,
@@ -67,13 +69,13 @@ def job_customer(customer: Customer, card: dict[str, Any], base: BaseModelInfo, 
 
 
 def is_trained(customer: JobCustomer) -> bool:
-    """Whether its prefix is there: a folder is written whole or not at all."""
-    return (Path(customer.prefix_dir) / "prefix.json").is_file()
+    """Whether its prefix is there."""
+    return is_whole(Path(customer.prefix_dir), PREFIX_FILES)
 
 
 def is_evaluated(customer: JobCustomer) -> bool:
     """Whether its evaluation is there."""
-    return (Path(customer.evaluation_dir) / "decision.json").is_file()
+    return is_whole(Path(customer.evaluation_dir), EVALUATION_FILES)
 
 
 @dataclass(frozen=True)

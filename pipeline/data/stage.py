@@ -8,7 +8,7 @@ import functools
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,6 +117,8 @@ def _prepare(customer: "Customer", base: "BaseModelInfo", folder: Path, progress
         "task": customer.task,
         "source_digest": digest,
         "fingerprint": _fingerprint(records),
+        # A corrected test reference is no reason to train again.
+        "train_fingerprint": _fingerprint(records, ("train", "dev")),
         "counts": {
             "read": len(rows),
             "used": len(rows) - len(quarantine),
@@ -350,10 +352,10 @@ def _too_little(
     )
 
 
-def _fingerprint(records: dict[str, list[Record]]) -> str:
-    """SHA-256 in hex of everything that later stages see of the data, in order."""
+def _fingerprint(records: dict[str, list[Record]], splits: Sequence[str] = SPLITS) -> str:
+    """SHA-256 in hex of everything that later stages see of these splits, in order."""
     digest = hashlib.sha256()
-    for name in SPLITS:
+    for name in splits:
         for record in records[name]:
             content = [
                 name,

@@ -27,7 +27,7 @@ from pipeline.evaluation.tracking import log_evaluation
 from pipeline.files import digest_of, read_json, whole_folder, write_json
 from pipeline.progress import Progress
 from pipeline.training.job import Job, JobBase, JobCustomer
-from pipeline.training.results import result_path, write_result
+from pipeline.training.results import EVALUATION_FILES, is_whole, result_path, write_result
 
 FORMAT = 1
 
@@ -98,7 +98,7 @@ def evaluate_job(job: Job, load_engine: Callable[[JobBase], Engine]) -> None:
     """
     due = []
     for customer in job.customers:
-        if Path(customer.evaluation_dir).exists():
+        if is_whole(Path(customer.evaluation_dir), EVALUATION_FILES):
             write_result(job, customer, "eval", time.monotonic())
         else:
             # A result of an earlier attempt must not be taken for this one's if this one is killed.

@@ -105,8 +105,8 @@ class PrefixEngine:
                 progress(len(batch))
         return texts
 
-    def answer(self, inputs: Sequence[str | list[dict[str, str]]], slot: int, *, num_beams: int = 1) -> list[str]:
-        """Answer texts (or chats) of one customer, each put into the prompt that was saved with the customer's prefix.
+    def answer(self, inputs: Sequence[str | list[dict[str, str]]], slot: int) -> list[str]:
+        """Answer texts (or chats) of one customer, prompted and decoded as the prefix was when it was judged.
 
         Args:
             inputs: texts, or lists of chat messages.
@@ -115,7 +115,7 @@ class PrefixEngine:
         config = self._configs[slot - 1]
         prompt = JobPrompt(**config["prompt"])
         ids = [encode_prompt(self.tokenizer, prompt, config["chat"], text, self.base.is_encoder_decoder) for text in inputs]
-        return self.generate(ids, [slot] * len(ids), max_new_tokens=prompt.max_target_tokens, num_beams=num_beams)
+        return self.generate(ids, [slot] * len(ids), **config["generation"])
 
     def _filled_bank(self) -> PrefixBank:
         if self._bank is None:

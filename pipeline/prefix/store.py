@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from pipeline.errors import PrefixError
 from pipeline.files import file_digest, read_json, whole_folder, write_json
@@ -27,7 +27,8 @@ def save_prefix(folder: Path, prefix: Prefix, config: dict[str, Any]) -> None:
         for site, (key, value) in prefix.items():
             tensors[f"{site}.key"], tensors[f"{site}.value"] = key.contiguous(), value.contiguous()
         weights = temporary / "prefix.safetensors"
-        save_file(tensors, weights, metadata={"format": "pt"})
+        # Not save_file, which raises errors of its own where the disk is full.
+        weights.write_bytes(save(tensors, metadata={"format": "pt"}))
         write_json(temporary / "prefix.json", {"format": FORMAT, **config, "weights_sha256": file_digest(weights)})
 
 

@@ -8,6 +8,13 @@ from pipeline.keys import CustomerKey
 from pipeline.training.job import Job, JobCustomer
 
 FORMAT = 1
+PREFIX_FILES = ("prefix.json", "prefix.safetensors")
+EVALUATION_FILES = ("generations.jsonl", "metrics.json", "decision.json", "report.html")
+
+
+def is_whole(folder: Path, files: tuple[str, ...]) -> bool:
+    """Whether a stage's outcome is there. Stages write folders whole, but somebody may have deleted a file since."""
+    return all((folder / file).is_file() for file in files)
 
 
 def result_path(job: Job, key: CustomerKey, stage: str) -> Path:

@@ -11,7 +11,7 @@ from pipeline.config import Customer, Fleet
 from pipeline.home import Home
 from pipeline.training.job import read_job
 
-CARD = {"fingerprint": "f" * 64}
+CARD = {"fingerprint": "f" * 64, "train_fingerprint": "t" * 64}
 
 
 def base(**changes: Any) -> BaseModelInfo:
@@ -45,7 +45,9 @@ def digests(
         {"training": {"lr": 0.01}},
         {"prefix": {"length": 5}},
         {"prompt": {"template": "Say: {input}\n"}},
-        {"card": {"fingerprint": "e" * 64}},
+        {"card": {"fingerprint": "f" * 64, "train_fingerprint": "e" * 64}},
+        {"evaluation": {"num_beams": 2}},
+        {"evaluation": {"max_new_tokens": 9}},
         {"on": base(digest="c" * 64)},
         {"on": base(tokenizer_digest="c" * 64)},
         {"dtype": "float32"},
@@ -57,9 +59,16 @@ def test_whatever_makes_another_prefix_makes_another_train_digest(tmp_path: Path
     assert before[1] != after[1] and before[2] != after[2]
 
 
-@pytest.mark.parametrize("evaluation", [{"num_beams": 2}, {"gate": {"min_score": 3.0}}, {"max_new_tokens": 9}])
-def test_evaluation_settings_change_the_evaluation_and_not_the_prefix(tmp_path: Path, evaluation: dict[str, Any]) -> None:
-    before, after = digests(Home(tmp_path)), digests(Home(tmp_path), evaluation=evaluation)
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"evaluation": {"gate": {"min_score": 3.0}}},
+        {"evaluation": {"bootstrap_resamples": 200}},
+        {"card": {**CARD, "fingerprint": "e" * 64}},  # a corrected test reference
+    ],
+)
+def test_what_concerns_the_test_set_alone_changes_the_evaluation_and_not_the_prefix(tmp_path: Path, changed: dict[str, Any]) -> None:
+    before, after = digests(Home(tmp_path)), digests(Home(tmp_path), **changed)
     assert before[:2] == after[:2] and before[2] != after[2]
 
 
@@ -106,7 +115,7 @@ def test_written_job_reads_back_equal_and_forgets_old_results(tmp_path: Path) ->
     assert reason is not None and "before it came to this customer" in reason and seconds == 0.0
 
 
-def test_result_says_done_only_if_the_folder_is_there(tmp_path: Path) -> None:
+def test_result_says_done_only_if_the_folder_is_whole(tmp_path: Path) -> None:
     home = Home(tmp_path)
     fleet = Fleet(base_model={"path": "base"}, customers=[customer()])  # type: ignore[arg-type]
     members = [(c, jobs.job_customer(c, CARD, base(), "auto", home)) for c in fleet.customers]
@@ -115,5 +124,7 @@ def test_result_says_done_only_if_the_folder_is_there(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     assert jobs.due_in(planned, "train") and not jobs.due_in(planned, "evaluate")
     (folder / "prefix.json").write_text("{}")
+    assert jobs.due_in(planned, "train"), "a folder that lost a file counts as none"
+    (folder / "prefix.safetensors").write_text("")
     assert jobs.result_of(planned, members[0][1], "train") == (None, 0.0)
     assert not jobs.due_in(planned, "train") and jobs.due_in(planned, "evaluate")

@@ -26,6 +26,7 @@ def trained(make_job: MakeJob) -> Job:
     for seed, customer in enumerate(job.customers):
         prefix = {site: (key * 100, value * 100) for site, (key, value) in from_random(base, 3 + seed, seed).items()}
         config = {"base": {"digest": job.base.digest}, "prompt": dataclasses.asdict(customer.prompt), "chat": False}
+        config["generation"] = {"num_beams": 2, "max_new_tokens": 7}
         save_prefix(Path(customer.prefix_dir), prefix, config)
     return job
 
@@ -64,11 +65,11 @@ def test_the_same_prefix_gets_the_same_slot(trained: Job) -> None:
     assert first == [engine.add(Path(c.prefix_dir)) for c in trained.customers] == [1, 2, 3]
 
 
-def test_answer_builds_the_prompt_that_was_saved_with_the_prefix(trained: Job) -> None:
+def test_answer_prompts_and_decodes_as_was_saved_with_the_prefix(trained: Job) -> None:
     engine = load_engine(trained.base)
     slot = engine.add(Path(trained.customers[0].prefix_dir))
     record = read_split(Path(trained.customers[0].prepared), "test")[0]
-    assert engine.answer([record.input], slot) == engine.generate([record.prompt_ids], [slot], max_new_tokens=16)
+    assert engine.answer([record.input], slot) == engine.generate([record.prompt_ids], [slot], max_new_tokens=7, num_beams=2)
 
 
 def test_prefix_of_another_base_is_refused_with_both_digests(trained: Job) -> None:

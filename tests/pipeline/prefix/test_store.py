@@ -1,5 +1,6 @@
 """A prefix on disk: what was saved comes back, what was changed is refused."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,19 @@ def test_changed_weights_are_refused(tmp_path: Path) -> None:
     file.write_bytes(content)
     with pytest.raises(PrefixError, match="damaged or changed"):
         load_prefix(tmp_path / "p")
+
+
+def test_a_full_disk_is_said_and_keeps_the_old_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_prefix(tmp_path / "p", PREFIX, {"customer": "old"})
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", full)
+        with pytest.raises(StorageError, match="the disk is full"):
+            save_prefix(tmp_path / "p", PREFIX, {"customer": "new"})
+    assert load_prefix(tmp_path / "p")[1]["customer"] == "old"
 
 
 def test_missing_or_foreign_config_names_the_file(tmp_path: Path) -> None:

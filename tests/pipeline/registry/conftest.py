@@ -75,6 +75,7 @@ def make_folders(
             "max_target_tokens": 8,
         },
         "chat": False,
+        "generation": {"num_beams": 1, "max_new_tokens": 8},
         "base": base
         or {
             "id": "examples/base",

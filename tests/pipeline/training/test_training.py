@@ -131,6 +131,14 @@ def test_metrics_are_written_as_lines_of_json(make_job: MakeJob) -> None:
     assert steps[0]["lr"] == 0.02 and steps[-1]["lr"] == pytest.approx(0.02 / 12)
 
 
+def test_a_prefix_folder_that_lost_a_file_is_trained_again(make_job: MakeJob) -> None:
+    job, _ = make_job()
+    run_job(job)
+    (Path(job.customers[0].prefix_dir) / "prefix.safetensors").unlink()
+    assert run_job(job) == 0
+    assert weights(job)
+
+
 def test_data_prepared_anew_since_the_job_was_written_is_refused(make_job: MakeJob) -> None:
     job, _ = make_job()
     stale = type(job.customers[0])(**{**vars(job.customers[0]), "data_fingerprint": "0" * 64})
@@ -205,6 +213,22 @@ def test_two_processes_give_the_prefix_of_one(make_job: MakeJob, root: Path) -> 
         assert child.returncode == 0, output.decode()
     a, b = weights(one), weights(two)
     # The two sum their gradients in another order; Adam turns a rounding error of a tiny gradient into a step of up to lr.
+    assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
+
+
+def test_a_customer_that_one_process_fails_at_is_given_up_by_all_and_the_next_is_trained_rightly(
+    make_job: MakeJob, root: Path
+) -> None:
+    one, path_one = make_job(customers=2, name="one")
+    two, path_two = make_job(customers=2, name="two")
+    (Path(two.folder) / "c0" / "default" / "metrics.jsonl").mkdir(parents=True)  # only the first process writes it
+    for path, config in ((path_one, "cpu"), (path_two, "cpu_2proc")):
+        child = launch(path, config, root)
+        output, _ = child.communicate(timeout=180)
+        assert child.returncode == 0, output.decode()
+    results = [read_result(two, customer.key, "train") for customer in two.customers]
+    assert [r and r["status"] for r in results] == ["failed", "done"]
+    a, b = weights(one, 1), weights(two, 1)
     assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
 
 
