@@ -49,7 +49,9 @@ def job_customer(customer: Customer, card: dict[str, Any], base: BaseModelInfo, 
         section.model_dump(mode="json") for section in (customer.prompt, customer.prefix, customer.training)
     )
     config_digest = digest_of([prompt, prefix, training, generation])
-    train_digest = digest_of([card["train_fingerprint"], config_digest, base.digest, base.tokenizer_digest, dtype, METHOD_VERSION])
+    train_digest = digest_of(
+        [card["train_fingerprint"], config_digest, base.digest, base.tokenizer_digest, dtype, METHOD_VERSION]
+    )
     evaluate_digest = digest_of([train_digest, card["fingerprint"], settings, EVALUATION_VERSION])
     return JobCustomer(
         customer=customer.id,
