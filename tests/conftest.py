@@ -1,6 +1,7 @@
 """What all tests share: quiet libraries, no network, small threads, and the real input where it is at hand."""
 
 import os
+import signal
 from pathlib import Path
 
 # Before any library reads them.
@@ -16,6 +17,9 @@ os.environ.update(
 )
 
 import pytest
+
+# A shell starts background jobs with SIGINT ignored, and children inherit that: tests of Ctrl-C would wait for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 

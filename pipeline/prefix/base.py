@@ -101,8 +101,8 @@ def load_base(base: JobBase, device: torch.device | None = None) -> FrozenBase:
     info = resolve_base(base.path if Path(base.path).exists() else base.id, base.revision)
     if info.digest != base.digest:
         raise BaseModelError(
-            f"base model {base.path}: its weights have digest {info.digest[:16]}, the job is for {base.digest[:16]}. "
-            "The weights were changed: run the fleet again to train prefixes for the new base."
+            f"base model {base.path}: its digest is {info.digest[:16]}, the job is for {base.digest[:16]}. "
+            "Its weights or configuration were changed: run the fleet again to train prefixes for the new base."
         )
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     disable_progress_bar()  # of loading weights: noise in a log

@@ -315,7 +315,7 @@ def test_another_base_than_the_jobs_ends_with_status_2(make_job, tmp_path, examp
     child = command(str(tmp_path / "job.yaml"))
     _, errors = child.communicate(timeout=120)
     assert child.returncode == 2
-    assert "its weights have digest" in errors
+    assert "its digest is" in errors
     assert "Traceback" not in errors
 
 
