@@ -28,7 +28,9 @@ def main(argv: list[str] | None = None) -> int:
     # A process asked to stop takes its children along: that needs an exception, for `finally` is where they are ended.
     signal.signal(signal.SIGTERM, _stop)
     try:
-        return int(arguments.run(arguments))
+        status = int(arguments.run(arguments))
+        sys.stdout.flush()  # here, where a reader that has left is no error, and not when the interpreter exits
+        return status
     except KeyboardInterrupt:
         print("stopped. What is finished is kept: run the same command again to go on.", file=sys.stderr)
         return INTERRUPTED
