@@ -41,6 +41,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / "prefix.json", FORMAT)
 
 
+def is_infix(config: dict[str, Any]) -> bool:
+    """Whether the prefix with this prefix.json stands between prompt and target."""
+    return bool(config.get("prefix", {}).get("placement") == "infix")
+
+
 def load_prefix(folder: Path) -> tuple[Prefix, dict[str, Any]]:
     """Read a prefix folder and check its weights against the digest in prefix.json.
 

@@ -19,8 +19,8 @@ from pipeline.training.job import JobBase
 if TYPE_CHECKING:
     from pipeline.inference import PrefixEngine
 
-# By weight digest. Here and not in pyfunc_model.py, which MLflow runs anew for every model that is loaded.
-_engines: dict[str, "PrefixEngine"] = {}
+# By weight digest and quantisation. Here and not in pyfunc_model.py, which MLflow runs anew for every model that is loaded.
+_engines: dict[tuple[str, str | None], "PrefixEngine"] = {}
 _loading = threading.Lock()
 
 
@@ -53,7 +53,12 @@ def base_of(prefix: dict[str, Any]) -> JobBase:
             continue
         if found.digest == base["digest"]:
             return JobBase(
-                id=base["id"], path=str(found.path), revision=base["revision"], digest=base["digest"], dtype=base["dtype"]
+                id=base["id"],
+                path=str(found.path),
+                revision=base["revision"],
+                digest=base["digest"],
+                dtype=base["dtype"],
+                quantization=base.get("quantization"),
             )
         seen.append(f"{place} has weights with digest {found.digest[:16]}.")
     remedy = "correct or unset PREFIXFLEET_BASE" if chosen else "set PREFIXFLEET_BASE to the folder that has it"
@@ -73,10 +78,10 @@ def open_prefix(folder: Path) -> Callable[[list[str]], list[str]]:
     from pipeline.inference import load_engine
 
     prefix = read_json(folder / "prefix.json", format=1)
-    digest = prefix["base"]["digest"]
+    which = prefix["base"]["digest"], prefix["base"].get("quantization")
     with _loading:
-        if digest not in _engines:
-            _engines[digest] = load_engine(base_of(prefix))
-        engine = _engines[digest]
+        if which not in _engines:
+            _engines[which] = load_engine(base_of(prefix))
+        engine = _engines[which]
         slot = engine.add(folder)
     return lambda texts: engine.answer(texts, slot)

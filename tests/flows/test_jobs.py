@@ -67,7 +67,9 @@ def test_whatever_makes_another_prefix_makes_another_train_digest(tmp_path: Path
         {"card": {**CARD, "fingerprint": "e" * 64}},  # a corrected test reference
     ],
 )
-def test_what_concerns_the_test_set_alone_changes_the_evaluation_and_not_the_prefix(tmp_path: Path, changed: dict[str, Any]) -> None:
+def test_what_concerns_the_test_set_alone_changes_the_evaluation_and_not_the_prefix(
+    tmp_path: Path, changed: dict[str, Any]
+) -> None:
     before, after = digests(Home(tmp_path)), digests(Home(tmp_path), **changed)
     assert before[:2] == after[:2] and before[2] != after[2]
 
