@@ -42,7 +42,7 @@ def test_every_method_learns_and_leaves_flat_keys_and_values_that_have_the_best_
     folder = Path(job.customers[0].prefix_dir)
     learned, config = load_prefix(folder)
     dev = {entry["step"]: entry["dev_loss"] for entry in config["training"]["history"] if "dev_loss" in entry}
-    assert min(dev.values()) < dev[0] - 0.05
+    assert min(dev.values()) < dev[0] - 0.03
     layers = [1] if "layers" in prefix else [0, 1]
     assert {site: (k.shape, v.shape) for site, (k, v) in learned.items()} == {
         f"decoder.self.{layer}": ((2, 3, 8), (2, 3, 8)) for layer in layers
