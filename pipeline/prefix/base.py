@@ -136,8 +136,13 @@ def load_base(base: JobBase, device: torch.device | None = None) -> FrozenBase:
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise BaseModelError(f"base model {base.path}: cannot be loaded ({error}).") from error
-    # bitsandbytes puts its weights where they belong while loading.
-    return attach(model if base.quantization else model.to(device), info.max_positions)
+    if base.quantization is None:  # bitsandbytes puts its weights where they belong while loading
+        model = model.to(device)
+    for module in model.modules():
+        # bitsandbytes (0.50) repacks 4-bit weights at the first inference on some processors, which rounds their scales: a base never changes.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return attach(model, info.max_positions)
 
 
 def _quantized(quantization: str | None, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
