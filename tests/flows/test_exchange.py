@@ -9,8 +9,10 @@ from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from flows import work
 from flows.cli import main
 from pipeline.home import Home
+from pipeline.prefix import load_prefix
 
 
 @pytest.fixture
@@ -69,3 +71,20 @@ def test_an_import_without_a_known_base_says_how_to_name_it(
     file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": None}))
     assert main(["import", "--customer", "acme", "--format", "peft", str(adapter)]) == 2
     assert "--base" in capsys.readouterr().err
+
+
+def test_training_starts_from_the_champion_of_the_moment(adapter: Path, home: Home, fleet_file: Path) -> None:
+    """As `prefixfleet train` finds it when it writes the job; bolt has no champion, acme's is imported."""
+    assert main(["import", "--customer", "acme", "--format", "peft", str(adapter), "--fleet", str(fleet_file), "--champion"]) == 0
+    text = fleet_file.read_text().replace(
+        "customers:", "defaults: {prefix: {length: 3, init: prefix, init_prefix: champion}}\ncustomers:"
+    )
+    fleet_file.write_text(text)
+    assert main(["prepare", str(fleet_file)]) == 0
+    todo = work.open_work(fleet_file, ["acme", "bolt"], home)
+    work.survey(todo)
+    (planned,) = todo.plan()
+    champions = work._champions(planned)
+    assert [str(key) for key in champions] == ["acme"]
+    prefix, config = load_prefix(champions[planned.job.customers[0].key])
+    assert config["customer"] == "acme" and next(iter(prefix.values()))[0].shape[1] == 3
