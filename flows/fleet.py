@@ -12,6 +12,7 @@ from prefect.states import Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import jobs, tasks, work
+from pipeline.errors import PrefixFleetError
 from pipeline.home import Home
 from pipeline.keys import CustomerKey
 from pipeline.registry import ensure_store
@@ -93,5 +94,8 @@ def _settle(
         if isinstance(result, BaseException):
             todo.fail(of[future], stage, result)
         else:
-            keep(of[future], result)
+            try:
+                keep(of[future], result)
+            except PrefixFleetError as error:  # settings that name what is not there, such as a prefix to start from
+                todo.fail(of[future], stage, error)
         count.step()
