@@ -112,7 +112,8 @@ def test_one_job_for_each_way_to_launch(tmp_path: Path) -> None:
 
 def test_written_job_reads_back_equal_and_forgets_old_results(tmp_path: Path) -> None:
     home = Home(tmp_path)
-    fleet = Fleet(base_model={"path": "base"}, customers=[customer()])  # type: ignore[arg-type]
+    which = {"layers": 2, "sites": ["decoder.self", "decoder.cross"]}
+    fleet = Fleet(base_model={"path": "base", "quantization": "int8"}, customers=[customer(prefix=which)])  # type: ignore[arg-type]
     members = [(c, jobs.job_customer(c, CARD, base(), "auto", home)) for c in fleet.customers]
     (planned,) = jobs.plan(fleet, members, base(), home)
     result = home.job(planned.job.name) / "acme" / "default" / "train_result.json"
