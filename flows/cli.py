@@ -293,7 +293,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _import(arguments: argparse.Namespace) -> int:
     from pipeline.base import resolve_base
-    from pipeline.config import PromptSettings, load_fleet
+    from pipeline.config import EvaluationSettings, PromptSettings, load_fleet
     from pipeline.errors import BaseModelError, ConfigError
     from pipeline.home import Home
     from pipeline.prefix.peft_format import read_adapter_config
@@ -305,12 +305,13 @@ def _import(arguments: argparse.Namespace) -> int:
     key, home = _key(arguments), Home.current()
     adapter = read_adapter_config(arguments.folder)
     name, revision = adapter.get("base_model_name_or_path"), adapter.get("revision")
-    prompt, dtype, quantization = PromptSettings(), "auto", None
+    prompt, evaluation, dtype, quantization = PromptSettings(), EvaluationSettings(), "auto", None
     if arguments.fleet is not None:
         fleet = load_fleet(arguments.fleet)
         model = fleet.base_model
         (customer,) = fleet.select([f"{key.customer}/{key.task}"])
-        name, revision, prompt, dtype, quantization = model.path, model.revision, customer.prompt, model.dtype, model.quantization
+        name, revision, dtype, quantization = model.path, model.revision, model.dtype, model.quantization
+        prompt, evaluation = customer.prompt, customer.evaluation
     if arguments.base is not None:
         name, revision = arguments.base, None
     if not name:
@@ -332,6 +333,8 @@ def _import(arguments: argparse.Namespace) -> int:
         JobPrompt(**settings),
         dtype=dtype,
         quantization=quantization,
+        num_beams=evaluation.num_beams,
+        max_new_tokens=evaluation.max_new_tokens,
         champion=arguments.champion,
         home=home,
     )

@@ -24,6 +24,8 @@ def import_adapter(
     dtype: str = "auto",
     quantization: str | None = None,
     chat: bool = False,
+    num_beams: int = 1,
+    max_new_tokens: int | None = None,
     champion: bool = False,
     home: Home | None = None,
 ) -> tuple[Registration, Path]:
@@ -36,6 +38,7 @@ def import_adapter(
         prompt: how an input becomes a prompt; the adapter does not say.
         dtype, quantization: how the base is loaded, now and when the prefix answers.
         chat: whether inputs go through the base's chat template.
+        num_beams, max_new_tokens: how it answers; by default greedily, and as long as the prompt's targets.
         champion: whether it takes the alias, without having been evaluated.
         home: where the prefix folder goes.
 
@@ -56,7 +59,8 @@ def import_adapter(
     prefix = import_peft(folder, loaded)
     settings = dataclasses.asdict(prompt)
     shape = next(iter(prefix.values()))[0].shape
-    digest = digest_of(["peft", weights_digest(prefix), base.digest, settings, dtype, quantization, chat])
+    generation = {"num_beams": num_beams, "max_new_tokens": max_new_tokens or prompt.max_target_tokens}
+    digest = digest_of(["peft", weights_digest(prefix), base.digest, settings, dtype, quantization, chat, generation])
     config = {
         "customer": key.customer,
         "task": key.task,
@@ -70,6 +74,7 @@ def import_adapter(
         },
         "prompt": settings,
         "chat": chat,
+        "generation": generation,
         "base": {
             "id": base.id,
             "path": str(base.path),
