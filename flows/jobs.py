@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.base import BaseModelInfo
 from pipeline.config import Customer, Fleet, LaunchSettings
-from pipeline.errors import PrefixFleetError
+from pipeline.errors import ConfigError, PrefixFleetError, StorageError
 from pipeline.files import digest_of, read_json
 from pipeline.home import Home
 from pipeline.keys import CustomerKey
@@ -79,7 +79,12 @@ def _start(init_prefix: str | None) -> str | None:
     """
     if init_prefix is None or init_prefix == "champion":
         return init_prefix
-    return str(read_json(Path(init_prefix) / "prefix.json", 1)["weights_sha256"])
+    try:
+        return str(read_json(Path(init_prefix) / "prefix.json", 1)["weights_sha256"])
+    except StorageError as error:
+        raise ConfigError(
+            f"prefix.init_prefix: {init_prefix} holds no prefix that can be read. Give the folder of a trained prefix, or `champion`."
+        ) from error
 
 
 def is_trained(customer: JobCustomer) -> bool:

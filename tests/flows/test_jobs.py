@@ -8,7 +8,7 @@ import pytest
 from flows import jobs
 from pipeline.base import BaseModelInfo
 from pipeline.config import Customer, Fleet
-from pipeline.errors import StorageError
+from pipeline.errors import ConfigError
 from pipeline.files import write_json
 from pipeline.home import Home
 from pipeline.training.job import read_job
@@ -153,7 +153,7 @@ def test_a_warm_start_counts_by_the_content_it_starts_from_and_champion_by_the_w
         for start in (saved("one", "a" * 64), saved("copy", "a" * 64), saved("other", "b" * 64))
     )
     assert one == copy and one[1] != other[1]
-    with pytest.raises(StorageError, match="no such file"):
+    with pytest.raises(ConfigError, match=r"init_prefix: .*none holds no prefix"):
         digests(home, prefix={"init": "prefix", "init_prefix": str(tmp_path / "none")})
     warm = customer(prefix={"init": "prefix", "init_prefix": "champion"})
     fleet = Fleet(base_model={"path": "base"}, customers=[warm])  # type: ignore[arg-type]
