@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from flows.work import Outcome, Work
+    from pipeline.errors import PrefixFleetError
     from pipeline.keys import CustomerKey
 
 OK, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
@@ -195,10 +196,11 @@ def _stage(arguments: argparse.Namespace) -> int:
     from flows import work as works
 
     todo = _open(arguments)
-    works.survey(todo)
-    with _display(arguments):
-        works.run_stage(todo, arguments.command, _log(arguments.verbose))
-    return _finish(works.outcome(todo), arguments)
+    with works.alone(todo):
+        with _display(arguments):
+            works.run_stage(todo, arguments.command, _log(arguments.verbose))
+        outcome = works.outcome(todo)
+    return _finish(outcome, arguments)
 
 
 def _finish(outcome: "Outcome", arguments: argparse.Namespace) -> int:
@@ -226,27 +228,33 @@ def _finish(outcome: "Outcome", arguments: argparse.Namespace) -> int:
 
 
 def _show_plan(todo: "Work", as_json: bool) -> int:
+    # What comes after `prepare` depends on what it gives: the same rows in another file train nothing.
+    certain = {key: [stage for stage in due if "prepare" not in due or stage == "prepare"] for key, due in todo.due.items()}
     if as_json:
-        _print_json(
-            {
-                "format": 1,
-                "fleet": todo.fleet.name,
-                "customers": [{"key": str(key), "due": list(due)} for key, due in todo.due.items()],
-            }
-        )
+        customers = [
+            {"key": str(key), "due": certain[key], "perhaps": [stage for stage in due if stage not in certain[key]]}
+            for key, due in todo.due.items()
+        ]
+        _print_json({"format": 1, "fleet": todo.fleet.name, "customers": customers})
         return OK
     width = max(len(str(key)) for key in todo.due)
-    for key, due in todo.due.items():
-        print(f"{key!s:<{width}}  {', '.join(due) or 'nothing to do'}")
+    for key, due in certain.items():
+        text = "prepare, then whatever changed data needs" if "prepare" in due else ", ".join(due) or "nothing to do"
+        print(f"{key!s:<{width}}  {text}")
     return OK
 
 
 def _generate(arguments: argparse.Namespace) -> int:
+    from pipeline.errors import ConfigError, DataError
     from pipeline.home import Home
     from pipeline.process import share_cores
 
     key = _key(arguments)
-    inputs = [arguments.input] if arguments.file is None else _inputs(arguments.file)
+    if arguments.file is None:
+        inputs: list[Any] = [arguments.input]
+        _check_input("--input", arguments.input, ConfigError)
+    else:
+        inputs = _inputs(arguments.file)
     from pipeline.registry import ensure_store, lookup
     from pipeline.registry.base_lookup import open_prefix
 
@@ -254,7 +262,14 @@ def _generate(arguments: argparse.Namespace) -> int:
     share_cores()
     ensure_store(home)
     found = lookup(key, arguments.alias, arguments.version, home)
-    for text, answer in zip(inputs, open_prefix(found.prefix_dir)(inputs), strict=True):
+    # Comes with transformers; a chat template refuses, say, two turns of one speaker.
+    from jinja2 import TemplateError
+
+    try:
+        answers = open_prefix(found.prefix_dir)(inputs)
+    except TemplateError as error:
+        raise DataError(f"{arguments.file or '--input'}: the base's chat template refuses a conversation: {error}") from error
+    for text, answer in zip(inputs, answers, strict=True):
         if arguments.json:
             _print_json({"customer": str(key), "version": found.version, "input": text, "output": answer}, indent=None)
         else:
@@ -368,15 +383,38 @@ def _inputs(file: Path) -> list[Any]:
             row = json.loads(line)
         except ValueError as error:
             raise DataError(f'{file}:{number}: is not JSON ({error}). Every line must be like {{"input": "…"}}.') from error
-        value = (row.get("input") or row.get("messages")) if isinstance(row, dict) else None
+        value = None
+        if isinstance(row, dict):
+            value = row["input"] if row.get("input") is not None else row.get("messages")
         if not isinstance(value, str | list):
             raise DataError(
                 f'{file}:{number}: has neither a text `input` nor a list `messages`. Every line must be like {{"input": "…"}}.'
             )
+        _check_input(f"{file}:{number}", value, DataError)
         inputs.append(value)
     if not inputs:
         raise DataError(f'{file}: holds no input. Every line must be like {{"input": "…"}}.')
     return inputs
+
+
+def _check_input(place: str, value: str | list[Any], kind: "type[PrefixFleetError]") -> None:
+    """See that a text or conversation is one that a customer's data may hold too; otherwise raise an error of `kind`."""
+    from pipeline.config import ColumnSettings
+    from pipeline.data.check import UnusableError, check_row
+    from pipeline.data.read import Row
+
+    # A row with an answer, which a request has not.
+    answer = "answer"
+    if isinstance(value, str):
+        row: dict[str, Any] = {"input": value, "target": answer}
+    elif value:
+        row = {"messages": [*value, {"role": "assistant", "content": answer}]}
+    else:
+        raise kind(f"{place}: messages is empty. Give at least one message.")
+    try:
+        check_row(Row(place, 1, "test", "", row), ColumnSettings(), not isinstance(value, str), [])
+    except UnusableError as error:
+        raise kind(f"{place}: {error.detail}. Correct it; nothing has been answered.") from error
 
 
 def _status(arguments: argparse.Namespace) -> int:
@@ -404,9 +442,9 @@ def _status(arguments: argparse.Namespace) -> int:
             {"format": 1, "mlflow": shown_uri(), "customers": [{**vars(model), "key": str(model.key)} for model in found]}
         )
     elif found:
-        from flows.display import status_table
+        from flows.display import output, status_table
 
-        status_table(found)
+        status_table(found, output())
     else:
         print(f"Nothing is registered at {shown_uri()}. `prefixfleet run FLEET.yaml` trains and registers.")
     return OK

@@ -7,7 +7,7 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,7 @@ class Display:
         self._lock = threading.Lock()
         self._bars: dict[str, TaskID] = {}
         self._last: dict[str, float] = {}
+        self._said: set[tuple[str, str]] = set()
         self._progress: Progress | None = None
         if bars and self.console.is_terminal:
             self._progress = Progress(
@@ -54,6 +55,11 @@ class Display:
         """Draw one event (see `pipeline.progress`)."""
         with self._lock:
             if "status" in event:
+                # A child says that a customer failed, and so does whoever started it.
+                said = (event.get("customer", ""), event.get("text", ""))
+                if said in self._said:
+                    return
+                self._said.add(said)
                 style = "red" if event["status"] == "failed" else ""
                 self._print(f"{event['stage']} {event.get('customer', '')}: {event['status']}: {event.get('text', '')}", style)
             elif "total" in event:
@@ -93,12 +99,21 @@ class Display:
 
 
 def fleet_table(rows: Iterable[Row], console: Console) -> None:
-    """Print the table of a run, and under it why customers failed or were not promoted."""
+    """Print the table of a run, and under it why customers failed or were not promoted, and what is odd about their data."""
     rows = list(rows)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("customer", no_wrap=True)
-    for name in ("rows used", "quarantined", "metric", "base score", "prefix score (95 %)", "version", "alias", "seconds"):
-        table.add_column(name, justify="left" if name in ("metric", "alias") else "right", no_wrap=True)
+    _print_table(lambda gap: _fleet_table(rows, gap), console)
+    for row in rows:
+        if row.error:
+            console.print(Text(f"{row.key} failed: {row.error}", style="red"), soft_wrap=True)
+        elif row.decision == "reject":
+            console.print(Text(f"{row.key} was not promoted: {'; '.join(row.reasons)}", style="yellow"), soft_wrap=True)
+        if row.overlap:
+            said = ", ".join(f"{count:,} in {splits.replace('/', ' and ')}" for splits, count in row.overlap.items())
+            console.print(Text(f"{row.key} has inputs that stand in two splits: {said}", style="yellow"), soft_wrap=True)
+
+
+def _fleet_table(rows: Iterable[Row], gap: str) -> Table:
+    table = _table("customer", "rows", "bad", "metric", "base", f"prefix{gap}(95 %)", "version", "alias", "seconds")
     for row in rows:
         table.add_row(
             Text(row.key, style="red" if row.status == "failed" else ""),
@@ -106,34 +121,53 @@ def fleet_table(rows: Iterable[Row], console: Console) -> None:
             _number(row.quarantined, ","),
             row.metric if row.score else "",
             _number(row.base_score, ".1f"),
-            f"{row.score['score']:.1f} ({row.score['low']:.1f} to {row.score['high']:.1f})" if row.score else "",
+            f"{row.score['score']:.1f}{gap}({row.score['low']:.1f} to {row.score['high']:.1f})" if row.score else "",
             _number(row.version, "d"),
             row.alias or ("failed" if row.status == "failed" else ""),
             f"{row.seconds:.1f}" if row.seconds else "",
         )
-    console.print(table)
-    for row in rows:
-        if row.error:
-            console.print(Text(f"{row.key} failed: {row.error}", style="red"), soft_wrap=True)
-        elif row.decision == "reject":
-            console.print(Text(f"{row.key} was not promoted: {'; '.join(row.reasons)}", style="yellow"), soft_wrap=True)
+    return table
 
 
-def status_table(models: "Iterable[ModelStatus]") -> None:
+def status_table(models: "Iterable[ModelStatus]", console: Console) -> None:
     """Print what the registry holds of each customer."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("customer", "version", "champion", "decision", "scores (base)", "registered"):
-        table.add_column(name, justify="right" if name in ("version", "champion") else "left", no_wrap=True)
+    models = list(models)
+    _print_table(lambda gap: _status_table(models, gap), console)
+
+
+def _status_table(models: "Iterable[ModelStatus]", gap: str) -> Table:
+    table = _table("customer", "version", "champion", "decision", "scores (base)", "registered")
     for model in models:
         scores = [
             f"{metric} {score:.1f}" + (f" ({model.base_scores[metric]:.1f})" if metric in model.base_scores else "")
             for metric, score in model.scores.items()
         ]
-        made = model.created_at.astimezone().strftime("%Y-%m-%d %H:%M")
-        table.add_row(
-            str(model.key), str(model.version), _number(model.champion_version, "d"), model.decision, ", ".join(scores), made
-        )
-    output().print(table)
+        made = model.created_at.astimezone().strftime(f"%Y-%m-%d{gap}%H:%M")
+        separator = ", " if gap == " " else gap
+        champion = _number(model.champion_version, "d")
+        table.add_row(str(model.key), str(model.version), champion, model.decision, separator.join(scores), made)
+    return table
+
+
+def _table(*names: str) -> Table:
+    """An empty table that leaves its cells whole. Numbers are right-justified, words left."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in names:
+        words = name in ("customer", "metric", "alias", "decision", "scores (base)", "registered")
+        table.add_column(name, justify="left" if words else "right", no_wrap=True)
+    return table
+
+
+def _print_table(make: Callable[[str], Table], console: Console) -> None:
+    """Print a table whose cells stand on one line if the console is wide enough, or else on several, closer together. No cell is ever cut: what is
+    still too wide, the terminal folds."""
+    for gap in (" ", "\n"):
+        table = make(gap)
+        table.padding = (0, 2 if gap == " " else 1, 0, 0)
+        table.width = console.measure(table, options=console.options.update(width=10_000)).maximum
+        if table.width <= console.width:
+            break
+    console.print(table, soft_wrap=True)
 
 
 def summary(outcome: Outcome, mlflow: str, peak_memory_bytes: int, console: Console) -> None:
@@ -181,7 +215,9 @@ def next_command(outcome: Outcome) -> str | None:
     if not inputs:
         return None
     task = "" if str(key) == key.customer else f" --task {key.task}"
-    return f"prefixfleet generate --customer {key.customer}{task} --input {shlex.quote(inputs[0])}"
+    # Otherwise a dash in front would make the input an option.
+    is_input = "--input=" if inputs[0].startswith("-") else "--input "
+    return f"prefixfleet generate --customer {key.customer}{task} {is_input}{shlex.quote(inputs[0])}"
 
 
 def shown(path: Path) -> str:

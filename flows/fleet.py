@@ -12,7 +12,6 @@ from prefect.states import Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import jobs, tasks, work
-from pipeline.errors import PrefixFleetError
 from pipeline.home import Home
 from pipeline.keys import CustomerKey
 from pipeline.registry import ensure_store
@@ -49,11 +48,19 @@ def bring_up_to_date(fleet_file: Path, customers: list[str] | None) -> State[wor
     home = Home.current()
     ensure_store(home)
     todo = work.open_work(fleet_file, customers, home)
-    work.survey(todo)
+    with work.alone(todo):
+        _work_through(todo)
+        outcome = work.outcome(todo)
+    failed = [row.key for row in outcome.failed]
+    if failed:
+        return Failed(message=f"{len(failed)} of {len(outcome.rows)} customers failed: {', '.join(failed[:20])}", data=outcome)
+    return Completed(message=f"all {len(outcome.rows)} customers are up to date", data=outcome)
 
+
+def _work_through(todo: work.Work) -> None:
     with todo.timed("prepare"):
         due = todo.is_due("prepare")
-        futures = tasks.prepare.map(due, unmapped(todo.base), unmapped(home))
+        futures = tasks.prepare.map(due, unmapped(todo.base), unmapped(todo.home))
         _settle(todo, "prepare", [c.key for c in due], futures, todo.prepared)
 
     for job in todo.plan():
@@ -63,13 +70,8 @@ def bring_up_to_date(fleet_file: Path, customers: list[str] | None) -> State[wor
 
     with todo.timed("register"):
         members = todo.ready_to_register()
-        _settle(todo, "register", [m.key for m in members], tasks.register.map(members), todo.registered)
-
-    outcome = work.outcome(todo)
-    failed = [row.key for row in outcome.failed]
-    if failed:
-        return Failed(message=f"{len(failed)} of {len(outcome.rows)} customers failed: {', '.join(failed[:20])}", data=outcome)
-    return Completed(message=f"all {len(outcome.rows)} customers are up to date", data=outcome)
+        registering = tasks.register.map(members, unmapped(todo.home))
+        _settle(todo, "register", [m.key for m in members], registering, todo.registered)
 
 
 def _run_job(todo: work.Work, job: jobs.PlannedJob, stage: str) -> None:
@@ -96,6 +98,6 @@ def _settle(
         else:
             try:
                 keep(of[future], result)
-            except PrefixFleetError as error:  # settings that name what is not there, such as a prefix to start from
+            except Exception as error:  # of whatever kind: the other customers are not to suffer
                 todo.fail(of[future], stage, error)
         count.step()

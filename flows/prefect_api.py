@@ -4,12 +4,16 @@ In: the environment and the home folder. Out: an API that answers, or an error t
 imported is set here; call `set_environment` before importing `prefect`.
 """
 
+import base64
 import contextlib
 import fcntl
+import http.client
 import os
+import re
 import subprocess
 import sys
 import urllib.error
+import urllib.parse
 import urllib.request
 import warnings
 from collections.abc import Iterator
@@ -22,14 +26,12 @@ _ANSWER_SECONDS = 5.0
 
 
 def set_environment(home: Home, verbose: bool = False) -> None:
-    """Set what Prefect reads when it is imported, where the user has not set it: no telemetry, our own database, a quiet terminal."""
-    # DO_NOT_TRACK wants the word: MLflow does not know 1.
-    os.environ.setdefault("DO_NOT_TRACK", "true")
-    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    """Set what Prefect reads when it is imported, where the user has not set it: our own database, a quiet terminal.
+
+    `flows/__init__.py` has turned telemetry off.
+    """
     # The default of 20 s is too short for the first start, which makes the database.
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "90")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if not verbose:
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
@@ -50,18 +52,53 @@ def check_server() -> None:
     Raises:
         ConfigError: it does not.
     """
-    url = os.environ["PREFECT_API_URL"].rstrip("/")
+    url, headers = _address()
     try:
-        with urllib.request.urlopen(f"{url}/health", timeout=_ANSWER_SECONDS):
-            return
-    except urllib.error.HTTPError:
+        request = urllib.request.Request(f"{url}/health", headers=headers)
+        with urllib.request.urlopen(request, timeout=_ANSWER_SECONDS) as answer:
+            if "json" in answer.headers.get("Content-Type", ""):
+                return
+        raise _no_server(url, "what answers is no Prefect server")
+    except urllib.error.HTTPError as error:
+        if error.code == 404:
+            raise _no_server(url, "nothing is known at /health there; the address of a Prefect API ends in /api") from error
         return  # something answers; whether it lets us in is Prefect's to say
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        raise ConfigError(
-            f"PREFECT_API_URL={url}: no Prefect server answers ({reason}). Start it (`prefect server start`), correct the address, "
-            "or unset PREFECT_API_URL to run without a server."
-        ) from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise _no_server(url, getattr(error, "reason", error)) from error
+
+
+def _no_server(url: str, reason: object) -> ConfigError:
+    return ConfigError(
+        f"PREFECT_API_URL={url}: no Prefect server answers ({reason}). Start it (`prefect server start`), correct the address, "
+        "or unset PREFECT_API_URL to run without a server."
+    )
+
+
+def _address() -> tuple[str, dict[str, str]]:
+    """`PREFECT_API_URL` without user and password, which nobody is to read in a message, and the header that says them to the server."""
+    whole = os.environ["PREFECT_API_URL"].rstrip("/")
+    scheme, separator, rest = whole.partition("://")
+    place, slash, path = rest.partition("/")
+    user, at, host = place.rpartition("@")
+    if not at:
+        return whole, {}
+    secret = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
+    return f"{scheme}{separator}{host}{slash}{path}", {"Authorization": f"Basic {secret}"}
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    """Turn what Prefect raises for a server that does not serve it into a `ConfigError`."""
+    try:
+        yield
+    except Exception as error:
+        from prefect.exceptions import PrefectHTTPStatusError
+
+        # Prefect 3.8.8 has no class of its own for the first of these.
+        if "Failed to reach API" not in str(error) and not isinstance(error, PrefectHTTPStatusError):
+            raise
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        raise _no_server(_address()[0], re.sub(r"://[^/@\s]*@", "://", reason)) from error
 
 
 @contextlib.contextmanager
@@ -74,7 +111,8 @@ def prefect_api(home: Home) -> Iterator[None]:
     """
     if os.environ.get("PREFECT_API_URL"):
         check_server()
-        yield
+        with _translated():
+            yield
         return
     # Prefect takes a second to import, and reads its settings then.
     from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings

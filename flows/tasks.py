@@ -15,13 +15,15 @@ from pipeline.home import Home
 from pipeline.training.job import JobCustomer
 
 
-def _is(kind: type[Exception]) -> Any:
-    """A retry condition: only errors of `kind` may be gone the next time."""
+def _crashed(task: Any, run: Any, state: Any) -> bool:
+    """Whether a child process was killed or crashed, which it may not be the next time; a refused job stays refused."""
+    return isinstance(state.result(raise_on_failure=False), ProcessCrash)
 
-    def condition(task: Any, run: Any, state: Any) -> bool:
-        return isinstance(state.result(raise_on_failure=False), kind)
 
-    return condition
+def _mlflow_failed(task: Any, run: Any, state: Any) -> bool:
+    """Whether it was MLflow that failed; what is wrong with a prefix or its evaluation stays wrong."""
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, RegistryError) and error.__cause__ is not None
 
 
 @task(task_run_name="prepare {customer.id} {customer.task}", persist_result=False, cache_policy=NO_CACHE)
@@ -38,7 +40,7 @@ def prepare(customer: Customer, base: BaseModelInfo, home: Home) -> work.Prepare
     persist_result=False,
     cache_policy=NO_CACHE,
     retries=1,
-    retry_condition_fn=_is(ProcessCrash),
+    retry_condition_fn=_crashed,
 )
 def run_job(planned: PlannedJob, stage: str) -> None:
     """Train or evaluate the customers of one job in a child process, whose output goes to this run's log."""
@@ -51,10 +53,10 @@ def run_job(planned: PlannedJob, stage: str) -> None:
     cache_policy=NO_CACHE,
     retries=2,
     retry_delay_seconds=[2, 10],
-    retry_condition_fn=_is(RegistryError),
+    retry_condition_fn=_mlflow_failed,
 )
-def register(member: JobCustomer) -> work.Registered:
+def register(member: JobCustomer, home: Home) -> work.Registered:
     """Register one customer's prefix."""
-    registered = work.register(member)
+    registered = work.register(member, home)
     get_run_logger().info("%s: version %s%s", member.key, registered.version, f", {registered.alias}" if registered.alias else "")
     return registered

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows import events, jobs, launch
+from flows import events, jobs, launch, locks
 from pipeline.base import BaseModelInfo, resolve_base
 from pipeline.config import Customer, Fleet, load_fleet
 from pipeline.errors import PrefixFleetError
@@ -33,6 +33,7 @@ class Row:
     """One customer in the table at the end. Scores are in points (0..100) of `metric`.
 
     `status` is `done` (something was done), `unchanged` or `failed`; `seconds` are those of this run; `score` holds `score`, `low`, `high`.
+    `overlap` counts the inputs that stand in two ready-made splits, as `train/test`: only those that are not zero.
     """
 
     key: str
@@ -49,6 +50,7 @@ class Row:
     seconds: float = 0.0
     status: str = "unchanged"
     error: str | None = None
+    overlap: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -211,18 +213,37 @@ def survey(work: Work) -> None:
         key, folder = customer.key, work.home.prepared(customer.key)
         work.due[key] = jobs.STAGES
         # What is wrong with the data is said in full by the stage itself, which is the one to fail.
-        with contextlib.suppress(PrefixFleetError):
+        with contextlib.suppress(Exception):
             if is_prepared(customer, work.base, folder):
                 work.prepared(key, Prepared(read_card(folder), 0.0))
-                work.due[key] = _due(work.members[key], known.get(key))
-        if work.due[key] == () and key in known:
-            work.versions[key] = (known[key].version, "champion" if known[key].champion_version == known[key].version else None)
+        if key in work.members:
+            work.due[key] = _due(work, key, known.get(key))
 
 
-def _due(member: JobCustomer, known: "ModelStatus | None") -> tuple[str, ...]:
+@contextlib.contextmanager
+def alone(work: Work) -> Iterator[None]:
+    """Keep other runs from the customers of this one meanwhile, and `survey` them. Those that another run holds and that are due here fail.
+
+    Raises:
+        StorageError, RegistryError: see `flows.locks.holding` and `survey`.
+    """
+    with locks.holding(work.home, [customer.key for customer in work.customers]) as busy:
+        survey(work)
+        for key in sorted(busy):
+            if work.due[key]:
+                work.fail(key, work.due[key][0], "another run is at work on this customer; wait for it or stop it")
+        yield
+
+
+def _due(work: Work, key: CustomerKey, known: "ModelStatus | None") -> tuple[str, ...]:
     """The stages due for a customer whose data is prepared; `known` is its newest registered version."""
+    member = work.members[key]
     due = [stage for stage, done in (("train", jobs.is_trained(member)), ("evaluate", jobs.is_evaluated(member))) if not done]
-    return tuple([*due, "register"] if due or not _is_registered(member, known) else due)
+    version = None if due else _registered_version(work.home, member, known)
+    if version is None or known is None:
+        return (*due, "register")
+    work.versions[key] = (version, "champion" if known.champion_version == version else None)
+    return ()
 
 
 def _registered_versions(work: Work) -> "dict[CustomerKey, ModelStatus]":
@@ -233,8 +254,8 @@ def _registered_versions(work: Work) -> "dict[CustomerKey, ModelStatus]":
     return {known.key: known for known in status(None if everybody else [c.key for c in work.customers])}
 
 
-def _is_registered(member: JobCustomer, known: "ModelStatus | None") -> bool:
-    """Whether stage 4 has been through with this evaluation in the store in use.
+def _registered_version(home: Home, member: JobCustomer, known: "ModelStatus | None") -> int | None:
+    """The version that stage 4 has made of this evaluation in the store in use, if that was the last thing it did for this customer.
 
     The receipt tells a registration that was interrupted before its alias was set from one whose alias somebody has moved since; the store tells
     whether the version still is where the receipt says.
@@ -242,22 +263,32 @@ def _is_registered(member: JobCustomer, known: "ModelStatus | None") -> bool:
     from pipeline.registry import find
 
     try:
-        receipt = read_json(_receipt(member), 1)
+        receipt = read_json(_receipt(home, member.key), 1)
     except PrefixFleetError:
-        return False
-    if known is None or receipt.get("store") != _store():
-        return False
-    return known.fingerprint == member.train_digest or find(member.key, member.train_digest) is not None
+        return None
+    version = receipt.get("version")
+    if known is None or receipt != _receipt_content(member, version):
+        return None
+    newest = known.fingerprint == member.train_digest
+    return version if version == (known.version if newest else find(member.key, member.train_digest)) else None
 
 
-def _receipt(member: JobCustomer) -> Path:
-    return Path(member.evaluation_dir) / "registered.json"
+def _receipt(home: Home, key: CustomerKey) -> Path:
+    """What was registered last for a customer. One, so that it says which of two settings between which somebody goes back and forth."""
+    return key.below(home.root / "registered").with_suffix(".json")
 
 
-def _store() -> str:
+def _receipt_content(member: JobCustomer, version: Any) -> dict[str, Any]:
     from pipeline.registry.store import shown_uri
 
-    return shown_uri()
+    return {
+        "format": 1,
+        "store": shown_uri(),
+        "name": member.key.model_name,
+        "version": version,
+        "train_digest": member.train_digest,
+        "evaluate_digest": member.evaluate_digest,
+    }
 
 
 def prepare(customer: Customer, base: BaseModelInfo, home: Home) -> Prepared:
@@ -294,13 +325,17 @@ def _champions(planned: jobs.PlannedJob) -> dict[CustomerKey, Path]:
     return {key: lookup(key).prefix_dir for key in held}
 
 
-def register(member: JobCustomer) -> Registered:
+def register(member: JobCustomer, home: Home) -> Registered:
     """Stage 4 for one customer."""
     from pipeline.registry import register as register_prefix
 
     start = time.monotonic()
+    receipt = _receipt(home, member.key)
+    # From here on the old one may be untrue: the alias moves before the new one is written.
+    with contextlib.suppress(OSError):
+        receipt.unlink(missing_ok=True)
     registration = register_prefix(Path(member.prefix_dir), Path(member.evaluation_dir))
-    write_json(_receipt(member), {"format": 1, "store": _store(), "name": registration.name, "version": registration.version})
+    write_json(receipt, _receipt_content(member, registration.version))
     return Registered(registration.version, registration.alias, time.monotonic() - start)
 
 
@@ -312,7 +347,7 @@ def run_stage(work: Work, stage: str, logger: logging.Logger) -> None:
     before = jobs.STAGES[: jobs.STAGES.index(stage)]
     for customer in work.customers:
         missing = [name for name in before if name in work.due[customer.key]]
-        if missing:
+        if missing and customer.key not in work.errors:
             work.fail(
                 customer.key,
                 stage,
@@ -340,8 +375,8 @@ def _one_by_one(work: Work, stage: str) -> None:
             if stage == "prepare":
                 work.prepared(customer.key, prepare(customer, work.base, work.home))
             else:
-                work.registered(customer.key, register(work.members[customer.key]))
-        except PrefixFleetError as error:
+                work.registered(customer.key, register(work.members[customer.key], work.home))
+        except Exception as error:  # of whatever kind: the other customers are not to suffer
             work.fail(customer.key, stage, error)
         count.step()
 
@@ -366,14 +401,24 @@ def _row(work: Work, customer: Customer) -> Row:
     key = customer.key
     row = Row(str(key), metric=customer.evaluation.gate.metric, seconds=work.seconds.get(key, 0.0), error=work.errors.get(key))
     row.status = "failed" if row.error else "done" if work.seconds.get(key) else "unchanged"
+    row.version, row.alias = work.versions.get(key, (None, None))
     card, member = work.cards.get(key), work.members.get(key)
     if card is not None:
         row.rows_used, row.quarantined = card["counts"]["used"], card["counts"]["quarantined"]
+        row.overlap = {splits: count for splits, count in card.get("overlap", {}).items() if count}
     if member is not None and jobs.is_evaluated(member):
-        folder = Path(member.evaluation_dir)
-        metrics, decision = read_json(folder / "metrics.json", 1), read_json(folder / "decision.json", 1)
-        row.base_score = metrics["scores"]["base"][row.metric]["score"]
-        row.score = {name: metrics["scores"]["prefix"][row.metric][name] for name in ("score", "low", "high")}
-        row.decision, row.reasons, row.report = decision["decision"], list(decision["reasons"]), folder / "report.html"
-    row.version, row.alias = work.versions.get(key, (None, None))
+        try:
+            _judge(row, Path(member.evaluation_dir))
+        except (PrefixFleetError, KeyError, TypeError) as error:
+            named = isinstance(error, PrefixFleetError)
+            reason = str(error) if named else f"{member.evaluation_dir}: is damaged ({error!r}). Delete it and run again."
+            row.status, row.error = "failed", row.error or reason
     return row
+
+
+def _judge(row: Row, folder: Path) -> None:
+    """Put the scores and the decision of the evaluation in `folder` into `row`."""
+    metrics, decision = read_json(folder / "metrics.json", 1), read_json(folder / "decision.json", 1)
+    base, score = metrics["scores"]["base"][row.metric]["score"], metrics["scores"]["prefix"][row.metric]
+    row.base_score, row.score = base, {name: score[name] for name in ("score", "low", "high")}
+    row.decision, row.reasons, row.report = decision["decision"], list(decision["reasons"]), folder / "report.html"

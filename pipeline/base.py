@@ -1,18 +1,22 @@
 """Which base model a name means, and whether it is the right one. Reads files only: no torch here, so flows may use it.
 
-The base is identified by its weight digest: SHA-256 over the digests of its weight files. A prefix is valid for one digest only.
+The base is identified by one digest of all that its outputs follow from, the tokenizer apart: the weight files, the architecture's
+settings in config.json and the end tokens in generation_config.json. A prefix is valid for one digest only.
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import BaseModelError
 from pipeline.files import digest_of, file_digest, write_json
+from pipeline.hub import hub_answers
 
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
 _SEQ2SEQ = ("ForConditionalGeneration", "ForSeq2SeqLM")
+# Keys of config.json that do not change what the model computes; the dtype is a setting of the fleet file.
+_NO_IDENTITY = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,8 @@ class BaseModelInfo:
         id: what the user wrote: a folder or a hub id.
         path: the folder that holds the files.
         revision: hub commit, or None for a folder.
-        digest: weight digest, 64 hex digits.
+        digest: SHA-256, 64 hex digits, over the weight files' digests, config.json (without the library's version, the name, dtype
+            and use_cache) and `eos_token_id` of generation_config.json.
         tokenizer_digest: SHA-256 over the tokenizer's files, 64 hex digits.
         is_encoder_decoder: False for decoder-only models.
         model_type: transformers' name of the architecture.
@@ -64,34 +69,36 @@ def resolve_base(name: str, revision: str | None = None, digests: Path | None = 
 
 
 def _download(name: str, revision: str | None) -> str:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     patterns = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
+    start = f"base model {name}: no such folder beside the fleet file"
     try:
         return snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=True)
     except Exception as missing:  # huggingface_hub raises a family of errors for "not in the cache"
-        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+        if constants.HF_HUB_OFFLINE:
             raise BaseModelError(
-                f"base model {name}: neither a folder nor in the hub cache, and HF_HUB_OFFLINE is set. Download it first, or give a folder."
+                f"{start}, nor in the hub cache, and HF_HUB_OFFLINE is set. Download it first, or give a folder."
+            ) from missing
+        if not hub_answers():
+            raise BaseModelError(
+                f"{start}, nor in the hub cache, and the hub at {constants.ENDPOINT} does not answer. Correct base_model.path, or the "
+                "network, its proxy or HF_ENDPOINT."
             ) from missing
     try:
         return snapshot_download(name, revision=revision, allow_patterns=patterns)
     except Exception as error:
         raise BaseModelError(
-            f"base model {name}: no such folder, and the hub did not give it ({type(error).__name__}: {error})."
+            f"{start}, and the hub did not give it ({type(error).__name__}: {error}). Correct base_model.path or revision."
         ) from error
 
 
 def _inspect(name: str, folder: Path, revision: str | None, digests: Path | None) -> BaseModelInfo:
-    config_file = folder / "config.json"
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise BaseModelError(
-            f"base model {name}: {folder} holds no config.json, so it is no transformers model folder."
-        ) from error
-    except (OSError, ValueError) as error:
-        raise BaseModelError(f"base model {name}: {config_file} cannot be read ({error}).") from error
+    if not (folder / "config.json").exists():
+        raise BaseModelError(f"base model {name}: {folder} holds no config.json, so it is no transformers model folder.")
+    config = _read(name, folder / "config.json")
+    generation_file = folder / "generation_config.json"
+    generation = _read(name, generation_file) if generation_file.exists() else {}
     architectures = config.get("architectures") or []
     causal = any(a.endswith(_CAUSAL) for a in architectures)
     seq2seq = any(a.endswith(_SEQ2SEQ) for a in architectures) and bool(config.get("is_encoder_decoder"))
@@ -120,12 +127,27 @@ def _inspect(name: str, folder: Path, revision: str | None, digests: Path | None
         id=name,
         path=folder,
         revision=revision,
-        digest=_remembered(weights, digests),
+        digest=digest_of([_remembered(weights, digests), _identity(config), generation.get("eos_token_id")]),
         tokenizer_digest=digest_of([[f.name, file_digest(f)] for f in tokenizer]),
         is_encoder_decoder=seq2seq,
         model_type=str(config.get("model_type")),
         max_positions=int(positions) if positions and limited else None,
     )
+
+
+def _read(name: str, file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("no JSON object")
+        return content
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"base model {name}: {file} cannot be read ({error}).") from error
+
+
+def _identity(config: dict[str, Any]) -> dict[str, Any]:
+    """What of config.json decides the outputs; models of several parts nest further configurations."""
+    return {k: _identity(v) if isinstance(v, dict) else v for k, v in config.items() if k not in _NO_IDENTITY}
 
 
 def _remembered(weights: list[Path], digests: Path | None) -> str:

@@ -5,11 +5,15 @@ settings do. Errors name the file, the line, the customer and the nearest known 
 """
 
 import difflib
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from pipeline.errors import ConfigError
 from pipeline.keys import DEFAULT_TASK, CustomerKey, validate_id
@@ -22,7 +26,15 @@ METRICS = ("bleu", "chrf", "rouge1", "rouge2", "rougeL")
 class Settings(BaseModel):
     """A section of the fleet file. Unknown keys are errors: a misspelt option must not be ignored."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # YAML reads yes, no, on and off as truth values, and pydantic would make 1 and 0 of them.
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("must not be true or false, as YAML reads yes, no, on and off too; a text needs quotes")
+        return value
 
 
 class BaseSettings(Settings):
@@ -46,7 +58,9 @@ class BaseSettings(Settings):
 class LaunchSettings(Settings):
     """How `accelerate launch` is called."""
 
-    accelerate_config: str = Field("cpu", description="the name of a file of accelerate_configs/, or a path to one")
+    accelerate_config: str = Field(
+        "cpu", description="the name of a file of accelerate_configs/, or the path of one (with a / or ending in .yaml)"
+    )
     num_processes: int = Field(1, ge=1, description="processes in all")
     num_machines: Literal[1] = Field(1, description="machines")
 
@@ -138,7 +152,7 @@ class TrainingSettings(Settings):
     max_grad_norm: float = Field(1.0, gt=0, description="the gradient of a customer's prefix is clipped to this norm")
     eval_every: int = Field(50, ge=1, description="steps between two dev losses")
     early_stopping: int | None = Field(3, ge=1, description="stop after so many dev losses without improvement; null: never")
-    seed: int = Field(0, ge=0, description="of the order of the rows and of the initial prefix")
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="of the order of the rows and of the initial prefix")
 
 
 class GateSettings(Settings):
@@ -245,8 +259,9 @@ class Customer(Settings):
         return CustomerKey(self.id, self.task)
 
 
-def _string_id(value: Any) -> Any:
-    return {**value, "id": str(value["id"])} if isinstance(value, dict) and isinstance(value.get("id"), int) else value
+def _string_ids(customer: dict[str, Any]) -> dict[str, Any]:
+    """Numbers as text: `id: 42` needs no quotes. Numbers that YAML reads as others (`010`) were refused before."""
+    return {k: str(v) if k in ("id", "task") and type(v) is int else v for k, v in customer.items()}
 
 
 class Fleet(Settings):
@@ -261,10 +276,13 @@ class Fleet(Settings):
     @model_validator(mode="after")
     def _keys_are_unique(self) -> "Fleet":
         seen: set[CustomerKey] = set()
-        for customer in self.customers:
+        for number, customer in enumerate(self.customers):
             if customer.key in seen:
-                raise ValueError(
-                    f"customer {customer.id!r} with task {customer.task!r} stands twice; give one of them another `task`"
+                # The position goes along for the line; a plain ValueError would be about the whole file.
+                raise PydanticCustomError(
+                    "twice",
+                    "{id} with task {task} stands twice; give one of them another `task`",
+                    {"id": repr(customer.id), "task": repr(customer.task), "number": number},
                 )
             seen.add(customer.key)
         return self
@@ -308,17 +326,64 @@ def load_fleet(path: Path | str) -> Fleet:
     try:
         content = yaml.safe_load(text)
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist, a number of thousands of digits
         raise ConfigError(f"{path}: is not YAML: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: is empty or no mapping. It needs at least `base_model` and `customers`.")
+    if changed := [f"{path}:{line}: {what}" for line, what in sorted(_silent_changes(tree))]:
+        raise ConfigError("\n".join(changed))
     try:
         # Defaults are validated first, alone, so that a mistake there is reported once and not for every customer.
         Fleet.model_validate({**content, "customers": [{"id": "x", "data": "x.jsonl"}]})
         return Fleet.model_validate(_with_defaults(content, path.resolve()))
     except ValidationError as error:
-        problems = [_problem(path, content, tree, item) for item in error.errors()]
+        items = error.errors()
+        # A list whose entries are all wrong counts as empty too; that says nothing new.
+        locations = [item["loc"] for item in items]
+        told = [
+            item
+            for item in items
+            if item["type"] != "too_short"
+            or not any(at != item["loc"] and at[: len(item["loc"])] == item["loc"] for at in locations)
+        ]
+        problems = [_problem(path, content, tree, item) for item in told]
         raise ConfigError("\n".join(dict.fromkeys(problems))) from error
+
+
+def _silent_changes(tree: yaml.Node) -> Iterator[tuple[int, str]]:
+    """Line and message for all that YAML would make something else of, without a word: keys that stand twice, numbers not in base ten."""
+    seen: set[int] = set()  # anchors make one node appear in several places
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        line = node.start_mark.line + 1
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+        elif isinstance(node, yaml.MappingNode):
+            keys: dict[str, int] = {}
+            for key, value in node.value:
+                waiting += [key, value]
+                if isinstance(key, yaml.ScalarNode):
+                    here = key.start_mark.line + 1
+                    if key.value in keys:
+                        yield (
+                            here,
+                            f"{key.value}: stands twice, first in line {keys[key.value]}; YAML would take the last one. Delete one.",
+                        )
+                    keys.setdefault(key.value, here)
+        elif isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float")) and not _BASE_TEN.fullmatch(node.value):
+            read = yaml.safe_load(node.value)
+            yield (
+                line,
+                f'{node.value}: YAML reads this as {read!r}. Put quotes around it if it is a name: "{node.value}"; else write {read!r}.',
+            )
+
+
+# Not 010 (octal), 1:30 (base 60), 0x1f, 1_000. Numbers with a point or exponent, .inf and .nan are what they look like.
+_BASE_TEN = re.compile(r"[-+]?(0|[1-9][0-9]*|[0-9]*\.[0-9]*([eE][-+]?[0-9]+)?|\.(inf|Inf|INF|nan|NaN|NAN))")
 
 
 def _with_defaults(content: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -330,11 +395,11 @@ def _with_defaults(content: dict[str, Any], path: Path) -> dict[str, Any]:
         resolved = []
         for customer in customers:
             if isinstance(customer, dict):
-                customer = dict(_string_id(customer))
+                customer = _string_ids(customer)
                 for section in SECTIONS:
                     customer[section] = _overlay(defaults.get(section), customer.get(section))
                 customer["prefix"] = _absolute_prefix(customer["prefix"], path.parent)
-                customer["launch"] = _overlay(content.get("launch"), customer.get("launch"))
+                customer["launch"] = _absolute_launch(_overlay(content.get("launch"), customer.get("launch")), path.parent)
                 if "data" in customer:
                     customer["data"] = _absolute_data(customer["data"], path.parent)
             resolved.append(customer)
@@ -342,8 +407,10 @@ def _with_defaults(content: dict[str, Any], path: Path) -> dict[str, Any]:
     base = {"path": base} if isinstance(base, str) else base
     if isinstance(base, dict) and isinstance(base.get("path"), str):
         base = {**base, "path": _absolute_base(base["path"], path.parent)}
-    named = {"name": path.stem} if "name" not in content else {}
-    return {**content, **named, "base_model": base, "customers": resolved}
+    added = {"name": path.stem} if "name" not in content else {}
+    if "launch" in content:
+        added["launch"] = _absolute_launch(content["launch"], path.parent)
+    return {**content, **added, "base_model": base, "customers": resolved}
 
 
 def _overlay(below: Any, above: Any) -> Any:
@@ -374,6 +441,13 @@ def _absolute_prefix(prefix: Any, folder: Path) -> Any:
     return {**prefix, "init_prefix": str(_absolute(start, folder))}
 
 
+def _absolute_launch(launch: Any, folder: Path) -> Any:
+    file = launch.get("accelerate_config") if isinstance(launch, dict) else None
+    if not isinstance(file, str) or not ("/" in file or file.endswith((".yaml", ".yml"))):
+        return launch  # the name of one that comes along
+    return {**launch, "accelerate_config": str(_absolute(file, folder))}
+
+
 def is_file_name(source: str) -> bool:
     """Whether a data source means a file (by its suffix) rather than a hub id."""
     return source.lower().endswith(DATA_SUFFIXES)
@@ -387,7 +461,7 @@ def _absolute_base(value: str, folder: Path) -> str:
 
 
 def _absolute(value: str, folder: Path) -> Path:
-    return (folder / Path(value).expanduser()).resolve()
+    return (folder / os.path.expanduser(value)).resolve()  # Path.expanduser raises for a user who is not there
 
 
 def _nearest(name: str, known: list[str]) -> str:
@@ -397,7 +471,7 @@ def _nearest(name: str, known: list[str]) -> str:
 
 def _problem(path: Path, content: dict[str, Any], tree: yaml.Node, item: Any) -> str:
     """One validation error as `file:line: customer acme: section.key: what is wrong and what to do`."""
-    location = [part for part in item["loc"]]
+    location = ["customers", item["ctx"]["number"]] if item["type"] == "twice" else list(item["loc"])
     # A setting that a customer inherits is wrong where it was written: in the defaults.
     line = _line_of(tree, location)
     who = ""
@@ -408,17 +482,46 @@ def _problem(path: Path, content: dict[str, Any], tree: yaml.Node, item: Any) ->
             if isinstance(customer, dict)
             else f"customer number {location[1] + 1}: "
         )
-    name = ".".join(str(part) for part in (location[2:] if who else location)) or "fleet"
-    if item["type"] == "extra_forbidden":
+    name = ".".join(str(part) for part in (location[2:] if who else location))
+    where = f"{name}: " if name else "" if who else "fleet: "
+    return f"{path}:{line}: {who}{where}{_what(item, location)}"
+
+
+# What pydantic says of the wrong kind of value, in words for people who write YAML and not Python.
+_KINDS = {
+    "int": "must be a whole number",
+    "float": "must be a number",
+    "finite_number": "must be a finite number",
+    "string": "must be text in quotes",
+    "bool": "must be true or false",
+    "tuple": "must be a list",
+    "dict": "must be a section of keys and values",
+    "model": "must be a section of keys and values",
+    "too_short": "needs at least 1 entry",
+    "missing": "is missing",
+}
+
+
+def _what(item: Any, location: list[Any]) -> str:
+    """What is wrong, and what was found there."""
+    kind = item["type"]
+    if kind == "extra_forbidden":
         known = _known_keys(location)
-        what = f"unknown key.{_nearest(str(location[-1]), known)} Known here: {', '.join(known)}"
-    elif item["type"] == "missing":
-        what = "is missing"
-    else:
-        what = item["msg"].removeprefix("Value error, ")
-        if not isinstance(item["input"], dict | list | Settings):
-            what += f" (got {item['input']!r})"
-    return f"{path}:{line}: {who}{name}: {what}"
+        return f"unknown key.{_nearest(str(location[-1]), known)} Known here: {', '.join(known)}"
+    plain = _KINDS.get(kind) or _KINDS.get(kind.split("_")[0])
+    what = plain or item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    value = item["input"]
+    if value is None:
+        return f"is empty; it {what}" if what.startswith("must") else what
+    if kind in ("missing", "twice") or isinstance(value, dict | list | tuple | Settings):
+        return what
+    return f"{what} (got {_written(value)})"
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(value)[:200] if isinstance(value, str) else str(value)[:200]
 
 
 def _line_of(tree: yaml.Node, location: list[Any]) -> int:

@@ -5,18 +5,12 @@ retry for half a minute or more).
 """
 
 import contextlib
-import functools
-import socket
-import threading
-import time
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 from pipeline.errors import DataError
+from pipeline.hub import PROBE_SECONDS, hub_answers
 
-PROBE_SECONDS = 5.0
 _REMEDY = "Check the id, `revision`, and access (`hf auth login`); or give a file (.jsonl, .csv, .tsv, .parquet)."
 # What the hub's data sets call the splits.
 _NAMES = {"train": ("train",), "dev": ("validation", "dev", "val", "valid"), "test": ("test",)}
@@ -29,7 +23,7 @@ def hub_commit(name: str, revision: str | None) -> str | None:
     Raises:
         DataError: the hub knows no such data set or revision.
     """
-    if not _reachable():
+    if not hub_answers():
         return revision
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -55,7 +49,7 @@ def load_hub_splits(name: str, split: str, config: str | None, revision: str | N
     Raises:
         DataError: neither the hub nor the cache has it, or it has no such split.
     """
-    reachable = _reachable()
+    reachable = hub_answers()
     with contextlib.nullcontext() if reachable else _offline():
         import datasets
         from datasets.utils.logging import disable_progress_bar
@@ -87,35 +81,6 @@ def describe(error: Exception) -> str:
     """An error's kind and first line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
-
-
-def _reachable() -> bool:
-    """Whether the hub, or the proxy before it, takes a connection within `PROBE_SECONDS`. False if `HF_HUB_OFFLINE` is set."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    endpoint = urlsplit(constants.ENDPOINT)
-    proxy = getproxies().get(endpoint.scheme)
-    target = urlsplit(proxy) if proxy else endpoint
-    port = target.port or (443 if target.scheme == "https" else 80)
-    return _answers(target.hostname or "", port, int(time.monotonic() // 60))
-
-
-@functools.lru_cache(maxsize=1)
-def _answers(host: str, port: int, minute: int) -> bool:
-    """Asked once a minute, so that a fleet with many hub data sets does not wait for each."""
-    answered = threading.Event()
-
-    def connect() -> None:
-        with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=PROBE_SECONDS):
-            answered.set()
-
-    # In a thread, since looking up a name has no time-out of its own.
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(PROBE_SECONDS)
-    return answered.is_set()
 
 
 @contextlib.contextmanager

@@ -19,8 +19,8 @@ from pipeline.training.job import JobBase
 if TYPE_CHECKING:
     from pipeline.inference import PrefixEngine
 
-# By weight digest and quantisation. Here and not in pyfunc_model.py, which MLflow runs anew for every model that is loaded.
-_engines: dict[tuple[str, str | None], "PrefixEngine"] = {}
+# By digest of the base, of the tokenizer, dtype, quantisation. Not in pyfunc_model.py, which MLflow runs anew for every model loaded.
+_engines: dict[tuple[str, str, str, str | None], "PrefixEngine"] = {}
 _loading = threading.Lock()
 
 
@@ -34,7 +34,8 @@ def base_of(prefix: dict[str, Any]) -> JobBase:
         prefix: the content of a `prefix.json`.
 
     Raises:
-        BaseModelError: not found, or found with other weights; the message names the digests and the places.
+        BaseModelError: not found, or found with other weights, settings or another tokenizer; the message names the digests and
+            the places.
     """
     base = prefix["base"]
     chosen = os.environ.get("PREFIXFLEET_BASE")
@@ -51,7 +52,7 @@ def base_of(prefix: dict[str, Any]) -> JobBase:
         except BaseModelError as error:
             seen.append(str(error))
             continue
-        if found.digest == base["digest"]:
+        if (found.digest, found.tokenizer_digest) == (base["digest"], base["tokenizer_digest"]):
             return JobBase(
                 id=base["id"],
                 path=str(found.path),
@@ -60,11 +61,11 @@ def base_of(prefix: dict[str, Any]) -> JobBase:
                 dtype=base["dtype"],
                 quantization=base.get("quantization"),
             )
-        seen.append(f"{place} has weights with digest {found.digest[:16]}.")
+        seen.append(f"{place} has digest {found.digest[:16]} and a tokenizer with digest {found.tokenizer_digest[:16]}.")
     remedy = "correct or unset PREFIXFLEET_BASE" if chosen else "set PREFIXFLEET_BASE to the folder that has it"
     raise BaseModelError(
-        f"customer {prefix['customer']}: the prefix was trained on base {base['id']} with digest {base['digest'][:16]}. "
-        f"{' '.join(seen)} A prefix works with its own base only: {remedy}."
+        f"customer {prefix['customer']}: the prefix was trained on base {base['id']} with digest {base['digest'][:16]} "
+        f"and a tokenizer with digest {base['tokenizer_digest'][:16]}. {' '.join(seen)} A prefix works with its own base only: {remedy}."
     )
 
 
@@ -78,10 +79,11 @@ def open_prefix(folder: Path) -> Callable[[list[str]], list[str]]:
     from pipeline.inference import load_engine
 
     prefix = read_json(folder / "prefix.json", format=1)
-    which = prefix["base"]["digest"], prefix["base"].get("quantization")
+    base = prefix["base"]
+    same = (base["digest"], base["tokenizer_digest"], base["dtype"], base.get("quantization"))
     with _loading:
-        if which not in _engines:
-            _engines[which] = load_engine(base_of(prefix))
-        engine = _engines[which]
+        if same not in _engines:
+            _engines[same] = load_engine(base_of(prefix))
+        engine = _engines[same]
         slot = engine.add(folder)
     return lambda texts: engine.answer(texts, slot)

@@ -30,9 +30,8 @@ class PrefixModel(PythonModel):
     def predict(
         self, context: PythonModelContext, model_input: pandas.DataFrame, params: dict[str, Any] | None = None
     ) -> list[str]:
-        """One text for each input; `model_input` has the column `input`. A plain list of texts will do too."""
-        texts = model_input["input"] if isinstance(model_input, pandas.DataFrame) else model_input
-        return self._answer([str(text) for text in texts])
+        """One text for each row of the column `input`. A plain list of texts will not do: MLflow checks inputs by the signature."""
+        return self._answer([str(text) for text in model_input["input"]])
 
 
 mlflow.models.set_model(PrefixModel())

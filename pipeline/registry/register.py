@@ -34,6 +34,7 @@ CHAMPION = "champion"
 TAG = "prefixfleet."
 PREFIX_FILES = ("prefix.json", "prefix.safetensors")
 _EVALUATION_FILES = ("report.html", "metrics.json", "decision.json")
+_GENERATIONS = "generations.jsonl"
 # MLflow takes 8,000 characters in a run's tag and more in a version's; nobody reads that many.
 _MAX_TAG = 2000
 # What decides the answer of a prefix, pinned for whoever builds an environment from the model.
@@ -80,9 +81,9 @@ def register(prefix_dir: Path, evaluation_dir: Path) -> Registration:
     A rejected prefix is registered too, so that it can be looked at, but never takes the alias from the champion of before.
 
     Raises:
-        StorageError: a file is missing or damaged.
-        RegistryError: prefix and evaluation do not belong together, the weights are not those that were trained, or MLflow
-            failed.
+        StorageError: a file is damaged, or prefix.json is missing.
+        RegistryError: a file of the evaluation is missing, prefix and evaluation do not belong together, the weights are not those
+            that were trained, or MLflow failed.
     """
     candidate = _read(Path(prefix_dir), Path(evaluation_dir))
     home = Home.current()
@@ -158,6 +159,11 @@ def content_digest(folder: Path) -> str:
 
 def _read(prefix_dir: Path, evaluation_dir: Path) -> _Candidate:
     prefix = read_json(prefix_dir / "prefix.json", format=1)
+    for name in (*_EVALUATION_FILES, _GENERATIONS):
+        if not (evaluation_dir / name).is_file():
+            raise RegistryError(
+                f"{evaluation_dir / name}: is missing. Delete {evaluation_dir} and run the same command again: the prefix is evaluated anew."
+            )
     metrics = read_json(evaluation_dir / "metrics.json", format=1)
     decision = read_json(evaluation_dir / "decision.json", format=1)
     key = CustomerKey(prefix["customer"], prefix["task"])
@@ -384,6 +390,6 @@ def _example(evaluation_dir: Path | None) -> str:
     """The first input of the test set."""
     if evaluation_dir is None:
         return ""
-    with (evaluation_dir / "generations.jsonl").open(encoding="utf-8") as file:
+    with (evaluation_dir / _GENERATIONS).open(encoding="utf-8") as file:
         first = file.readline()
     return str(json.loads(first)["input"]) if first.strip() else ""

@@ -40,7 +40,7 @@ _SETTINGS = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 # Seconds that the first request, which only asks whether anybody is there, waits for an answer.
-_FIRST_ANSWER = "3"
+_FIRST_ANSWER = "10"
 
 _uri_set_here: str | None = None
 _ready: set[tuple[str, str]] = set()
@@ -54,13 +54,12 @@ def ensure_store(home: Home | None = None) -> None:
     unless the environment says otherwise.
 
     Raises:
-        RegistryError: the server does not answer (after about 12 s), or the store is damaged or from a newer MLflow.
+        RegistryError: the server does not answer (12 s of retries, each up to 10 s), or the store is damaged or from a newer MLflow.
         StorageError: the embedded store cannot be written.
     """
     global _uri_set_here
     home = home or Home.current()
-    for name, value in _SETTINGS.items():
-        os.environ.setdefault(name, value)
+    set_environment()
     embedded = _embedded_uri(home)
     if os.environ.get("MLFLOW_TRACKING_URI", "") in ("", _uri_set_here):
         os.environ["MLFLOW_TRACKING_URI"] = _uri_set_here = embedded
@@ -76,6 +75,12 @@ def ensure_store(home: Home | None = None) -> None:
             connect().search_experiments(max_results=1)
             connect().search_registered_models(max_results=1)
     _ready.add(stores)
+
+
+def set_environment() -> None:
+    """Turn MLflow's telemetry off and bound its retries, unless the environment says otherwise. Before MLflow is imported."""
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
 
 
 def connect() -> "MlflowClient":
@@ -121,7 +126,15 @@ def shown_uri() -> str:
     """The stores in use, for messages: without user name and password."""
     tracking, registry = os.environ.get("MLFLOW_TRACKING_URI", ""), os.environ.get("MLFLOW_REGISTRY_URI", "")
     shown = tracking if registry in ("", tracking) else f"{tracking} (registry {registry})"
-    return re.sub(r"://[^/@\s]*@", "://", shown)
+    return redact(shown)
+
+
+def redact(text: str) -> str:
+    """`text` with no user name and password in its URLs: nothing from `://` to the last `@` before the next space or quote.
+
+    A password may hold `/` and `@`, so a host before a path with an `@` goes too. `sqlite:` and `file:` have paths alone.
+    """
+    return re.sub(r"(?<![\w+.-])(?!(?:sqlite|file)[^:/]*:)([a-zA-Z][\w+.-]*://)[^\s'\"]*@", r"\1", text)
 
 
 @contextlib.contextmanager
@@ -129,11 +142,17 @@ def translated(doing: str) -> Iterator[None]:
     """Turn what MLflow raises into a `RegistryError` that says what was being done and where."""
     from mlflow.exceptions import MlflowException
     from requests.exceptions import RequestException
+    from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield
-    except (MlflowException, RequestException) as error:
-        reason = re.sub(r"://[^/@\s]*@", "://", str(error)).strip()
+    except ModuleNotFoundError as error:
+        raise RegistryError(
+            f"{doing}: MLflow at {shown_uri()} needs the Python module {error.name!r}, which is not installed. Install the driver of that "
+            "database (psycopg2-binary for postgresql://, pymysql for mysql+pymysql://), or correct MLFLOW_TRACKING_URI."
+        ) from error
+    except (MlflowException, RequestException, SQLAlchemyError) as error:
+        reason = redact(str(error)).strip()
         # MLflow 3.17 has no class of its own for a server that does not answer (rest_utils.http_request).
         if isinstance(error, RequestException) or "API request to" in reason:
             raise RegistryError(

@@ -8,6 +8,8 @@ import torch
 from pipeline.prefix import FrozenBase
 
 IGNORED = -100
+# Lengths are rounded up: the matrix library (oneDNN) keeps a program for every shape that it meets, and hundreds of lengths cost gigabytes.
+ROUND_TO = 16
 
 
 class TokenRow(Protocol):
@@ -23,7 +25,7 @@ class TokenRow(Protocol):
 
 
 def left_padded(rows: Sequence[list[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids [B, T] with padding in front, and the attention mask [B, T]: 1 for tokens, 0 for padding."""
+    """Token ids [B, T], T a multiple of 16, with padding in front, and the attention mask [B, T]: 1 for tokens, 0 for padding."""
     return _padded(rows, pad, device, left=True)
 
 
@@ -33,7 +35,7 @@ def right_padded(rows: Sequence[list[int]], pad: int, device: torch.device) -> t
 
 
 def _padded(rows: Sequence[list[int]], pad: int, device: torch.device, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    length = max(len(row) for row in rows)
+    length = _rounded(max(len(row) for row in rows))
     ids = torch.full((len(rows), length), pad, dtype=torch.int64)
     mask = torch.zeros(len(rows), length, dtype=torch.int64)
     for i, row in enumerate(rows):
@@ -43,6 +45,10 @@ def _padded(rows: Sequence[list[int]], pad: int, device: torch.device, left: boo
     return ids.to(device), mask.to(device)
 
 
+def _rounded(length: int) -> int:
+    return -(-length // ROUND_TO) * ROUND_TO
+
+
 def target_loss(base: FrozenBase, rows: Sequence[TokenRow], pad: int) -> tuple[torch.Tensor, int]:
     """Summed cross-entropy of the target tokens, and their number. Call inside `base.prefixes(…)`.
 
@@ -50,7 +56,6 @@ def target_loss(base: FrozenBase, rows: Sequence[TokenRow], pad: int) -> tuple[t
         the sum in float32 (a scalar with gradients) and the number of target tokens.
     """
     targets = [row.target_ids for row in rows]
-    longest = max(len(t) for t in targets)
     if base.is_encoder_decoder:
         ids, mask = right_padded([row.prompt_ids for row in rows], pad, base.device)
         labels, _ = right_padded(targets, IGNORED, base.device)
@@ -60,9 +65,9 @@ def target_loss(base: FrozenBase, rows: Sequence[TokenRow], pad: int) -> tuple[t
         # Padding in front brings every row's target to the end, so that the base computes logits for the last positions only:
         # logits and softmax over the vocabulary cost more than all other products of a small model.
         ids, mask = left_padded([row.prompt_ids + row.target_ids[:-1] for row in rows], pad, base.device)
-        labels, _ = left_padded(targets, IGNORED, base.device)
+        labels, _ = left_padded(targets, IGNORED, base.device)  # never longer than ids, since a prompt has a token at least
         base.prompts_end_at(torch.tensor([ids.shape[1] - len(t) for t in targets], device=base.device))
-        logits = base.model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=longest).logits
+        logits = base.model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=labels.shape[1]).logits
     loss = torch.nn.functional.cross_entropy(
         logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
     )

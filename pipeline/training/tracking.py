@@ -6,6 +6,8 @@ import time
 from types import TracebackType
 from typing import Any
 
+from pipeline.registry.store import experiment_id, redact, set_environment
+
 EVERY_SECONDS = 5.0
 
 
@@ -23,11 +25,11 @@ class Run:
         self._last = time.monotonic()
         if not os.environ.get("MLFLOW_TRACKING_URI"):
             return
+        # Also where nobody called `ensure_store`: with training started by hand.
+        set_environment()
         try:
             from mlflow import MlflowClient
             from mlflow.entities import Param, RunTag
-
-            from pipeline.registry.store import experiment_id
 
             self._client = MlflowClient()
             run = self._client.create_run(experiment_id(experiment), run_name=name)
@@ -62,7 +64,7 @@ class Run:
 
     def _lost(self, error: Exception) -> None:
         print(
-            f"warning: MLflow takes no metrics ({type(error).__name__}: {error}). Training goes on; they are in metrics.jsonl.",
+            f"warning: MLflow takes no metrics ({type(error).__name__}: {redact(str(error))}). Training goes on; they are in metrics.jsonl.",
             file=sys.stderr,
         )
         self._client = None

@@ -82,7 +82,9 @@ def write_evaluation(customer: JobCustomer) -> None:
         settings = {"num_beams": 1, "max_new_tokens": 8, "bootstrap_resamples": 100, "seed": 0}
         rest = {"prefix_digest": customer.train_digest, "records": 1, "settings": settings, "signatures": {}, "seconds": 0.1}
         write_json(folder / "metrics.json", {**named, **rest, "scores": scores})
-        write_json(folder / "decision.json", {"format": 1, "decision": "promote", "reasons": ["40 is more than 5"], "gate": {}})
+        promoted = (customer.evaluation.gate.min_score or 0.0) <= 40.0
+        decision, reason = ("promote", "40 is more than 5") if promoted else ("reject", "40 is too little")
+        write_json(folder / "decision.json", {"format": 1, "decision": decision, "reasons": [reason], "gate": {}})
         (folder / "report.html").write_text("<p>report</p>")
         record = {"input": "a", "references": ["b"], "base": "c", "prefix": "d", "fields": {}}
         (folder / "generations.jsonl").write_text(json.dumps(record) + "\n")

@@ -125,14 +125,45 @@ def test_missing_base_is_named_before_anything_is_started(
     assert "nowhere: no such folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("line", ["nonsense", '{"target": "x"}', "[]", '{"input": 3}'])
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("nonsense", "is not JSON"),
+        ('{"target": "x"}', "has neither"),
+        ("[]", "has neither"),
+        ('{"input": 3}', "has neither"),
+        ('{"input": ""}', "input is empty"),
+        ('{"input": " \\n"}', "input is empty"),
+        ('{"input": "a \\ud800 b"}', "half of a surrogate pair"),
+        ('{"input": "a \\u0007 b"}', "control character U+0007"),
+        ('{"messages": []}', "messages is empty"),
+        ('{"messages": ["x"]}', "not a list of objects"),
+        ('{"messages": [{"content": "x"}]}', "role of message 1 is missing"),
+        ('{"messages": [{"role": "user", "content": 3}]}', "content of message 1 is int"),
+    ],
+)
 def test_bad_line_of_an_input_file_is_named_with_its_number(
-    home: Home, tmp_path: Path, line: str, capsys: pytest.CaptureFixture[str]
+    home: Home, tmp_path: Path, line: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "inputs.jsonl"
     file.write_text('{"input": "fine"}\n\n' + line + "\n")
     assert cli.main(["generate", "--customer", "acme", "--file", str(file)]) == 1
-    assert "inputs.jsonl:3:" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert "inputs.jsonl:3: " in errors and said in errors
+
+
+@pytest.mark.parametrize(("text", "said"), [("", "empty"), (" ", "empty"), ("a \udcff b", "no UTF-8 text"), ("\x00", "U+0000")])
+def test_bad_input_on_the_command_line_is_a_message(home: Home, text: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", "--customer", "acme", "--input", text]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: --input: ") and said in errors
+
+
+def test_good_texts_and_conversations_of_a_file_are_passed_on_as_they_are(tmp_path: Path) -> None:
+    file = tmp_path / "inputs.jsonl"
+    chat = [{"role": "user", "content": "Hello\n"}]
+    file.write_text(json.dumps({"input": " a\tb "}) + "\n" + json.dumps({"input": None, "messages": chat}) + "\n")
+    assert cli._inputs(file) == [" a\tb ", chat]
 
 
 def test_customer_that_is_not_registered_is_told_how_to_become_so(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,6 +196,48 @@ def test_stages_by_hand_each_read_what_the_one_before_wrote(
     assert "crisp" in capsys.readouterr().out
 
 
+def test_ready_made_splits_that_overlap_are_told(home: Home, fleet_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = (fleet_file.parent / "acme.jsonl").read_text().splitlines(keepends=True)
+    (fleet_file.parent / "test.jsonl").write_text("".join(lines[:3]))
+    fleet_file.write_text(fleet_file.read_text().replace("data: acme.jsonl", "data: {train: acme.jsonl, test: test.jsonl}"))
+    assert cli.main(["prepare", str(fleet_file), "--customer", "acme"]) == 0
+    assert "acme has inputs that stand in two splits" in capsys.readouterr().out
+    assert cli.main(["prepare", str(fleet_file), "--json"]) == 0
+    acme, bolt, _ = json.loads(capsys.readouterr().out)["customers"]
+    assert sum(acme["overlap"].values()) == 3 and bolt["overlap"] == {}
+
+
+def test_stage_by_hand_leaves_a_customer_to_the_run_that_is_at_work_on_it(
+    home: Home, fleet_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from flows.locks import holding
+    from pipeline.keys import CustomerKey
+
+    with holding(home, [CustomerKey("bolt")]):
+        assert cli.main(["prepare", str(fleet_file), "--json"]) == 1
+    rows = json.loads(capsys.readouterr().out)["customers"]
+    assert [row["status"] for row in rows] == ["done", "failed", "done"] and "another run is at work" in rows[1]["error"]
+
+
+def test_bug_in_one_customer_s_stage_fails_that_one_alone(
+    home: Home, fleet_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import work
+
+    real = work.prepare
+
+    def prepare(customer: Any, *rest: Any) -> Any:
+        if customer.id == "acme":
+            raise ZeroDivisionError("nobody expected this")
+        return real(customer, *rest)
+
+    monkeypatch.setattr(work, "prepare", prepare)
+    assert cli.main(["prepare", str(fleet_file), "--json"]) == 1
+    rows = json.loads(capsys.readouterr().out)["customers"]
+    assert [row["status"] for row in rows] == ["failed", "done", "done"]
+    assert rows[0]["error"] == "ZeroDivisionError: nobody expected this"
+
+
 def test_run_with_nothing_to_do_says_so_and_does_not_start_prefect(
     home: Home, fleet_file: Path, fake_stages: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,8 +256,10 @@ def test_run_with_nothing_to_do_says_so_and_does_not_start_prefect(
         file.write('{"input": "new", "target": "New."}\n')
     before = sorted(home.root.rglob("*"))
     assert cli.main(["run", str(fleet_file), "--dry-run", "--json"]) == 0
-    due = {row["key"]: row["due"] for row in json.loads(capsys.readouterr().out)["customers"]}
-    assert due == {"acme": [], "bolt": ["prepare", "train", "evaluate", "register"], "crisp": []}
+    due = {row["key"]: (row["due"], row["perhaps"]) for row in json.loads(capsys.readouterr().out)["customers"]}
+    assert due == {"acme": ([], []), "bolt": (["prepare"], ["train", "evaluate", "register"]), "crisp": ([], [])}
+    assert cli.main(["run", str(fleet_file), "--dry-run"]) == 0
+    assert "bolt   prepare, then whatever changed data needs\n" in capsys.readouterr().out
     assert sorted(home.root.rglob("*")) == before
 
 

@@ -1,12 +1,17 @@
 """The flows against a real in-process Prefect API and a real MLflow store, with stages that take milliseconds."""
 
+import contextlib
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flows import events, launch
+from flows import events, launch, locks
 from flows.work import Outcome
 from pipeline.errors import RegistryError
 from pipeline.home import Home
@@ -145,10 +150,10 @@ def test_registration_that_fails_once_is_tried_again(home: Home, fleet_file: Pat
 
     real, failures = work.register, [RegistryError("the server is away")]
 
-    def flaky(member: Any) -> Any:
+    def flaky(member: Any, home: Home) -> Any:
         if failures:
-            raise failures.pop()
-        return real(member)
+            raise failures.pop() from ConnectionError("refused")
+        return real(member, home)
 
     monkeypatch.setattr(work, "register", flaky)
     monkeypatch.setattr(tasks.register, "retry_delay_seconds", [0, 0])
@@ -156,13 +161,162 @@ def test_registration_that_fails_once_is_tried_again(home: Home, fleet_file: Pat
     assert state.is_completed() and outcome.rows[0].alias == "champion" and not failures
 
 
+def test_registration_of_what_must_not_be_registered_is_tried_once_and_the_others_finish(
+    home: Home, fleet_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import work
+
+    real, tried = work.register, []
+
+    def picky(member: Any, home: Home) -> Any:
+        tried.append(member.customer)
+        if member.customer == "acme":
+            raise RegistryError("damaged weights")
+        if member.customer == "bolt":
+            raise KeyError("nobody expected this")
+        return real(member, home)
+
+    monkeypatch.setattr(work, "register", picky)
+    _, outcome = run(fleet_file)
+    assert sorted(tried) == ["acme", "bolt", "crisp"]
+    assert [(row.status, row.error) for row in outcome.rows] == [
+        ("failed", "damaged weights"),
+        ("failed", "KeyError: 'nobody expected this'"),
+        ("done", None),
+    ]
+
+
 def test_interrupted_registration_is_due_again(home: Home, fleet_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(fleet_file, ["crisp"])
-    for receipt in home.root.glob("evaluations/crisp/default/*/registered.json"):
-        receipt.unlink()
+    (home.root / "registered" / "crisp" / "default.json").unlink()
     started = children(monkeypatch)
     _, outcome = run(fleet_file, ["crisp"])
     assert started == [] and (outcome.rows[0].status, outcome.rows[0].version) == ("done", 1)
+
+
+def with_defaults(fleet_file: Path, defaults: str) -> None:
+    lines = [line for line in fleet_file.read_text(encoding="utf-8").splitlines() if not line.startswith("defaults:")]
+    fleet_file.write_text("\n".join([*lines, f"defaults: {defaults}", ""]), encoding="utf-8")
+
+
+def what_happened(fleet_file: Path) -> tuple[str, int | None, str | None]:
+    _, outcome = run(fleet_file, ["bolt"])
+    (row,) = outcome.rows
+    return row.status, row.version, row.alias
+
+
+def test_setting_that_is_reverted_makes_its_version_champion_again(
+    home: Home, fleet_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.registry import lookup
+
+    with_defaults(fleet_file, "{training: {lr: 0.01}}")
+    assert what_happened(fleet_file) == ("done", 1, "champion")
+    with_defaults(fleet_file, "{training: {lr: 0.05}}")
+    assert what_happened(fleet_file) == ("done", 2, "champion")
+    with_defaults(fleet_file, "{training: {lr: 0.01}}")
+    started = children(monkeypatch)
+    assert what_happened(fleet_file) == ("done", 1, "champion")
+    assert lookup(CustomerKey("bolt"), home=home).version == 1
+    assert what_happened(fleet_file) == ("unchanged", 1, "champion") and started == []
+
+
+def test_gate_that_is_reverted_gives_the_alias_back(home: Home, fleet_file: Path) -> None:
+    from pipeline.registry import status
+
+    for least, alias in ((1.0, "champion"), (99.0, None), (1.0, "champion")):
+        with_defaults(fleet_file, f"{{evaluation: {{gate: {{min_score: {least}}}}}}}")
+        assert what_happened(fleet_file) == ("done", 1, alias)
+        assert status([CustomerKey("bolt")])[0].champion_version == (1 if alias else None)
+        assert what_happened(fleet_file) == ("unchanged", 1, alias)
+
+
+def test_alias_that_a_person_has_moved_since_is_left_where_it_is(home: Home, fleet_file: Path) -> None:
+    from mlflow import MlflowClient
+
+    assert what_happened(fleet_file) == ("done", 1, "champion")
+    MlflowClient().delete_registered_model_alias("prefixfleet.bolt", "champion")
+    assert what_happened(fleet_file) == ("unchanged", 1, None)
+
+
+def test_version_that_was_deleted_in_mlflow_is_registered_again(home: Home, fleet_file: Path) -> None:
+    from mlflow import MlflowClient
+
+    assert what_happened(fleet_file) == ("done", 1, "champion")
+    MlflowClient().delete_model_version("prefixfleet.bolt", "1")
+    assert what_happened(fleet_file)[0::2] == ("done", "champion")
+
+
+def test_damaged_evaluation_of_one_customer_fails_that_one_alone(home: Home, fleet_file: Path) -> None:
+    run(fleet_file)
+    (metrics,) = home.root.glob("evaluations/bolt/default/*/metrics.json")
+    for damage, said in (("nonsense", "cannot be read"), ('{"format": 1}', "is damaged")):
+        metrics.write_text(damage, encoding="utf-8")
+        _, outcome = run(fleet_file)
+        assert [row.status for row in outcome.rows] == ["unchanged", "failed", "unchanged"]
+        assert str(metrics.parent) in str(outcome.rows[1].error) and said in str(outcome.rows[1].error)
+
+
+def test_customer_at_work_in_another_process_fails_here_and_the_others_finish(home: Home, fleet_file: Path) -> None:
+    with held_by_another_process(home, "bolt"):
+        state, outcome = run(fleet_file)
+    assert state.is_failed() and [row.status for row in outcome.rows] == ["done", "failed", "done"]
+    assert "another run is at work on this customer" in str(outcome.rows[1].error)
+    assert what_happened(fleet_file) == ("done", 1, "champion")
+    # Who has nothing to do needs nobody's leave.
+    with held_by_another_process(home, "bolt"):
+        assert what_happened(fleet_file) == ("unchanged", 1, "champion")
+
+
+@contextlib.contextmanager
+def held_by_another_process(home: Home, customer: str) -> Iterator["subprocess.Popen[str]"]:
+    code = f"""
+import sys
+from pathlib import Path
+from flows.locks import holding
+from pipeline.home import Home
+from pipeline.keys import CustomerKey
+with holding(Home(Path({str(home.root)!r})), [CustomerKey({customer!r})]) as busy:
+    print(len(busy), flush=True)
+    sys.stdin.read()
+"""
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None and other.stdout.readline() == "0\n"
+        yield other
+    finally:
+        other.kill()
+        other.communicate()
+
+
+def test_lock_of_a_killed_process_is_free_and_threads_of_one_process_exclude_one_another(tmp_path: Path) -> None:
+    home, acme, bolt = Home(tmp_path), CustomerKey("acme"), CustomerKey("bolt")
+    with held_by_another_process(home, "acme") as other:
+        with locks.holding(home, [acme, bolt]) as busy:
+            assert busy == {acme}
+            with locks.holding(home, [acme, bolt]) as busy:
+                assert busy == {acme, bolt}
+            # The inner one has not let go of what the outer one holds.
+            with locks.holding(home, [bolt]) as busy:
+                assert busy == {bolt}
+        other.kill()
+        other.wait()
+        with locks.holding(home, [acme, bolt]) as busy:
+            assert busy == set()
+
+
+def test_import_of_a_flow_from_python_turns_telemetry_off_and_leaves_prefect_s_settings_alone() -> None:
+    names = ["DO_NOT_TRACK", "PREFECT_SERVER_ANALYTICS_ENABLED", "MLFLOW_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"]
+    code = f"""
+import os
+import flows.fleet
+from prefect.settings import get_current_settings
+print([os.environ.get(name) for name in {names}], get_current_settings().server.analytics_enabled, 'PREFECT_HOME' in os.environ)
+"""
+    env = {name: value for name, value in os.environ.items() if name not in (*names, "PREFECT_HOME")}
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**env, "PYTHONPATH": root})
+    assert done.stdout == "['true', 'false', 'true', '1'] False False\n", done.stderr
 
 
 def test_customer_flow_runs_one_customer(home: Home, fleet_file: Path) -> None:
@@ -176,8 +330,6 @@ def test_customer_flow_runs_one_customer(home: Home, fleet_file: Path) -> None:
 def test_nothing_is_pickled_into_prefect_s_storage(
     home: Home, fleet_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    import os
-
     run(fleet_file, ["acme"])
     storage = Path(os.environ["PREFECT_HOME"]) / "storage"
     assert not storage.exists() or not any(storage.rglob("*"))

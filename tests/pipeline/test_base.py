@@ -2,10 +2,15 @@
 
 import json
 import shutil
+import socket
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pipeline import hub
 from pipeline.base import resolve_base
 from pipeline.errors import BaseModelError
 
@@ -28,6 +33,40 @@ def test_digest_follows_the_weights_and_not_the_folders_name(tiny_base: Path, co
     content[-1] ^= 1
     weights.write_bytes(content)
     assert resolve_base(str(copy)).digest != resolve_base(str(tiny_base)).digest
+
+
+def _change(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("config.json", {"rms_norm_eps": 0.5}),
+        ("config.json", {"rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}}),
+        ("generation_config.json", {"eos_token_id": [0, 2]}),
+    ],
+)
+def test_digest_follows_the_settings_that_change_the_outputs(
+    tiny_base: Path, copy: Path, name: str, changes: dict[str, Any]
+) -> None:
+    _change(copy / name, lambda content: content.update(changes))
+    assert resolve_base(str(copy)).digest != resolve_base(str(tiny_base)).digest
+
+
+def test_digest_is_the_same_whichever_library_saved_the_base(tiny_base: Path, copy: Path) -> None:
+    notes = {"transformers_version": "1", "_name_or_path": "x", "dtype": "float16", "torch_dtype": "float16", "use_cache": False}
+    _change(copy / "config.json", lambda content: content.update(notes))
+    _change(copy / "generation_config.json", lambda content: content.update(transformers_version="1", temperature=0.5))
+    assert resolve_base(str(copy)).digest == resolve_base(str(tiny_base)).digest
+
+
+def test_damaged_generation_config_is_named(copy: Path) -> None:
+    (copy / "generation_config.json").write_text("[1]")
+    with pytest.raises(BaseModelError, match=r"generation_config\.json cannot be read"):
+        resolve_base(str(copy))
 
 
 def test_remembered_digest_is_not_trusted_once_the_file_changed(copy: Path, tmp_path: Path) -> None:
@@ -66,3 +105,18 @@ def test_a_model_that_generates_nothing_is_refused_by_name(copy: Path) -> None:
 def test_a_hub_id_offline_is_an_error_at_once() -> None:
     with pytest.raises(BaseModelError, match="HF_HUB_OFFLINE is set"):
         resolve_base("some-org/some-model")
+
+
+def test_a_hub_that_takes_connections_and_stays_silent_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "PROBE_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        start = time.monotonic()
+        with pytest.raises(BaseModelError, match=r"no such folder beside the fleet file.*127.0.0.1:.* does not answer"):
+            resolve_base("some-org/mistyped")
+        assert time.monotonic() - start < 5
+        silent.settimeout(0.1)
+        silent.accept()[0].close()  # it was asked

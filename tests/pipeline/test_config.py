@@ -62,7 +62,27 @@ HEAD = "base_model: base\n"
         (HEAD + "customers:\n  - {id: a, data: a.csv, training: {lr: -1}}", r":3: customer a: training.lr: .*greater than 0.*-1"),
         (HEAD + "customers:\n  - {id: a, data: {dev: a.csv}}", "needs either `path`, or `train`"),
         (HEAD + "customers:\n  - {id: a}", r"customer a: data: is missing"),
-        (HEAD + "customers: []", "at least 1"),
+        (HEAD + "customers: []", "customers: needs at least 1 entry"),
+        (
+            HEAD + "customers:\n  - id: a\n    data: a.csv\n  - data: b.csv\n    id: a",
+            r":5: customer a: 'a' with task 'default' stands twice",
+        ),
+        (HEAD + "customers:\n  - id: 010\n    data: a.csv", r':3: 010: YAML reads this as 8\. Put quotes.*"010"'),
+        (HEAD + "customers:\n  - {id: 1:30, data: a.csv}", r":3: 1:30: YAML reads this as 90"),
+        (HEAD + "customers:\n  - {id: yes, data: a.csv}", r":3: customer True: id: .*a text needs quotes"),
+        (HEAD + "customers:\n  - {id: 1.5, data: a.csv}", r"id: must be text in quotes \(got 1\.5\)"),
+        (HEAD + "customers:\n  - id: a\n    data: a.csv\n    id: b", r":5: id: stands twice, first in line 3"),
+        (
+            HEAD + "customers:\n  - {id: a, data: a.csv, training: {max_steps: yes}}",
+            r"max_steps: must not be true or false.*got true",
+        ),
+        (HEAD + "customers:\n  - {id: a, data: a.csv, training: {lr: true}}", "lr: must not be true or false"),
+        (HEAD + "customers:\n  - {id: a, data: a.csv, training: {lr: .inf}}", "lr: must be a finite number"),
+        (HEAD + "customers:\n  - {id: a, data: a.csv, training: {lr: .nan}}", "lr: must be a finite number"),
+        (HEAD + "customers:\n  - {id: a, data: a.csv, training: {seed: 12345678901234567890123}}", "seed: must be less than"),
+        (HEAD + f"customers:\n  - {{id: a, data: a.csv, training: {{seed: {'1' * 5000}}}}}", "is not YAML"),
+        (HEAD + "customers:\n  - {id: a, data: a.csv, training: 3}", "training: must be a section of keys and values"),
+        (HEAD + "customers:", ":2: customers: is empty; it must be a list"),
         (HEAD + "customers:\n  - {id: a, data: a.csv, prompt: {template: hello}}", r"must contain \{input\}"),
         (HEAD + "customers:\n  - {id: a, data: a.csv, evaluation: {metrics: [chrf]}}", "gate.metric is 'bleu'"),
         ("customers: [{id: a, data: a.csv}]", "base_model: is missing"),
@@ -82,6 +102,45 @@ def test_a_mistake_in_the_defaults_is_said_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, HEAD + "defaults: {prefix: {length: 0}}\ncustomers:\n" + customers)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "customer",
+    [
+        "{id: a, data: a.csv, training: {lr: -1}}",
+        "{id: a, data: a.csv, evaluation: {metrics: [blue]}}",
+    ],
+)
+def test_a_mistake_in_the_only_entry_of_a_list_is_one_problem(tmp_path: Path, customer: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, HEAD + f"customers:\n  - {customer}")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_every_plain_number_is_taken_as_written(tmp_path: Path) -> None:
+    fleet = load(
+        tmp_path,
+        HEAD
+        + "customers:\n  - {id: 42, task: 7, data: a.csv, training: {lr: 1e-3, max_grad_norm: 1.5e+1, weight_decay: .5, seed: 0}}",
+    )
+    training = fleet.customers[0].training
+    assert (training.lr, training.max_grad_norm, training.weight_decay) == (0.001, 15.0, 0.5)
+    assert fleet.customers[0].key == CustomerKey("42", "7")
+
+
+def test_a_path_to_an_accelerate_config_is_relative_to_the_fleet_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    fleet = load(
+        tmp_path,
+        HEAD + "launch: {accelerate_config: mine.yaml}\ncustomers:\n"
+        "  - {id: a, data: a.csv}\n  - {id: b, data: a.csv, launch: {accelerate_config: ../b}}\n"
+        "  - {id: c, data: a.csv, launch: {accelerate_config: cpu, num_processes: 2}}",
+    )
+    named = [fleet.launch, *(customer.launch for customer in fleet.customers)]
+    own = str(tmp_path / "mine.yaml")
+    assert [launch.accelerate_config for launch in named] == [own, own, str(tmp_path.parent / "b"), "cpu"]
+    assert "num_processes" not in fleet.customers[1].launch.model_fields_set
 
 
 def test_missing_file_is_said(tmp_path: Path) -> None:
@@ -116,7 +175,7 @@ def test_the_example_fleet_is_valid_and_has_five_customers(root: Path) -> None:
     [
         ("{layers: 0}", "greater than 0"),
         ("{layers: top}", "'all'"),
-        ("{sites: []}", "at least 1 item"),
+        ("{sites: []}", "at least 1 entry"),
         ("{sites: [decoder.self, decoder.self]}", "one kind of attention twice"),
         ("{sites: [decoder.selfie]}", "'decoder.self', 'encoder.self' or 'decoder.cross'"),
         ("{init: prefix}", "need each other"),

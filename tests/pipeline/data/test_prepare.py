@@ -331,7 +331,7 @@ def test_splits_of_a_hub_data_set_are_taken_as_they_are(base, some_pairs, tmp_pa
 
     rows = some_pairs(10)
     tables = {"train": datasets.Dataset.from_list(rows[:6]), "validation": datasets.Dataset.from_list(rows[6:])}
-    monkeypatch.setattr(hub, "_reachable", lambda: False)
+    monkeypatch.setattr(hub, "hub_answers", lambda: False)
     monkeypatch.setattr(datasets, "load_dataset", lambda name, config, revision: tables)
     card = prepare(Customer(id="acme", data={"path": "org/name", "revision": "abc"}), base, tmp_path / "p").card
     assert card["counts"]["dev"] == 4

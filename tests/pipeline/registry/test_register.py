@@ -217,3 +217,11 @@ def test_registry_of_its_own_gets_the_versions(
     assert register(*make(customer=customer)).alias == "champion"
     assert lookup(CustomerKey(customer)).version == 1
     assert MlflowClient(registry_uri=f"sqlite:///{sqlite.mlflow_database}").search_registered_models() == []
+
+
+@pytest.mark.parametrize("name", ["generations.jsonl", "metrics.json", "decision.json", "report.html"])
+def test_missing_file_of_an_evaluation_is_named_with_the_remedy(make, name: str) -> None:
+    prefix, evaluation = make()
+    (evaluation / name).unlink()
+    with pytest.raises(RegistryError, match=f"{name}: is missing. Delete .* and run the same command again"):
+        register(prefix, evaluation)

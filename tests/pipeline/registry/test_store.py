@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from pipeline.errors import RegistryError
 from pipeline.home import Home
 from pipeline.registry import ensure_store, store
-from pipeline.registry.store import experiment_id, shown_uri
+from pipeline.registry.store import experiment_id, redact, shown_uri, translated
 
 
 @pytest.fixture
@@ -148,3 +148,51 @@ def test_shown_uri_names_both_stores_without_passwords(monkeypatch: pytest.Monke
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@example.org/x")
     monkeypatch.setenv("MLFLOW_REGISTRY_URI", "postgresql://u:p@db/mlflow")
     assert shown_uri() == "https://example.org/x (registry postgresql://db/mlflow)"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://me:secret@example.org/x", "https://example.org/x"),
+        ("https://me:se@cr/et@example.org/x is away", "https://example.org/x is away"),
+        ("(postgresql+psycopg2://u:s/ecret@db:5432/mlflow)", "(postgresql+psycopg2://db:5432/mlflow)"),
+        ("two: http://secret@a 'https://u:secret@b' \"c://:sec?ret#@d\"", "two: http://a 'https://b' \"c://d\""),
+        ("http://[::1]:5000/x, ask me@example.org", "http://[::1]:5000/x, ask me@example.org"),
+        ("sqlite:////home/me@work/mlflow.db", "sqlite:////home/me@work/mlflow.db"),
+        ("file:///home/me@work", "file:///home/me@work"),
+    ],
+)
+def test_redaction_leaves_nothing_of_a_password(text: str, shown: str) -> None:
+    assert redact(text) == shown
+
+
+def test_database_without_its_driver_is_an_error_that_names_the_driver(bare: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg2", None)  # as if it were not installed
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret@127.0.0.1:1/mlflow")
+    with pytest.raises(RegistryError, match=r"postgresql://127.0.0.1:1/mlflow.*'psycopg2'.*psycopg2-binary") as caught:
+        ensure_store(bare)
+    assert "secret" not in str(caught.value)
+
+
+def test_errors_of_the_database_are_translated() -> None:
+    with pytest.raises(RegistryError, match=r"counting: MLflow at .* refused: .*no such table"), translated("counting"):
+        sqlalchemy.create_engine("sqlite://").connect().execute(sqlalchemy.text("SELECT * FROM nowhere"))
+
+
+def test_training_started_by_hand_sends_no_telemetry_and_shows_no_password(root: Path, tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from pipeline.training.tracking import Run; assert 'mlflow' not in sys.modules\n"
+        "run = Run('e', 'n', {}, {}); assert run.id is None and 'mlflow' in sys.modules\n"
+        "print(os.environ['MLFLOW_DISABLE_TELEMETRY'], os.environ['DO_NOT_TRACK'])"
+    )
+    dropped = ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK", "MLFLOW_REGISTRY_URI")
+    wanted = {
+        **{name: value for name, value in os.environ.items() if name not in dropped},
+        "MLFLOW_TRACKING_URI": "http://me:se@cret@127.0.0.1:1",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+        "PREFIXFLEET_HOME": str(tmp_path),
+        "PYTHONPATH": str(root),
+    }
+    done = subprocess.run([sys.executable, "-c", code], env=wanted, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.split() == ["true", "true"], done.stderr
+    assert "MLflow takes no metrics" in done.stderr and "cret" not in done.stderr
