@@ -45,9 +45,10 @@ def make_folders(
     prefix_dir, evaluation_dir = root / "prefixes" / digest[:16], root / "evaluations" / f"{digest[:16]}-{decision}-{bleu}"
     prefix_dir.mkdir(parents=True)
     evaluation_dir.mkdir(parents=True)
-    noise = numpy.random.default_rng(seed)  # no torch here: children of the tests import this file
+    # No torch here: children of the tests import this file. Four standard deviations, so that two prefixes answer differently.
+    noise = numpy.random.default_rng(seed)
     tensors = {
-        f"decoder.self.{layer}.{part}": noise.standard_normal((2, 5, 64), dtype=numpy.float32)
+        f"decoder.self.{layer}.{part}": 4 * noise.standard_normal((2, 5, 64), dtype=numpy.float32)
         for layer in range(6)
         for part in ("key", "value")
     }
