@@ -2,9 +2,10 @@
 
 import inspect
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, PositiveInt
 from pydantic_core import PydanticUndefined
 
 from pipeline import config
@@ -65,22 +66,26 @@ def _default(value: Any) -> str:
 
 
 def _values(field: Any) -> str:
-    text = str(field.annotation) if not isinstance(field.annotation, type) else field.annotation.__name__
-    for old, new in (
-        ("typing.", ""),
-        ("pipeline.config.", ""),
-        ("ColumnSettings", "section"),
-        ("GateSettings", "section"),
-        ("NoneType", "null"),
-        ("None", "null"),
-        ("Literal", ""),
-        ("|", "or"),
-    ):
-        text = text.replace(old, new)
     limits = [
         f"{name} {getattr(m, attribute)}" for m in field.metadata for attribute, name in _LIMITS.items() if hasattr(m, attribute)
     ]
-    return " ".join([text.replace("[", "").replace("]", "").replace(", ...", " …"), *limits])
+    return " ".join([_type(field.annotation), *limits])
+
+
+def _type(annotation: Any) -> str:
+    """A type as a reader of YAML would say it."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return "int ≥ 1" if annotation == PositiveInt else _type(parts[0])
+    if origin is Literal:
+        return ", ".join(repr(part) for part in parts)
+    if origin is tuple:
+        return f"list of {_type(parts[0])}"
+    if origin in (Union, UnionType):
+        return " or ".join(_type(part) for part in parts)
+    if annotation is NoneType:
+        return "null"
+    return "section" if issubclass(annotation, BaseModel) else annotation.__name__
 
 
 _LIMITS = {"ge": "≥", "gt": ">", "le": "≤"}

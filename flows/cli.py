@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from flows.work import Outcome, Work
     from pipeline.errors import PrefixFleetError
+    from pipeline.keys import CustomerKey
 
 OK, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
@@ -75,6 +76,13 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument("--customer", action="append", default=[], metavar="ID", help=text)
         parser.add_argument("-v", "--verbose", action="store_true", help="show what the stages print instead of bars")
 
+    def of_version(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--customer", required=True, metavar="ID")
+        parser.add_argument("--task", default=None, metavar="TASK", help="by default the customer's task `default`")
+        which = parser.add_mutually_exclusive_group()
+        which.add_argument("--alias", default="champion", help="the version that holds this alias (default: champion)")
+        which.add_argument("--version", type=int, help="this version")
+
     run = command(
         "run",
         _run,
@@ -101,14 +109,34 @@ def _parser() -> argparse.ArgumentParser:
             "prefixfleet generate --customer bistro --version 2 --file inputs.jsonl --json",
         ],
     )
-    generate.add_argument("--customer", required=True, metavar="ID")
-    generate.add_argument("--task", default=None, metavar="TASK", help="by default the customer's task `default`")
-    which = generate.add_mutually_exclusive_group()
-    which.add_argument("--alias", default="champion", help="the version that holds this alias (default: champion)")
-    which.add_argument("--version", type=int, help="this version")
+    of_version(generate)
     what = generate.add_mutually_exclusive_group(required=True)
     what.add_argument("--input", metavar="TEXT", help="one input")
     what.add_argument("--file", type=Path, metavar="JSONL", help='one input a line: {"input": TEXT} or {"messages": […]}')
+
+    text = "write a registered prefix as an adapter folder that PEFT loads"
+    export = command("export", _export, text, ["prefixfleet export --customer bistro --format peft adapters/bistro"])
+    of_version(export)
+    export.add_argument("--format", choices=["peft"], required=True)
+    export.add_argument("out", type=Path, metavar="OUT", help="the folder to write; must not exist")
+
+    bring = command(
+        "import",
+        _import,
+        "register an adapter folder made by PEFT (prefix tuning or prompt tuning) as a customer's prefix",
+        [
+            "prefixfleet import --customer bistro --format peft adapters/bistro --fleet examples/fleet.yaml",
+            "prefixfleet import --customer acme --format peft adapter --base org/model --template 'Q: {input}\\nA: ' --champion",
+        ],
+    )
+    bring.add_argument("--customer", required=True, metavar="ID")
+    bring.add_argument("--task", default=None, metavar="TASK", help="by default the customer's task `default`")
+    bring.add_argument("--format", choices=["peft"], required=True)
+    bring.add_argument("folder", type=Path, metavar="FOLDER", help="what PEFT's save_pretrained wrote")
+    bring.add_argument("--fleet", type=Path, metavar="FLEET.yaml", help="take base and prompt from this customer's entry")
+    bring.add_argument("--base", metavar="BASE", help="folder or hub id of the base; by default what the adapter names")
+    bring.add_argument("--template", metavar="TEXT", help=r"the prompt, such as '{input}\n' (the default); \n means a new line")
+    bring.add_argument("--champion", action="store_true", help="make it champion, though nothing here has evaluated it")
 
     status = command(
         "status",
@@ -221,14 +249,9 @@ def _show_plan(todo: "Work", as_json: bool) -> int:
 def _generate(arguments: argparse.Namespace) -> int:
     from pipeline.errors import ConfigError, DataError
     from pipeline.home import Home
-    from pipeline.keys import DEFAULT_TASK, CustomerKey
     from pipeline.process import share_cores
 
-    key = CustomerKey.parse(arguments.customer)
-    if arguments.task is not None:
-        if key.task not in (DEFAULT_TASK, arguments.task):
-            raise ConfigError(f"--customer {arguments.customer} names another task than --task {arguments.task}")
-        key = CustomerKey(key.customer, arguments.task)
+    key = _key(arguments)
     if arguments.file is None:
         inputs: list[Any] = [arguments.input]
         _check_input("--input", arguments.input, ConfigError)
@@ -253,6 +276,92 @@ def _generate(arguments: argparse.Namespace) -> int:
             _print_json({"customer": str(key), "version": found.version, "input": text, "output": answer}, indent=None)
         else:
             print(answer)
+    return OK
+
+
+def _key(arguments: argparse.Namespace) -> "CustomerKey":
+    """Customer and task, from `--customer ID`, `--customer ID/TASK` or `--customer ID --task TASK`."""
+    from pipeline.errors import ConfigError
+    from pipeline.keys import DEFAULT_TASK, CustomerKey
+
+    key = CustomerKey.parse(arguments.customer)
+    if arguments.task is None:
+        return key
+    if key.task not in (DEFAULT_TASK, arguments.task):
+        raise ConfigError(f"--customer {arguments.customer} names another task than --task {arguments.task}")
+    return CustomerKey(key.customer, arguments.task)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from pipeline.home import Home
+    from pipeline.prefix.peft_format import export_peft
+    from pipeline.registry import ensure_store, lookup
+
+    key, home = _key(arguments), Home.current()
+    ensure_store(home)
+    found = lookup(key, arguments.alias, arguments.version, home)
+    export_peft(found.prefix_dir, arguments.out)
+    if arguments.json:
+        _print_json({"customer": str(key), "version": found.version, "folder": str(arguments.out.resolve())})
+    else:
+        print(f"{key} version {found.version}: written to {arguments.out}")
+    return OK
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from pipeline.base import resolve_base
+    from pipeline.config import EvaluationSettings, PromptSettings, load_fleet
+    from pipeline.errors import BaseModelError, ConfigError
+    from pipeline.home import Home
+    from pipeline.prefix.peft_format import read_adapter_config
+    from pipeline.process import share_cores
+    from pipeline.registry import ensure_store
+    from pipeline.registry.exchange import import_adapter
+    from pipeline.training.job import JobPrompt
+
+    key, home = _key(arguments), Home.current()
+    adapter = read_adapter_config(arguments.folder)
+    name, revision = adapter.get("base_model_name_or_path"), adapter.get("revision")
+    prompt, evaluation, dtype, quantization = PromptSettings(), EvaluationSettings(), "auto", None
+    if arguments.fleet is not None:
+        fleet = load_fleet(arguments.fleet)
+        model = fleet.base_model
+        (customer,) = fleet.select([f"{key.customer}/{key.task}"])
+        name, revision, dtype, quantization = model.path, model.revision, model.dtype, model.quantization
+        prompt, evaluation = customer.prompt, customer.evaluation
+    if arguments.base is not None:
+        name, revision = arguments.base, None
+    if not name:
+        raise BaseModelError(
+            f"{arguments.folder}: does not name its base. Name it with --base, or give the fleet file with --fleet."
+        )
+    settings = prompt.model_dump(mode="json")
+    if arguments.template is not None:
+        settings["template"] = arguments.template.replace("\\n", "\n")
+        if "{input}" not in settings["template"]:
+            raise ConfigError("--template must contain {input}, the place where the input goes")
+    share_cores()
+    base = resolve_base(name, revision, home.root / "cache" / "base_digests.json")
+    ensure_store(home)
+    registered, folder = import_adapter(
+        key,
+        arguments.folder,
+        base,
+        JobPrompt(**settings),
+        dtype=dtype,
+        quantization=quantization,
+        num_beams=evaluation.num_beams,
+        max_new_tokens=evaluation.max_new_tokens,
+        champion=arguments.champion,
+        home=home,
+    )
+    if arguments.json:
+        _print_json({"customer": str(key), "version": registered.version, "alias": registered.alias, "prefix": str(folder)})
+    else:
+        state = "is there already" if not registered.created else "registered"
+        print(
+            f"{key} version {registered.version} {state}" + (", champion" if registered.alias else "; not evaluated, so no alias")
+        )
     return OK
 
 

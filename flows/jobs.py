@@ -8,16 +8,17 @@ of Prefect, imports no torch.
 import contextlib
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.base import BaseModelInfo
 from pipeline.config import Customer, Fleet, LaunchSettings
-from pipeline.errors import PrefixFleetError
-from pipeline.files import digest_of
+from pipeline.errors import ConfigError, PrefixFleetError, StorageError
+from pipeline.files import digest_of, read_json
 from pipeline.home import Home
+from pipeline.keys import CustomerKey
 from pipeline.training.job import (
     Job,
     JobBase,
@@ -39,7 +40,9 @@ STAGES = ("prepare", "train", "evaluate", "register")
 _RESULT = {"train": "train", "evaluate": "eval"}  # what the results of the stages that run in a child are called
 
 
-def job_customer(customer: Customer, card: dict[str, Any], base: BaseModelInfo, dtype: str, home: Home) -> JobCustomer:
+def job_customer(
+    customer: Customer, card: dict[str, Any], base: BaseModelInfo, dtype: str, home: Home, quantization: str | None = None
+) -> JobCustomer:
     """One customer of a job: every setting resolved, the digests of everything that its prefix and its evaluation depend on, the folders."""
     settings = customer.evaluation.model_dump(mode="json")
     settings["max_new_tokens"] = settings["max_new_tokens"] or customer.prompt.max_target_tokens
@@ -48,10 +51,9 @@ def job_customer(customer: Customer, card: dict[str, Any], base: BaseModelInfo, 
     prompt, prefix, training = (
         section.model_dump(mode="json") for section in (customer.prompt, customer.prefix, customer.training)
     )
-    config_digest = digest_of([prompt, prefix, training, generation])
-    train_digest = digest_of(
-        [card["train_fingerprint"], config_digest, base.digest, base.tokenizer_digest, dtype, METHOD_VERSION]
-    )
+    config_digest = digest_of([prompt, {**prefix, "init_prefix": _start(prefix["init_prefix"])}, training, generation])
+    depends = [card["train_fingerprint"], config_digest, base.digest, base.tokenizer_digest, dtype, METHOD_VERSION]
+    train_digest = digest_of(depends if quantization is None else [*depends, quantization])
     evaluate_digest = digest_of([train_digest, card["fingerprint"], settings, EVALUATION_VERSION])
     return JobCustomer(
         customer=customer.id,
@@ -68,6 +70,21 @@ def job_customer(customer: Customer, card: dict[str, Any], base: BaseModelInfo, 
         training=JobTraining(**training),
         evaluation=JobEvaluation(**{**settings, "gate": JobGate(**settings["gate"])}),
     )
+
+
+def _start(init_prefix: str | None) -> str | None:
+    """What a warm start contributes to the digest: the content of the prefix that it starts from, wherever that lies.
+
+    `champion` stays the word: which version it is changes with every training, and that alone is no reason to train again.
+    """
+    if init_prefix is None or init_prefix == "champion":
+        return init_prefix
+    try:
+        return str(read_json(Path(init_prefix) / "prefix.json", 1)["weights_sha256"])
+    except StorageError as error:
+        raise ConfigError(
+            f"prefix.init_prefix: {init_prefix} holds no prefix that can be read. Give the folder of a trained prefix, or `champion`."
+        ) from error
 
 
 def is_trained(customer: JobCustomer) -> bool:
@@ -109,7 +126,12 @@ def plan(fleet: Fleet, members: Iterable[tuple[Customer, JobCustomer]], base: Ba
             folder=str(folder),
             experiment="prefixfleet",
             base=JobBase(
-                id=base.id, path=str(base.path), revision=base.revision, digest=base.digest, dtype=fleet.base_model.dtype
+                id=base.id,
+                path=str(base.path),
+                revision=base.revision,
+                digest=base.digest,
+                dtype=fleet.base_model.dtype,
+                quantization=fleet.base_model.quantization,
             ),
             customers=customers,
         )
@@ -124,12 +146,24 @@ def due_in(planned: PlannedJob, stage: str) -> list[JobCustomer]:
     return [c for c in planned.job.customers if is_trained(c) and not is_evaluated(c)]
 
 
-def write(planned: PlannedJob, stage: str) -> None:
-    """Write the job file for those due in `stage`, and forget what an earlier run of the same job said of them."""
-    customers = due_in(planned, stage)
+def write(planned: PlannedJob, stage: str, champions: Mapping[CustomerKey, Path] | None = None) -> None:
+    """Write the job file for those due in `stage`, and forget what an earlier run of the same job said of them.
+
+    Args:
+        planned: the job.
+        stage: `train` or `evaluate`.
+        champions: the prefix folders of the champions that customers start from.
+    """
+    customers = [_starting_from(c, (champions or {}).get(c.key)) for c in due_in(planned, stage)]
     for customer in customers:
         result_path(planned.job, customer.key, _RESULT[stage]).unlink(missing_ok=True)
     write_job(planned.path, dataclasses.replace(planned.job, customers=customers))
+
+
+def _starting_from(customer: JobCustomer, champion: Path | None) -> JobCustomer:
+    if champion is None:
+        return customer
+    return dataclasses.replace(customer, prefix=dataclasses.replace(customer.prefix, init_prefix=str(champion)))
 
 
 def result_of(planned: PlannedJob, customer: JobCustomer, stage: str) -> tuple[str | None, float]:

@@ -153,7 +153,8 @@ class Work:
         self.took(key, result.seconds)
         self.cards[key] = result.card
         customer = next(c for c in self.customers if c.key == key)
-        self.members[key] = jobs.job_customer(customer, result.card, self.base, self.fleet.base_model.dtype, self.home)
+        model = self.fleet.base_model
+        self.members[key] = jobs.job_customer(customer, result.card, self.base, model.dtype, self.home, model.quantization)
 
     def registered(self, key: CustomerKey, result: Registered) -> None:
         """Note that a customer's prefix is in the registry."""
@@ -309,9 +310,19 @@ def run_job(planned: jobs.PlannedJob, stage: str, logger: "logging.Logger | logg
         ProcessCrash, TrainingError, EvaluationError: see `flows.launch.run_module`.
     """
     if jobs.due_in(planned, stage):
-        jobs.write(planned, stage)
+        jobs.write(planned, stage, _champions(planned) if stage == "train" else None)
         module = "pipeline.training" if stage == "train" else "pipeline.evaluation"
         launch.run_module(module, planned.path, planned.launch, events.emit, logger)
+
+
+def _champions(planned: jobs.PlannedJob) -> dict[CustomerKey, Path]:
+    """The prefixes that customers with `init_prefix: champion` start from; whoever has no champion yet is left out."""
+    from pipeline.registry import lookup, status
+    from pipeline.registry.register import CHAMPION
+
+    keys = [c.key for c in jobs.due_in(planned, "train") if c.prefix.init_prefix == CHAMPION]
+    held = [known.key for known in status(keys) if known.champion_version is not None] if keys else []
+    return {key: lookup(key).prefix_dir for key in held}
 
 
 def register(member: JobCustomer, home: Home) -> Registered:

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from pipeline.errors import ConfigError
 from pipeline.keys import DEFAULT_TASK, CustomerKey, validate_id
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+SITES = ("decoder.self", "encoder.self", "decoder.cross")
 METRICS = ("bleu", "chrf", "rouge1", "rouge2", "rougeL")
 
 
@@ -43,6 +44,9 @@ class BaseSettings(Settings):
     revision: str | None = Field(None, description="hub revision (branch, tag or commit); recorded with every prefix")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="weights and activations of the base; auto: bfloat16 where the hardware computes in it"
+    )
+    quantization: Literal["int8", "int4"] | None = Field(
+        None, description="the linear layers of the base in 8 bit (LLM.int8) or 4 bit (NF4); needs the extra `quantization`"
     )
 
     @model_validator(mode="before")
@@ -83,15 +87,55 @@ class PromptSettings(Settings):
 
 
 class PrefixSettings(Settings):
-    """The prefix itself (Li & Liang 2021, section 4)."""
+    """The prefix itself (Li & Liang 2021, section 4); docs/method.md explains the choices."""
 
     length: int = Field(10, ge=1, le=4096, description="P: number of key and value vectors before every attention layer")
-    layers: Literal["all"] = Field("all", description="the attention layers that get a prefix")
-    reparam: Literal["none"] = Field("none", description="none: keys and values are trained directly")
-    init: Literal["text", "random", "zeros"] = Field(
-        "text", description="text: keys and values that the frozen base computes for init_text; random: normal, std 0.02; zeros"
+    layers: Literal["all"] | PositiveInt = Field("all", description="a number: only so many of the top layers get a prefix")
+    sites: Literal["all"] | Annotated[tuple[Literal[SITES], ...], Field(min_length=1)] = Field(  # type: ignore[valid-type]
+        "all", description="a list of the kinds of attention that get one; decoder-only bases have decoder.self alone"
+    )
+    placement: Literal["prefix", "infix"] = Field(
+        "prefix", description="infix (decoder-only): between input and target, seen by the last prompt token and the target"
+    )
+    reparam: Literal["none", "mlp", "embedding"] = Field(
+        "none",
+        description="none: keys and values are trained directly; mlp: through an MLP, dropped afterwards, which wants a smaller lr; "
+        "embedding (decoder-only): only input embeddings are trained",
+    )
+    mid_dim: int = Field(512, ge=1, description="hidden width of the MLP of reparam: mlp")
+    init: Literal["text", "task", "random", "zeros", "prefix"] = Field(
+        "text",
+        description="text: keys and values that the frozen base computes for init_text; task: the same for the task's name; random: normal, "
+        "std 0.02, or the MLP's own; zeros; prefix: those of init_prefix",
     )
     init_text: str | None = Field(None, description="text for init: text; by default training rows, sampled with the seed")
+    init_prefix: str | None = Field(
+        None,
+        description="for init: prefix, a prefix folder, or `champion`: the customer's champion when training starts (init: text while there is none)",
+    )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "PrefixSettings":
+        if (self.init == "prefix") != (self.init_prefix is not None):
+            raise ValueError("init: prefix and init_prefix (a prefix folder, or champion) need each other")
+        if self.init_text is not None and self.init not in ("text", "prefix"):
+            raise ValueError(f"init_text is not used by init: {self.init}; set init: text or remove it")
+        if self.init_text is not None and not self.init_text.strip():
+            raise ValueError("init_text is empty; remove it to start from sampled training rows")
+        if self.reparam == "embedding":
+            if self.init in ("zeros", "prefix"):
+                raise ValueError(f"reparam: embedding cannot start from init: {self.init}; choose text, task or random")
+            if self.placement == "infix":
+                raise ValueError(
+                    "reparam: embedding has no infix: embeddings behind the prompt would depend on it. Choose none or mlp"
+                )
+            if self.layers != "all":
+                raise ValueError("reparam: embedding has its keys and values in all layers; remove layers")
+        if self.placement == "infix" and self.sites not in ("all", ("decoder.self",)):
+            raise ValueError("placement: infix is for the self-attention of decoder-only bases; remove sites")
+        if self.sites != "all" and len(set(self.sites)) != len(self.sites):
+            raise ValueError("sites names one kind of attention twice")
+        return self
 
 
 class TrainingSettings(Settings):
@@ -354,6 +398,7 @@ def _with_defaults(content: dict[str, Any], path: Path) -> dict[str, Any]:
                 customer = _string_ids(customer)
                 for section in SECTIONS:
                     customer[section] = _overlay(defaults.get(section), customer.get(section))
+                customer["prefix"] = _absolute_prefix(customer["prefix"], path.parent)
                 customer["launch"] = _absolute_launch(_overlay(content.get("launch"), customer.get("launch")), path.parent)
                 if "data" in customer:
                     customer["data"] = _absolute_data(customer["data"], path.parent)
@@ -387,6 +432,13 @@ def _absolute_data(data: Any, folder: Path) -> Any:
         else value
         for key, value in data.items()
     }
+
+
+def _absolute_prefix(prefix: Any, folder: Path) -> Any:
+    start = prefix.get("init_prefix") if isinstance(prefix, dict) else None
+    if not isinstance(start, str) or start == "champion":
+        return prefix
+    return {**prefix, "init_prefix": str(_absolute(start, folder))}
 
 
 def _absolute_launch(launch: Any, folder: Path) -> Any:

@@ -173,6 +173,7 @@ def _open(customer: JobCustomer, base: JobBase) -> _Candidate:
         [
             base.digest,
             base.dtype,
+            base.quantization,
             settings.num_beams,
             settings.max_new_tokens,
             card["tokenizer_digest"],

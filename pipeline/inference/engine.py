@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from pipeline.data.prompt import encode_prompt, load_tokenizer
 from pipeline.errors import BaseModelError
-from pipeline.prefix import FrozenBase, Prefix, PrefixBank, load_base, load_prefix
+from pipeline.prefix import FrozenBase, Prefix, PrefixBank, is_infix, load_base, load_prefix
 from pipeline.training.batches import left_padded, right_padded
 from pipeline.training.job import JobBase, JobPrompt
 
@@ -78,7 +78,7 @@ class PrefixEngine:
             PrefixError: prefix and prompt leave no room for an answer within the positions of the base.
         """
         bank = self._filled_bank()
-        lengths = bank.lengths.tolist()
+        lengths = bank.shifts.tolist()
         texts = [""] * len(prompts)
         for batch, longest in _batches(
             prompts, [self._room(lengths[s], len(p), max_new_tokens) for p, s in zip(prompts, slots, strict=True)], num_beams
@@ -96,6 +96,8 @@ class PrefixEngine:
                 decoder_start_token_id=getattr(self.base.model.generation_config, "decoder_start_token_id", None),
             )
             with self.base.prefixes(bank, torch.tensor([slots[i] for i in batch], device=self.base.device)):
+                # Padding stands in front of prompts, so all end in the same column.
+                self.base.prompts_end_at(torch.full((len(batch),), tokens.shape[1] - 1, device=self.base.device))
                 out = self.base.model.generate(tokens, attention_mask=mask, generation_config=config)
             if not self.base.is_encoder_decoder:
                 out = out[:, tokens.shape[1] :]
@@ -122,7 +124,7 @@ class PrefixEngine:
             length = max((_length(prefix) for prefix in self._prefixes), default=0)
             self._bank = PrefixBank(self.base.sites, slots=len(self._prefixes) + 1, length=length, device=self.base.device)
             for slot, prefix in enumerate(self._prefixes, start=1):
-                self._bank.put(slot, prefix)
+                self._bank.put(slot, prefix, is_infix(self._configs[slot - 1]))
         return self._bank
 
     def _room(self, prefix: int, prompt: int, max_new_tokens: int) -> int:

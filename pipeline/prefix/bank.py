@@ -1,13 +1,14 @@
 """The prefixes of several customers, side by side: one tensor of keys and values per attention site, one slot per customer.
 
-Slots are selected by index, never by sums over one-hot rows, so that nothing of one slot (a NaN, say) can reach a row of another.
+In: prefixes, or what the parameterisations of prefixes under training give. Out: keys and values for each row of a batch, by the row's slot.
+Knows nothing of how keys and values come about. Slots are selected by index, never by sums over one-hot rows, so that nothing of one slot (a
+NaN, say) can reach a row of another.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from pipeline.errors import PrefixError
 
@@ -23,33 +24,76 @@ class Site:
 # One prefix: site name -> (keys, values), each float32 [heads_kv, P, head_dim].
 Prefix = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
+# The same while it is trained, with gradients: site name -> [2, heads_kv, P, head_dim], key at 0, value at 1.
+Flat = Mapping[str, torch.Tensor]
 
-class PrefixBank(nn.Module):
-    """Keys and values of `slots` prefixes of at most `length` columns; shorter ones leave columns unused (zero, masked).
 
-    Parameters of site s are one tensor `[slots, 2, heads_kv, length, head_dim]` in float32; key at 0, value at 1.
+class PrefixBank:
+    """Keys and values of `slots` prefixes of at most `length` columns; what a slot does not use is zero and masked.
+
+    A prefix need not have all sites of the base (top-k layers, decoder only): at the others its slot is empty.
+
+    Attributes:
+        tensors: site -> `[slots, 2, heads_kv, length, head_dim]`; key at 0, value at 1.
+        columns: site -> number of columns of each slot there, int64 [slots].
+        shifts: by how much each slot moves the positions of its row's decoder, int64 [slots].
+        infix: whether a slot's columns stand between prompt and target (bool [slots]) instead of in front.
+        has_infix: whether any does.
     """
 
-    def __init__(self, sites: Mapping[str, Site], slots: int, length: int, device: torch.device | str = "cpu") -> None:
-        super().__init__()
+    def __init__(
+        self,
+        sites: Mapping[str, Site],
+        slots: int,
+        length: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.sites = dict(sites)
         self.length = length
-        # A ParameterList beside the order of `sites`, since parameter names may hold no dots.
-        self.tensors = nn.ParameterList(
-            nn.Parameter(torch.zeros(slots, 2, site.heads, length, site.head_dim, device=device)) for site in self.sites.values()
-        )
-        self._index = {name: i for i, name in enumerate(self.sites)}
-        self.lengths: torch.Tensor
-        self.register_buffer("lengths", torch.zeros(slots, dtype=torch.int64, device=device))
+        self.tensors = {
+            name: torch.zeros(slots, 2, site.heads, length, site.head_dim, device=device, dtype=dtype)
+            for name, site in self.sites.items()
+        }
+        self.columns = {name: torch.zeros(slots, dtype=torch.int64, device=device) for name in self.sites}
+        self.shifts = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.infix = torch.zeros(slots, dtype=torch.bool, device=device)
+        self.has_infix = False
+
+    @classmethod
+    def of(cls, sites: Mapping[str, Site], prefixes: Sequence[Flat], infix: Sequence[bool]) -> "PrefixBank":
+        """A bank for one step of training: slot i holds `prefixes[i]`, and gradients flow back into it.
+
+        Args:
+            sites: all attention sites of the base.
+            prefixes: what the parameterisations give, on one device; of any lengths, each with any of the sites.
+            infix: for each prefix whether it stands between prompt and target.
+        """
+        first = next(iter(prefixes[0].values()))
+        length = max(tensor.shape[2] for flat in prefixes for tensor in flat.values())
+        bank = cls(sites, len(prefixes), length, first.device, first.dtype)
+        for slot, (flat, between) in enumerate(zip(prefixes, infix, strict=True)):
+            bank._note(slot, {name: tensor.shape[2] for name, tensor in flat.items()}, between)
+        for name in bank.sites:
+            held = [flat.get(name) for flat in prefixes]
+            if any(tensor is not None for tensor in held):
+                empty = bank.tensors[name]
+                bank.tensors[name] = torch.stack(
+                    [
+                        empty[slot] if tensor is None else torch.nn.functional.pad(tensor, (0, 0, 0, length - tensor.shape[2]))
+                        for slot, tensor in enumerate(held)
+                    ]
+                )
+        return bank
 
     @torch.no_grad()
-    def put(self, slot: int, prefix: Prefix) -> None:
+    def put(self, slot: int, prefix: Prefix, infix: bool = False) -> None:
         """Put a prefix into a slot; unused columns are cleared.
 
         Raises:
             PrefixError: its sites, heads or sizes are not those of the base, or it is longer than the bank.
         """
-        if set(prefix) != set(self.sites):
+        if not prefix or not set(prefix) <= set(self.sites):
             raise PrefixError(
                 f"the prefix is for the sites {_few(prefix)}, the base has {_few(self.sites)}. It was trained on another base: train it anew."
             )
@@ -57,25 +101,38 @@ class PrefixBank(nn.Module):
         if len(lengths) != 1 or max(lengths) > self.length:
             raise PrefixError(f"the prefix has lengths {sorted(lengths)}; expected one length of at most {self.length}")
         length = lengths.pop()
-        for name, site in self.sites.items():
+        for name in prefix:
+            site = self.sites[name]
             for tensor in prefix[name]:
                 if tensor.shape != (site.heads, length, site.head_dim):
                     raise PrefixError(
                         f"site {name}: the prefix has shape {list(tensor.shape)}, the base wants "
                         f"{[site.heads, length, site.head_dim]} (heads, length, head size). It was trained on another base: train it anew."
                     )
-        for name in self.sites:
-            tensor = self.tensors[self._index[name]]
+        for name, tensor in self.tensors.items():
             tensor[slot].zero_()
-            tensor[slot, 0, :, :length], tensor[slot, 1, :, :length] = (t.to(tensor) for t in prefix[name])
-        self.lengths[slot] = length
+            if name in prefix:
+                tensor[slot, 0, :, :length], tensor[slot, 1, :, :length] = (t.to(tensor) for t in prefix[name])
+        self._note(slot, dict.fromkeys(prefix, length), infix)
+
+    def _note(self, slot: int, columns: Mapping[str, int], infix: bool) -> None:
+        for name in self.sites:
+            self.columns[name][slot] = columns.get(name, 0)
+        # A prefix of the encoder or of cross-attention alone puts nothing before the decoder's sequence.
+        self.shifts[slot] = max((n for name, n in columns.items() if name.startswith("decoder.self.")), default=0)
+        self.infix[slot] = infix
+        self.has_infix = self.has_infix or infix
 
     @torch.no_grad()
     def take(self, slot: int) -> Prefix:
         """A copy of the prefix of a slot, on the CPU."""
-        length = int(self.lengths[slot])
-        tensors = {name: self.tensors[i][slot, :, :, :length].detach().cpu().clone() for name, i in self._index.items()}
-        return {name: (tensor[0], tensor[1]) for name, tensor in tensors.items()}
+        taken = {}
+        for name, tensor in self.tensors.items():
+            columns = int(self.columns[name][slot])
+            if columns:
+                key, value = tensor[slot, :, :, :columns].detach().cpu().clone()
+                taken[name] = (key, value)
+        return taken
 
     def gather(self, site: str, rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Keys and values of each row's slot at one site.
@@ -86,8 +143,8 @@ class PrefixBank(nn.Module):
         Returns:
             keys and values [B, heads_kv, P, head_dim], and bool [B, P]: which columns are part of the row's prefix.
         """
-        both = self.tensors[self._index[site]].to(dtype).index_select(0, rows)  # [B, 2, heads_kv, P, head_dim]
-        visible = torch.arange(self.length, device=rows.device)[None, :] < self.lengths[rows][:, None]
+        both = self.tensors[site].to(dtype).index_select(0, rows)  # [B, 2, heads_kv, P, head_dim]
+        visible = torch.arange(self.length, device=rows.device)[None, :] < self.columns[site][rows][:, None]
         return both[:, 0], both[:, 1], visible
 
 

@@ -5,6 +5,8 @@ In: a job's base. Out: a `FrozenBase` whose forward pass takes prefixes inside `
 
 import contextlib
 import hashlib
+import importlib.util
+import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
 from transformers.utils.logging import disable_progress_bar
 
 from pipeline.base import resolve_base
@@ -69,7 +71,24 @@ class FrozenBase:
             try:
                 yield
             finally:
-                self.active.bank, self.active.rows = None, None
+                self.active.bank, self.active.rows, self.active.prompt_ends = None, None, None
+
+    def prompts_end_at(self, columns: torch.Tensor) -> None:
+        """Inside `prefixes`, before the model is called: the column (padding counted) of each row's last prompt token, int64 [B].
+
+        Infix prefixes stand behind it; others do not ask.
+        """
+        self.active.prompt_ends = columns
+
+    @contextlib.contextmanager
+    def capturing(self) -> Iterator[dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+        """Collect the keys and values [B, heads_kv, T, head_dim] that each site computes in the forward pass run inside, without prefixes."""
+        with self.lock:
+            self.active.captured, self.active.called = {}, []
+            try:
+                yield self.active.captured
+            finally:
+                self.active.captured, self.active.called = None, []
 
     def digest(self) -> str:
         """SHA-256 over names and bytes of all parameters and buffers in memory: equal before and after training."""
@@ -109,18 +128,54 @@ def load_base(base: JobBase, device: torch.device | None = None) -> FrozenBase:
     kind = AutoModelForSeq2SeqLM if info.is_encoder_decoder else AutoModelForCausalLM
     try:
         model: Any = kind.from_pretrained(
-            info.path, dtype=choose_dtype(base.dtype, device), attn_implementation="sdpa", use_safetensors=True
+            info.path,
+            dtype=choose_dtype(base.dtype, device),
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            **_quantized(base.quantization, choose_dtype(base.dtype, device), device),
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise BaseModelError(f"base model {base.path}: cannot be loaded ({error}).") from error
-    return attach(model.to(device), info.max_positions)
+    if base.quantization is None:  # bitsandbytes puts its weights where they belong while loading
+        model = model.to(device)
+    for module in model.modules():
+        # bitsandbytes (0.50) repacks 4-bit weights at the first inference on some processors, which rounds their scales: a base never changes.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return attach(model, info.max_positions)
 
 
-def attach(model: Any, max_positions: int | None = None) -> FrozenBase:
-    """Freeze a transformers model and attach the prefix hook to each of its attention modules.
+def _quantized(quantization: str | None, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """What `from_pretrained` must be told to load the linear layers in 8 or 4 bit.
 
     Raises:
-        BaseModelError: its attention does not go through transformers' attention interface, so a prefix would be ignored silently.
+        BaseModelError: bitsandbytes is not installed.
+    """
+    if quantization is None:
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise BaseModelError(
+            f"base_model.quantization: {quantization} needs bitsandbytes: `pip install 'prefixfleet[quantization]'`, or remove the setting."
+        )
+    if quantization == "int8":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def attach(model: Any, max_positions: int | None = None, attention: str = "sdpa") -> FrozenBase:
+    """Freeze a transformers model, attach the prefix hook to each of its attention modules, and prove that it works.
+
+    Args:
+        model: a causal or encoder-decoder language model.
+        max_positions: see `FrozenBase`.
+        attention: what computes attention behind the hook, `sdpa` or `eager`. Where SDPA lacks something that the model needs (soft caps,
+            attention sinks), the model's own eager function is taken all the same.
+
+    Raises:
+        BaseModelError: its attention does not go through transformers' attention interface, so a prefix would be ignored silently; or the
+            check found that a prefix is not seen as it must be.
     """
     model.requires_grad_(False)
     # Dropout would make a row depend on the random numbers its neighbours drew; and gradient checkpointing needs train() mode.
@@ -131,9 +186,9 @@ def attach(model: Any, max_positions: int | None = None) -> FrozenBase:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     model.eval()
-    active = ActivePrefix()
     if not model._can_set_attn_implementation():
         raise _refusal(model)
+    active = ActivePrefix(eager=attention == "eager" or not model._supports_sdpa)
     model.set_attn_implementation(IMPLEMENTATION)
     for module in model.modules():
         module._prefixfleet = active
@@ -150,16 +205,18 @@ def attach(model: Any, max_positions: int | None = None) -> FrozenBase:
     model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     base.sites = _find_sites(base)
     _shift_positions(base)
+    _prove(base)
     return base
 
 
 def _refusal(model: Any) -> BaseModelError:
     return BaseModelError(
-        f"model type {model.config.model_type!r}: its attention does not go through transformers' attention interface, so it takes no prefix. "
-        "Supported are the models that do: GPT-2, OPT, Llama, Mistral, Qwen, Phi, Gemma, BART, T5 and many more."
+        f"model type {model.config.model_type!r}: its attention does not go through transformers' attention interface in every layer, so it "
+        "takes no prefix. Supported are the models that do: GPT-2, OPT, Llama, Mistral, Qwen, Phi, Gemma, BART, T5 and many more."
     )
 
 
+@torch.no_grad()
 def _find_sites(base: FrozenBase) -> dict[str, Site]:
     """Run a few tokens through the model and see which modules ask for attention, in order.
 
@@ -170,17 +227,16 @@ def _find_sites(base: FrozenBase) -> dict[str, Site]:
     inputs = {"input_ids": ids}
     if base.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids[:, :decoder_length]
-    base.active.captured, base.active.called = {}, []
-    try:
-        with torch.no_grad():
-            base.model(**inputs, use_cache=False)
+    with base.capturing():
+        base.model(**inputs, use_cache=False)
         calls = list(base.active.called)
-    finally:
-        base.active.captured, base.active.called = None, []
     sites: dict[str, Site] = {}
     counts: dict[str, int] = {}
     bias_sources: dict[str, nn.Module] = {}
-    for module, query, key in calls:
+    for module, query, key, value in calls:
+        if key != value or hasattr(module, "_prefixfleet_site"):
+            # Keys and values of different sizes (DeepSeek's latent attention), or a layer that is used more than once.
+            raise _refusal(base.model)
         of_decoder, to_decoder = query[2] == decoder_length, key[2] == decoder_length
         kind = {(False, False): "encoder.self", (True, True): "decoder.self", (True, False): "decoder.cross"}[
             of_decoder, to_decoder
@@ -200,15 +256,55 @@ def _find_sites(base: FrozenBase) -> dict[str, Site]:
     return sites
 
 
+# How far attention may be from the computation by hand, as a part of its largest output.
+_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@torch.no_grad()
+def _prove(base: FrozenBase) -> None:
+    """Check that a prefix is seen rightly, with padding: every attention output, and so the logits, equals the one computed by hand from the
+    definition; every site is asked; and the logits differ from those without a prefix.
+    """
+    embeddings = base.model.get_input_embeddings()
+    ids = torch.arange(8, device=base.device).view(2, 4) % embeddings.weight.shape[0]
+    inputs = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]], device=base.device)}
+    if base.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids[:, :3]
+    bank = PrefixBank(base.sites, slots=1, length=3, device=base.device)
+    generator = torch.Generator().manual_seed(0)
+    prefix = {name: torch.randn(2, s.heads, 3, s.head_dim, generator=generator) for name, s in base.sites.items()}
+    bank.put(0, {name: (both[0], both[1]) for name, both in prefix.items()})
+    plain = base.model(**inputs, use_cache=False).logits[:, -1]
+    base.active.deviations = []
+    try:
+        with base.prefixes(bank, torch.zeros(2, dtype=torch.int64, device=base.device)):
+            found = base.model(**inputs, use_cache=False).logits[:, -1]
+        deviations = base.active.deviations
+    finally:
+        base.active.deviations = None
+    allowed = _ROUNDING.get(found.dtype, 5e-2)
+    worst = max(deviations, default=math.inf)
+    effect = float((found - plain).abs().max() / plain.abs().max().clamp(min=1e-12))
+    if len(deviations) != len(base.sites) or not worst <= allowed or not effect > 1e-4:
+        raise BaseModelError(
+            f"model type {base.model.config.model_type!r}: the check of the prefix hook failed ({len(deviations)} of {len(base.sites)} attention "
+            f"layers asked, {worst:.1e} off the computation by hand where {allowed:.0e} is allowed, logits changed by {effect:.1e}). "
+            "Prefixes on this base would be wrong: choose another base, or the version of transformers in constraints.txt."
+        )
+
+
 def _shift_positions(base: FrozenBase) -> None:
     """Make each row's decoder positions begin after its prefix, as the original code and PEFT do."""
     active = base.active
     if not base.is_encoder_decoder:
 
         def shift_ids(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            ids: torch.Tensor = args[0] if args else kwargs["input_ids"]
-            batch, length = ids.shape
-            shift = active.shift(batch)
+            given = args[0] if args else kwargs.get("input_ids")
+            given = kwargs["inputs_embeds"] if given is None else given
+            batch, length = given.shape[:2]
+            cache = kwargs.get("past_key_values")
+            active.seen = cache.get_seq_length() if cache is not None else 0
+            shift = active.shift(batch, length)
             if shift is None:
                 return args, kwargs
             positions = kwargs.get("position_ids")
@@ -217,10 +313,8 @@ def _shift_positions(base: FrozenBase) -> None:
                 if mask is not None and mask.dim() == 2:
                     positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
                 else:
-                    cache = kwargs.get("past_key_values")
-                    seen = cache.get_seq_length() if cache is not None else 0
-                    positions = torch.arange(seen, seen + length, device=ids.device)[None, :]
-            return args, {**kwargs, "position_ids": positions + shift[:, None]}
+                    positions = active.columns_of_pass(length)[None, :]
+            return args, {**kwargs, "position_ids": positions + shift}
 
         base.model.register_forward_pre_hook(shift_ids, with_kwargs=True)
         return
@@ -230,16 +324,17 @@ def _shift_positions(base: FrozenBase) -> None:
         return  # relative positions (T5): the bias is taken in the attention function
     if not isinstance(positions, nn.Embedding) or not hasattr(positions, "offset"):
         raise BaseModelError(
-            f"model type {base.model.config.model_type!r}: its decoder positions cannot be shifted behind a prefix."
+            f"model type {base.model.config.model_type!r}: its decoder positions cannot be shifted behind a prefix. "
+            "Choose a BART- or T5-like encoder-decoder."
         )
 
     # BART's decoder takes no position_ids that differ by row (transformers 5.23), so the embeddings themselves are looked up again.
     def shift_embeddings(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
-        shift = active.shift(args[0].shape[0])
+        shift = active.shift(args[0].shape[0], output.shape[-2])
         if shift is None:
             return output
         seen = args[1] if len(args) > 1 else kwargs.get("past_key_values_length", 0)
-        ids = torch.arange(seen, seen + output.shape[-2], device=output.device)[None, :] + shift[:, None]
+        ids = torch.arange(seen, seen + output.shape[-2], device=output.device)[None, :] + shift
         return nn.functional.embedding(ids + module.offset, module.weight)
 
     positions.register_forward_hook(shift_embeddings, with_kwargs=True)

@@ -3,6 +3,7 @@
 Tensors are named `<site>.key` and `<site>.value`, float32 `[heads_kv, P, head_dim]`. Nothing is pickled.
 """
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,21 @@ def read_config(folder: Path) -> dict[str, Any]:
         StorageError: missing or damaged.
     """
     return read_json(folder / "prefix.json", FORMAT)
+
+
+def weights_digest(prefix: Prefix) -> str:
+    """SHA-256 over a prefix's sites, shapes and numbers, whether it lies in a file or not."""
+    total = hashlib.sha256()
+    for site, pair in sorted(prefix.items()):
+        for tensor in pair:
+            total.update(f"{site} {list(tensor.shape)}".encode())
+            total.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+def is_infix(config: dict[str, Any]) -> bool:
+    """Whether the prefix with this prefix.json stands between prompt and target."""
+    return bool(config.get("prefix", {}).get("placement") == "infix")
 
 
 def load_prefix(folder: Path) -> tuple[Prefix, dict[str, Any]]:

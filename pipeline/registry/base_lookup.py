@@ -19,8 +19,8 @@ from pipeline.training.job import JobBase
 if TYPE_CHECKING:
     from pipeline.inference import PrefixEngine
 
-# By digest of the base, digest of the tokenizer, and dtype. Here and not in pyfunc_model.py, which MLflow runs anew for every model that is loaded.
-_engines: dict[tuple[str, str, str], "PrefixEngine"] = {}
+# By digest of the base, of the tokenizer, dtype, quantisation. Not in pyfunc_model.py, which MLflow runs anew for every model loaded.
+_engines: dict[tuple[str, str, str, str | None], "PrefixEngine"] = {}
 _loading = threading.Lock()
 
 
@@ -54,7 +54,12 @@ def base_of(prefix: dict[str, Any]) -> JobBase:
             continue
         if (found.digest, found.tokenizer_digest) == (base["digest"], base["tokenizer_digest"]):
             return JobBase(
-                id=base["id"], path=str(found.path), revision=base["revision"], digest=base["digest"], dtype=base["dtype"]
+                id=base["id"],
+                path=str(found.path),
+                revision=base["revision"],
+                digest=base["digest"],
+                dtype=base["dtype"],
+                quantization=base.get("quantization"),
             )
         seen.append(f"{place} has digest {found.digest[:16]} and a tokenizer with digest {found.tokenizer_digest[:16]}.")
     remedy = "correct or unset PREFIXFLEET_BASE" if chosen else "set PREFIXFLEET_BASE to the folder that has it"
@@ -75,7 +80,7 @@ def open_prefix(folder: Path) -> Callable[[list[str]], list[str]]:
 
     prefix = read_json(folder / "prefix.json", format=1)
     base = prefix["base"]
-    same = (base["digest"], base["tokenizer_digest"], base["dtype"])
+    same = (base["digest"], base["tokenizer_digest"], base["dtype"], base.get("quantization"))
     with _loading:
         if same not in _engines:
             _engines[same] = load_engine(base_of(prefix))

@@ -61,11 +61,11 @@ class Registration:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A prefix and its evaluation, read and found to belong together."""
+    """A prefix and its evaluation, read and found to belong together; an imported prefix has no evaluation."""
 
     key: CustomerKey
     prefix_dir: Path
-    evaluation_dir: Path
+    evaluation_dir: Path | None
     prefix: dict[str, Any]
     metrics: dict[str, Any]
     decision: dict[str, Any]
@@ -99,6 +99,41 @@ def register(prefix_dir: Path, evaluation_dir: Path) -> Registration:
             _update(client, candidate, version)
         run_id = client.get_model_version(name, str(version)).run_id or None
         alias = _move_alias(client, name, version, promote=candidate.decision["decision"] == "promote")
+    return Registration(name=name, version=version, alias=alias, created=created, run_id=run_id)
+
+
+def register_imported(prefix_dir: Path, source: str, *, champion: bool) -> Registration:
+    """Register a prefix that was made elsewhere and judged by nobody here.
+
+    Args:
+        prefix_dir: the prefix folder.
+        source: where it came from, for the tag that says why it is there.
+        champion: whether it becomes champion, which nothing but the caller's word supports; otherwise no alias moves.
+
+    Raises:
+        StorageError, RegistryError: see `register`.
+    """
+    prefix = read_json(prefix_dir / "prefix.json", format=1)
+    nothing: dict[str, Any] = {"prefix": {}, "base": {}}
+    candidate = _Candidate(
+        CustomerKey(prefix["customer"], prefix["task"]),
+        prefix_dir,
+        None,
+        prefix,
+        {"digest": "", "scores": nothing},
+        {"decision": "imported", "reasons": [f"imported from {source}; not evaluated"]},
+    )
+    home = Home.current()
+    ensure_store(home)
+    name = candidate.key.model_name
+    with lock(home, name), translated(f"registering customer {candidate.key}"):
+        client = connect()
+        version = find_version(client, name, candidate.fingerprint)
+        created = version is None
+        if version is None:
+            version = _create(client, candidate, experiment_id(home=home))
+        run_id = client.get_model_version(name, str(version)).run_id or None
+        alias = _move_alias(client, name, version, promote=True) if champion else None
     return Registration(name=name, version=version, alias=alias, created=created, run_id=run_id)
 
 
@@ -182,9 +217,9 @@ def _update(client: "MlflowClient", candidate: _Candidate, version: int) -> None
     known = client.get_model_version(name, str(version))
     changed = {tag: value for tag, value in tags.items() if known.tags.get(tag) != value}
     model = _known_model(client, candidate, known.run_id) if changed and known.run_id else None
-    if model is not None and known.run_id:
+    if model is not None and known.run_id and candidate.evaluation_dir is not None:
         with tempfile.TemporaryDirectory() as folder:
-            staged = _staged_evaluation(candidate, Path(folder))
+            staged = _staged_evaluation(candidate.evaluation_dir, Path(folder))
             client.log_model_artifacts(model.model_id, str(staged), "artifacts/evaluation")
         _log_scores(client, candidate, known.run_id, model.model_id)
     # The tag that says which evaluation this is comes last: a run that dies before it is repeated.
@@ -320,11 +355,14 @@ def _model_folder(candidate: _Candidate, run_id: str, model: "LoggedModel") -> I
         for name in PREFIX_FILES:
             shutil.copyfile(candidate.prefix_dir / name, staged / name)
         folder = Path(temporary) / "model"
+        artifacts = {"prefix": str(staged)}
+        if candidate.evaluation_dir is not None:
+            artifacts["evaluation"] = str(_staged_evaluation(candidate.evaluation_dir, Path(temporary)))
         with quiet():
             mlflow.pyfunc.save_model(
                 folder,
                 python_model=str(Path(__file__).with_name("pyfunc_model.py")),
-                artifacts={"prefix": str(staged), "evaluation": str(_staged_evaluation(candidate, Path(temporary)))},
+                artifacts=artifacts,
                 pip_requirements=_requirements(),
                 signature=ModelSignature(inputs=Schema([ColSpec("string", "input")]), outputs=Schema([ColSpec("string")])),
                 input_example=pandas.DataFrame({"input": [_example(candidate.evaluation_dir)]}),
@@ -333,12 +371,12 @@ def _model_folder(candidate: _Candidate, run_id: str, model: "LoggedModel") -> I
         yield folder
 
 
-def _staged_evaluation(candidate: _Candidate, temporary: Path) -> Path:
+def _staged_evaluation(evaluation_dir: Path, temporary: Path) -> Path:
     """The part of the evaluation that goes with the version. The generations stay here: the report shows some of them."""
     staged = temporary / "evaluation"
     staged.mkdir()
     for name in _EVALUATION_FILES:
-        shutil.copyfile(candidate.evaluation_dir / name, staged / name)
+        shutil.copyfile(evaluation_dir / name, staged / name)
     return staged
 
 
@@ -348,8 +386,10 @@ def _requirements() -> list[str]:
     return [f"prefixfleet=={__version__}", *pinned]
 
 
-def _example(evaluation_dir: Path) -> str:
+def _example(evaluation_dir: Path | None) -> str:
     """The first input of the test set."""
+    if evaluation_dir is None:
+        return ""
     with (evaluation_dir / _GENERATIONS).open(encoding="utf-8") as file:
         first = file.readline()
     return str(json.loads(first)["input"]) if first.strip() else ""

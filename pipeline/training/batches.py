@@ -66,6 +66,7 @@ def target_loss(base: FrozenBase, rows: Sequence[TokenRow], pad: int) -> tuple[t
         # logits and softmax over the vocabulary cost more than all other products of a small model.
         ids, mask = left_padded([row.prompt_ids + row.target_ids[:-1] for row in rows], pad, base.device)
         labels, _ = left_padded(targets, IGNORED, base.device)  # never longer than ids, since a prompt has a token at least
+        base.prompts_end_at(torch.tensor([ids.shape[1] - len(t) for t in targets], device=base.device))
         logits = base.model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=labels.shape[1]).logits
     loss = torch.nn.functional.cross_entropy(
         logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"

@@ -7,7 +7,8 @@ Plain dataclasses and YAML, for it is read on bare GPU nodes. No field has a def
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 
@@ -27,6 +28,7 @@ class JobBase:
     revision: str | None
     digest: str
     dtype: str
+    quantization: str | None
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,14 @@ class JobPrefix:
     """See `pipeline.config.PrefixSettings`."""
 
     length: int
-    layers: str
+    layers: int | str
+    sites: list[str] | str
+    placement: str
     reparam: str
+    mid_dim: int
     init: str
     init_text: str | None
+    init_prefix: str | None
 
 
 @dataclass(frozen=True)
@@ -184,9 +190,11 @@ def _build(kind: Any, content: Any, place: str) -> Any:
 
 
 def _fits(value: Any, hint: Any) -> bool:
+    if isinstance(hint, UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
     text = str(hint)
     if value is None:
-        return "None" in text
+        return hint is NoneType
     if hint is float or "float" in text:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is bool:
@@ -195,4 +203,4 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint is str or text.startswith("str"):
         return isinstance(value, str)
-    return isinstance(value, list) if text.startswith("list") else True
+    return isinstance(value, list) if text.startswith("list") else hint is not NoneType

@@ -1,7 +1,7 @@
 """Train the prefix of one customer on a frozen base.
 
-In: prepared rows and the customer's settings. Out: the best prefix by dev loss, and what happened on the way. Knows nothing of files, MLflow
-or other customers.
+In: prepared rows, a parameterisation of the prefix (`pipeline.prefix.parameterise`) and the customer's settings. Out: the best prefix by dev
+loss as flat keys and values, and what happened on the way. Knows nothing of files, MLflow or other customers.
 """
 
 import math
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 from transformers import get_scheduler
 
 from pipeline.errors import TrainingError
@@ -48,7 +49,8 @@ class Trained:
 
 def train(
     base: FrozenBase,
-    initial: Prefix,
+    method: nn.Module,
+    infix: bool,
     train_rows: Sequence[TokenRow],
     dev_rows: Sequence[TokenRow],
     settings: JobTraining,
@@ -56,20 +58,30 @@ def train(
     accelerator: Accelerator,
     on_log: OnLog | None = None,
 ) -> Trained:
-    """AdamW on the prefix, dev loss every `eval_every` steps, early stopping, best prefix kept.
+    """AdamW on the parameters of the prefix, dev loss every `eval_every` steps, early stopping, best prefix kept.
 
     With several processes each takes its share of every batch; the gradient, and so the prefix, is that of the whole batch.
+
+    Args:
+        base: the frozen base.
+        method: gives the keys and values of each site, [2, heads_kv, P, head_dim], from its parameters; it begins as the untrained prefix.
+        infix: whether the columns stand between prompt and target.
+        train_rows: what is learned from.
+        dev_rows: what decides which step was best.
+        settings: of the optimiser and the loop.
+        pad: the padding token.
+        accelerator: knows of the other processes.
+        on_log: see `OnLog`.
 
     Raises:
         TrainingError: the loss or the gradient is not finite.
     """
     started = time.monotonic()
-    length = next(iter(initial.values()))[0].shape[1]
+    with torch.no_grad():
+        length = next(iter(method().values())).shape[2]
     longest = max(len(r.prompt_ids) + len(r.target_ids) for r in (*train_rows, *dev_rows)) if not base.is_encoder_decoder else 0
     base.check_length(length, longest)
-    bank = PrefixBank(base.sites, slots=1, length=length, device=base.device)
-    bank.put(0, initial)
-    optimizer = torch.optim.AdamW(bank.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(method.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     # transformers calls the constant schedule that can warm up by another name.
     name = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
     scheduler: Any = get_scheduler(name, optimizer, num_warmup_steps=settings.warmup_steps, num_training_steps=settings.max_steps)
@@ -80,6 +92,12 @@ def train(
         if on_log is not None:
             on_log(entry)
 
+    def now() -> PrefixBank:
+        """A bank of one slot with the prefix as it stands."""
+        return PrefixBank.of(base.sites, [method()], [infix])
+
+    with torch.no_grad():
+        bank = now()
     best_loss = dev_loss(base, bank, dev_rows, pad, accelerator)
     best, best_step, without_improvement = bank.take(0), 0, 0
     log({"step": 0, "dev_loss": best_loss})
@@ -88,7 +106,7 @@ def train(
     batches = _batches(train_rows, settings.batch_size, settings.seed)
     for step in range(1, settings.max_steps + 1):
         rows = next(batches)
-        loss, norm = _step(base, bank, rows, pad, accelerator, settings.max_grad_norm)
+        loss, norm = _step(base, now(), method, rows, pad, accelerator, settings.max_grad_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(
                 f"step {step}: loss {loss} and gradient norm {norm} are not finite. Lower training.lr (now {settings.lr}) or look at the data."
@@ -107,6 +125,8 @@ def train(
             }
         )
         if step % settings.eval_every == 0 or step == settings.max_steps:
+            with torch.no_grad():
+                bank = now()
             current = dev_loss(base, bank, dev_rows, pad, accelerator)
             log({"step": step, "dev_loss": current})
             if current < best_loss:
@@ -119,9 +139,15 @@ def train(
 
 
 def _step(
-    base: FrozenBase, bank: PrefixBank, rows: Sequence[TokenRow], pad: int, accelerator: Accelerator, max_norm: float
+    base: FrozenBase,
+    bank: PrefixBank,
+    method: nn.Module,
+    rows: Sequence[TokenRow],
+    pad: int,
+    accelerator: Accelerator,
+    max_norm: float,
 ) -> tuple[float, float]:
-    """One backward pass over a batch: leaves the clipped gradient in the bank; returns mean loss per target token and gradient norm."""
+    """One backward pass over a batch: leaves the clipped gradient in `method`; returns mean loss per target token and gradient norm."""
     tokens = sum(len(row.target_ids) for row in rows)  # known to every process, so that shares add up to the batch's own mean
     total = torch.zeros((), device=base.device)
     share = _share(rows, accelerator)
@@ -131,11 +157,11 @@ def _step(
             (loss / tokens).backward()
         total = loss.detach()
     if accelerator.num_processes > 1:
-        for parameter in bank.parameters():
+        for parameter in method.parameters():
             gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
             parameter.grad = accelerator.reduce(gradient, reduction="sum")
         total = accelerator.reduce(total, reduction="sum")
-    norm = torch.nn.utils.clip_grad_norm_(bank.parameters(), max_norm)
+    norm = torch.nn.utils.clip_grad_norm_(method.parameters(), max_norm)
     return float(total) / tokens, float(norm)
 
 

@@ -16,11 +16,10 @@ from accelerate.utils import broadcast_object_list, gather_object
 from pipeline.data import Record, read_card, read_split
 from pipeline.data.prompt import load_tokenizer
 from pipeline.errors import DataError, PrefixFleetError, StorageError, TrainingError
-from pipeline.prefix import FrozenBase, Prefix, load_base, save_prefix
-from pipeline.prefix.initialise import from_random, from_text, from_zeros
+from pipeline.prefix import FrozenBase, load_base, save_prefix
+from pipeline.prefix.parameterise import parameterise
 from pipeline.process import code_version, peak_memory_bytes
 from pipeline.progress import Progress
-from pipeline.training.batches import TokenRow
 from pipeline.training.job import Job, JobCustomer
 from pipeline.training.loop import Trained, train
 from pipeline.training.results import PREFIX_FILES, is_whole, write_result
@@ -93,7 +92,8 @@ def _train_customer(
         error: PrefixFleetError | None = None
         try:
             tokenizer, card, train_rows, dev_rows = _open(customer, base)
-            initial = initial_prefix(base, customer, tokenizer, train_rows)
+            base.check_length(customer.prefix.length, 0)
+            method, parent = parameterise(base, job.base.digest, customer, tokenizer, train_rows)
             if main:
                 metrics = stack.enter_context(_MetricsFile(customer.key.below(Path(job.folder)) / "metrics.jsonl"))
                 run = stack.enter_context(Run(job.experiment, key, _params(customer), _tags(job, customer)))
@@ -112,13 +112,23 @@ def _train_customer(
                 progress.update(1, customer=key, loss=entry["loss"])
 
         try:
-            trained = train(base, initial, train_rows, dev_rows, customer.training, tokenizer.pad_token_id, accelerator, on_log)
+            trained = train(
+                base,
+                method,
+                customer.prefix.placement == "infix",
+                train_rows,
+                dev_rows,
+                customer.training,
+                tokenizer.pad_token_id,
+                accelerator,
+                on_log,
+            )
         finally:
             # Steps that early stopping or a failure saved count as done.
             if progress is not None:
                 progress.update(steps - done, customer=key)
         if main:
-            save_prefix(Path(customer.prefix_dir), trained.prefix, _config(job, customer, base, trained, card, run.id))
+            save_prefix(Path(customer.prefix_dir), trained.prefix, _config(job, customer, base, trained, parent, card, run.id))
 
 
 def _open(customer: JobCustomer, base: FrozenBase) -> tuple[Any, dict[str, Any], list[Record], list[Record]]:
@@ -176,29 +186,6 @@ class _MetricsFile:
             self._file.close()
 
 
-def initial_prefix(base: FrozenBase, customer: JobCustomer, tokenizer: Any, rows: list[Any]) -> Prefix:
-    """The untrained prefix that the customer's settings ask for."""
-    settings, seed = customer.prefix, customer.training.seed
-    base.check_length(settings.length, 0)
-    if settings.init == "zeros":
-        return from_zeros(base, settings.length)
-    if settings.init == "random":
-        return from_random(base, settings.length, seed)
-    if settings.init_text is not None:
-        return from_text(base, tokenizer(settings.init_text, add_special_tokens=False)["input_ids"], settings.length)
-    return from_text(base, _sampled_text(rows, settings.length, seed), settings.length)
-
-
-def _sampled_text(rows: list[TokenRow], length: int, seed: int) -> list[int]:
-    """Whole training rows, drawn with the seed, until they fill the prefix."""
-    ids: list[int] = []
-    for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist():
-        ids += rows[i].prompt_ids + rows[i].target_ids
-        if len(ids) >= length:
-            break
-    return ids
-
-
 def _params(customer: JobCustomer) -> dict[str, Any]:
     sections: dict[str, Any] = {"prefix": customer.prefix, "training": customer.training, "prompt": customer.prompt}
     return {f"{name}.{k}": v for name, section in sections.items() for k, v in dataclasses.asdict(section).items()}
@@ -216,7 +203,13 @@ def _tags(job: Job, customer: JobCustomer) -> dict[str, str]:
 
 
 def _config(
-    job: Job, customer: JobCustomer, base: FrozenBase, trained: Trained, card: dict[str, Any], run_id: str | None
+    job: Job,
+    customer: JobCustomer,
+    base: FrozenBase,
+    trained: Trained,
+    parent: str | None,
+    card: dict[str, Any],
+    run_id: str | None,
 ) -> dict[str, Any]:
     """The content of prefix.json: everything that serving, evaluation and registration need to know of a prefix."""
     return {
@@ -225,7 +218,7 @@ def _config(
         "digest": customer.train_digest,
         "prefix": {
             **dataclasses.asdict(customer.prefix),
-            "sites": {name: dataclasses.asdict(site) for name, site in base.sites.items()},
+            "sites": {name: dataclasses.asdict(base.sites[name]) for name in trained.prefix},
             "parameters": sum(key.numel() + value.numel() for key, value in trained.prefix.values()),
         },
         "prompt": dataclasses.asdict(customer.prompt),
@@ -240,6 +233,7 @@ def _config(
             "is_encoder_decoder": base.is_encoder_decoder,
             "tokenizer_digest": card["tokenizer_digest"],
             "dtype": str(base.model.dtype).removeprefix("torch."),
+            "quantization": job.base.quantization,
         },
         "training": {
             **dataclasses.asdict(customer.training),
@@ -256,7 +250,7 @@ def _config(
             "config_digest": customer.config_digest,
             "seed": customer.training.seed,
             "code_version": code_version(),
-            "parent": None,
+            "parent": parent,
             "counts": card["counts"],
         },
         "run_id": run_id,

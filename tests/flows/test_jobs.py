@@ -8,6 +8,8 @@ import pytest
 from flows import jobs
 from pipeline.base import BaseModelInfo
 from pipeline.config import Customer, Fleet
+from pipeline.errors import ConfigError
+from pipeline.files import write_json
 from pipeline.home import Home
 from pipeline.training.job import read_job
 
@@ -33,9 +35,14 @@ def customer(id: str = "acme", **settings: Any) -> Customer:
 
 
 def digests(
-    home: Home, card: dict[str, Any] = CARD, on: BaseModelInfo | None = None, dtype: str = "auto", **settings: Any
+    home: Home,
+    card: dict[str, Any] = CARD,
+    on: BaseModelInfo | None = None,
+    dtype: str = "auto",
+    quantization: str | None = None,
+    **settings: Any,
 ) -> tuple[str, str, str]:
-    member = jobs.job_customer(customer(**settings), card, on or base(), dtype, home)
+    member = jobs.job_customer(customer(**settings), card, on or base(), dtype, home, quantization)
     return member.config_digest, member.train_digest, member.evaluate_digest
 
 
@@ -51,6 +58,7 @@ def digests(
         {"on": base(digest="c" * 64)},
         {"on": base(tokenizer_digest="c" * 64)},
         {"dtype": "float32"},
+        {"quantization": "int8"},
     ],
     ids=lambda changed: next(iter(changed)),
 )
@@ -104,7 +112,8 @@ def test_one_job_for_each_way_to_launch(tmp_path: Path) -> None:
 
 def test_written_job_reads_back_equal_and_forgets_old_results(tmp_path: Path) -> None:
     home = Home(tmp_path)
-    fleet = Fleet(base_model={"path": "base"}, customers=[customer()])  # type: ignore[arg-type]
+    which = {"layers": 2, "sites": ["decoder.self", "decoder.cross"]}
+    fleet = Fleet(base_model={"path": "base", "quantization": "int8"}, customers=[customer(prefix=which)])  # type: ignore[arg-type]
     members = [(c, jobs.job_customer(c, CARD, base(), "auto", home)) for c in fleet.customers]
     (planned,) = jobs.plan(fleet, members, base(), home)
     result = home.job(planned.job.name) / "acme" / "default" / "train_result.json"
@@ -130,3 +139,28 @@ def test_result_says_done_only_if_the_folder_is_whole(tmp_path: Path) -> None:
     (folder / "prefix.safetensors").write_text("")
     assert jobs.result_of(planned, members[0][1], "train") == (None, 0.0)
     assert not jobs.due_in(planned, "train") and jobs.due_in(planned, "evaluate")
+
+
+def test_a_warm_start_counts_by_the_content_it_starts_from_and_champion_by_the_word(tmp_path: Path) -> None:
+    def saved(folder: str, weights: str) -> str:
+        (tmp_path / folder).mkdir()
+        write_json(tmp_path / folder / "prefix.json", {"format": 1, "weights_sha256": weights})
+        return str(tmp_path / folder)
+
+    home = Home(tmp_path)
+    one, copy, other = (
+        digests(home, prefix={"init": "prefix", "init_prefix": start})
+        for start in (saved("one", "a" * 64), saved("copy", "a" * 64), saved("other", "b" * 64))
+    )
+    assert one == copy and one[1] != other[1]
+    with pytest.raises(ConfigError, match=r"init_prefix: .*none holds no prefix"):
+        digests(home, prefix={"init": "prefix", "init_prefix": str(tmp_path / "none")})
+    warm = customer(prefix={"init": "prefix", "init_prefix": "champion"})
+    fleet = Fleet(base_model={"path": "base"}, customers=[warm])  # type: ignore[arg-type]
+    member = jobs.job_customer(warm, CARD, base(), "auto", home)
+    (planned,) = jobs.plan(fleet, [(warm, member)], base(), home)
+    jobs.write(planned, "train", {warm.key: tmp_path / "one"})
+    (written,) = read_job(planned.path).customers
+    assert written.prefix.init_prefix == str(tmp_path / "one") and written.train_digest == member.train_digest
+    jobs.write(planned, "train", {})  # no champion yet
+    assert read_job(planned.path).customers[0].prefix.init_prefix == "champion"

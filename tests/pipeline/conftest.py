@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from pipeline.base import resolve_base
-from pipeline.config import Customer, DataSettings
+from pipeline.config import Customer, DataSettings, PrefixSettings
 from pipeline.data import prepare
 from pipeline.files import digest_of
 from pipeline.training.job import Job, JobBase, JobCustomer, JobEvaluation, JobGate, JobPrefix, JobPrompt, JobTraining, write_job
@@ -74,7 +74,14 @@ def make_job(tiny_base: Path, tmp_path: Path) -> Callable[..., tuple[Job, Path]]
     """Prepare data for customers `c0`, `c1`, … and write a job for them; keyword arguments change the training settings."""
 
     def make(
-        customers: int = 1, name: str = "job", init: str = "text", length: int = 3, base: Path = tiny_base, **training: Any
+        customers: int = 1,
+        name: str = "job",
+        init: str = "text",
+        length: int = 3,
+        base: Path = tiny_base,
+        prefix: dict[str, Any] | None = None,
+        quantization: str | None = None,
+        **training: Any,
     ) -> tuple[Job, Path]:
         info = resolve_base(str(base))
         listed = []
@@ -87,7 +94,8 @@ def make_job(tiny_base: Path, tmp_path: Path) -> Callable[..., tuple[Job, Path]]
                 "max_steps": 12, "batch_size": 6, "lr": 0.02, "schedule": "linear", "warmup_steps": 0, "weight_decay": 0.0,
                 "max_grad_norm": 1.0, "eval_every": 4, "early_stopping": None, "seed": 0, **training,
             }  # fmt: skip
-            digest = digest_of([i, settings, init, length, prepared.card["fingerprint"]])
+            wanted = PrefixSettings(**{"length": length, "init": init, **(prefix or {})}).model_dump(mode="json")
+            digest = digest_of([i, settings, wanted, prepared.card["fingerprint"]])
             listed.append(
                 JobCustomer(
                     customer=f"c{i}",
@@ -100,12 +108,12 @@ def make_job(tiny_base: Path, tmp_path: Path) -> Callable[..., tuple[Job, Path]]
                     prefix_dir=str(tmp_path / name / "prefixes" / f"c{i}" / digest[:16]),
                     evaluation_dir=str(tmp_path / name / "evaluations" / f"c{i}" / digest[:16]),
                     prompt=JobPrompt("{input}\n", True, "none", 40, 16),
-                    prefix=JobPrefix(length, "all", "none", init, None),
+                    prefix=JobPrefix(**wanted),
                     training=JobTraining(**settings),
                     evaluation=JobEvaluation(["bleu"], JobGate("bleu", 0.0, None), 1, 16, 100),
                 )
             )
-        job_base = JobBase(str(base), str(base), None, info.digest, "float32")
+        job_base = JobBase(str(base), str(base), None, info.digest, "float32", quantization)
         job = Job(1, name, str(tmp_path / name), "test", job_base, listed)
         path = tmp_path / name / "job.yaml"
         write_job(path, job)

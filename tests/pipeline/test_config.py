@@ -1,6 +1,7 @@
 """The fleet file: what it means, and what it says about mistakes."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -167,3 +168,44 @@ def test_the_page_on_the_fleet_file_is_current(root: Path) -> None:
 
 def test_the_example_fleet_is_valid_and_has_five_customers(root: Path) -> None:
     assert len(load_fleet(root / "examples" / "fleet.yaml").customers) == 5
+
+
+@pytest.mark.parametrize(
+    ("prefix", "says"),
+    [
+        ("{layers: 0}", "greater than 0"),
+        ("{layers: top}", "'all'"),
+        ("{sites: []}", "at least 1 entry"),
+        ("{sites: [decoder.self, decoder.self]}", "one kind of attention twice"),
+        ("{sites: [decoder.selfie]}", "'decoder.self', 'encoder.self' or 'decoder.cross'"),
+        ("{init: prefix}", "need each other"),
+        ("{init_prefix: champion}", "need each other"),
+        ("{init: zeros, init_text: hello}", "not used by init: zeros"),
+        ("{init_text: ' '}", "is empty"),
+        ("{reparam: embedding, init: zeros}", "cannot start from init: zeros"),
+        ("{reparam: embedding, placement: infix}", "has no infix"),
+        ("{reparam: embedding, layers: 2}", "in all layers"),
+        ("{placement: infix, sites: [encoder.self]}", "decoder-only"),
+    ],
+)
+def test_prefix_settings_that_do_not_fit_together_are_refused_with_the_line(tmp_path: Path, prefix: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(says)) as caught:
+        load(tmp_path, HEAD + f"customers:\n  - {{id: acme, data: a.jsonl, prefix: {prefix}}}")
+    assert ":3: customer acme: prefix" in str(caught.value)
+
+
+def test_prefix_settings_of_every_kind_are_understood(tmp_path: Path) -> None:
+    fleet = load(
+        tmp_path,
+        """
+base_model: {path: base, quantization: int4}
+defaults: {prefix: {layers: 2, sites: [decoder.self, decoder.cross]}}
+customers:
+  - {id: a, data: a.jsonl, prefix: {init: prefix, init_prefix: old/prefix}}
+  - {id: b, data: a.jsonl, prefix: {init: prefix, init_prefix: champion, layers: all}}
+""",
+    )
+    a, b = (customer.prefix for customer in fleet.customers)
+    assert (a.layers, b.layers, a.sites) == (2, "all", ("decoder.self", "decoder.cross"))
+    assert (a.init_prefix, b.init_prefix) == (str(tmp_path / "old" / "prefix"), "champion")
+    assert fleet.base_model.quantization == "int4"

@@ -12,7 +12,7 @@ from pipeline.files import whole_folder, write_json
 from pipeline.keys import CustomerKey
 from pipeline.training.job import Job, JobBase, JobCustomer, JobEvaluation, JobGate, JobPrefix, JobPrompt, JobTraining
 
-BASE = JobBase(id="org/base", path="base", revision=None, digest="b" * 64, dtype="float32")
+BASE = JobBase(id="org/base", path="base", revision=None, digest="b" * 64, dtype="float32", quantization=None)
 
 
 class FakeEngine:
@@ -94,7 +94,7 @@ def _customer(home: Path, name: str, records: list[Record] | None, run_id: str |
         prefix_dir=str(key.below(home / "prefixes") / fingerprint[:16]),
         evaluation_dir=str(key.below(home / "evaluations") / fingerprint[:16]),
         prompt=JobPrompt("{input}\n", True, "none", 384, 128),
-        prefix=JobPrefix(10, "all", "none", "text", None),
+        prefix=JobPrefix(10, "all", "all", "prefix", "none", 512, "text", None, None),
         training=JobTraining(400, 10, 5e-3, "linear", 0, 0.0, 1.0, 50, 3, 0),
         evaluation=JobEvaluation(["bleu", "rougeL", "chrf"], JobGate("bleu", 0.0, None), 1, max_new_tokens, 200),
     )

@@ -24,7 +24,7 @@ def trained(make_job: MakeJob) -> Job:
     job, _ = make_job(customers=3)
     base = load_base(job.base, torch.device("cpu"))
     for seed, customer in enumerate(job.customers):
-        prefix = {site: (key * 100, value * 100) for site, (key, value) in from_random(base, 3 + seed, seed).items()}
+        prefix = {site: (key * 100, value * 100) for site, (key, value) in from_random(base.sites, 3 + seed, seed).items()}
         config = {"base": {"digest": job.base.digest}, "prompt": dataclasses.asdict(customer.prompt), "chat": False}
         config["generation"] = {"num_beams": 2, "max_new_tokens": 7}
         save_prefix(Path(customer.prefix_dir), prefix, config)

@@ -1,0 +1,102 @@
+"""A prefix made elsewhere becomes a customer's: an adapter folder of PEFT in, a prefix folder and a registered version out.
+
+The reverse, from a registered version to an adapter folder, is `lookup` and `pipeline.prefix.peft_format.export_peft`.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from pipeline.base import BaseModelInfo
+from pipeline.files import digest_of
+from pipeline.home import Home
+from pipeline.keys import CustomerKey
+from pipeline.process import code_version
+from pipeline.registry.register import Registration, register_imported
+from pipeline.training.job import JobBase, JobPrompt
+
+
+def import_adapter(
+    key: CustomerKey,
+    folder: Path,
+    base: BaseModelInfo,
+    prompt: JobPrompt,
+    *,
+    dtype: str = "auto",
+    quantization: str | None = None,
+    chat: bool = False,
+    num_beams: int = 1,
+    max_new_tokens: int | None = None,
+    champion: bool = False,
+    home: Home | None = None,
+) -> tuple[Registration, Path]:
+    """Import a PEFT adapter for a customer. The same again finds the version that is there.
+
+    Args:
+        key: whose it becomes.
+        folder: what PEFT's `save_pretrained` wrote.
+        base: the model that it was trained on.
+        prompt: how an input becomes a prompt; the adapter does not say.
+        dtype, quantization: how the base is loaded, now and when the prefix answers.
+        chat: whether inputs go through the base's chat template.
+        num_beams, max_new_tokens: how it answers; by default greedily, and as long as the prompt's targets.
+        champion: whether it takes the alias, without having been evaluated.
+        home: where the prefix folder goes.
+
+    Returns:
+        the version, and the prefix folder.
+
+    Raises:
+        PrefixError: no adapter that can be imported, or for another base.
+        BaseModelError: the base takes no prefix.
+    """
+    from pipeline.prefix import load_base, save_prefix
+    from pipeline.prefix.peft_format import import_peft, read_adapter_config
+    from pipeline.prefix.store import weights_digest
+
+    kind = read_adapter_config(folder)["peft_type"]  # before seconds are spent on loading the base
+    home = home or Home.current()
+    loaded = load_base(JobBase(base.id, str(base.path), base.revision, base.digest, dtype, quantization))
+    prefix = import_peft(folder, loaded)
+    settings = dataclasses.asdict(prompt)
+    shape = next(iter(prefix.values()))[0].shape
+    generation = {"num_beams": num_beams, "max_new_tokens": max_new_tokens or prompt.max_target_tokens}
+    digest = digest_of(["peft", weights_digest(prefix), base.digest, settings, dtype, quantization, chat, generation])
+    config = {
+        "customer": key.customer,
+        "task": key.task,
+        "digest": digest,
+        "prefix": {
+            "length": shape[1],
+            "layers": "all",
+            "sites": {name: dataclasses.asdict(loaded.sites[name]) for name in prefix},
+            "placement": "prefix",
+            "parameters": sum(k.numel() + v.numel() for k, v in prefix.values()),
+        },
+        "prompt": settings,
+        "chat": chat,
+        "generation": generation,
+        "base": {
+            "id": base.id,
+            "path": str(base.path),
+            "revision": base.revision,
+            "digest": base.digest,
+            "model_type": loaded.model.config.model_type,
+            "is_encoder_decoder": loaded.is_encoder_decoder,
+            "tokenizer_digest": base.tokenizer_digest,
+            "dtype": str(loaded.model.dtype).removeprefix("torch."),
+            "quantization": quantization,
+        },
+        "training": {"imported_from": f"PEFT {kind}"},
+        "lineage": {
+            "data_fingerprint": "",
+            "config_digest": digest_of(settings),
+            "seed": None,
+            "code_version": code_version(),
+            "parent": None,
+        },
+        "run_id": None,
+    }
+    prefix_dir = home.prefix(key, digest)
+    if not (prefix_dir / "prefix.json").exists():
+        save_prefix(prefix_dir, prefix, config)
+    return register_imported(prefix_dir, f"PEFT {kind}", champion=champion), prefix_dir

@@ -1,0 +1,135 @@
+"""Adapter folders: what PEFT loads of ours and what we load of PEFT's give equal logits."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import save_file
+
+from pipeline.errors import PrefixError
+from pipeline.prefix import FrozenBase, Prefix, PrefixBank, attach, save_prefix
+from pipeline.prefix.initialise import from_text
+from pipeline.prefix.peft_format import export_peft, import_peft
+
+from .families import CAUSAL, ENCODER_DECODER, some_ids, tiny_model
+
+TEXT = [5, 6, 7, 8]
+
+
+def saved(folder: Path, base: FrozenBase, prefix: Prefix, **settings: Any) -> Path:
+    config = {
+        "base": {"id": "some/base", "revision": None, "is_encoder_decoder": base.is_encoder_decoder},
+        "prefix": {"length": 4, "layers": "all", "placement": "prefix", **settings},
+    }
+    save_prefix(folder, prefix, config)
+    return folder
+
+
+def of_decoder(base: FrozenBase) -> Prefix:
+    return {name: pair for name, pair in from_text(base, TEXT, 4).items() if name.startswith("decoder.self")}
+
+
+def ours(base: FrozenBase, prefix: Prefix) -> torch.Tensor:
+    bank = PrefixBank(base.sites, slots=1, length=4)
+    bank.put(0, prefix)
+    with base.prefixes(bank, torch.tensor([0, 0])):
+        return base.model(**inputs(base)).logits
+
+
+def inputs(base: FrozenBase) -> dict[str, torch.Tensor]:
+    ids = some_ids(2, 6)
+    known = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return known | ({"decoder_input_ids": ids[:, :5]} if base.is_encoder_decoder else {})
+
+
+@pytest.mark.parametrize("family", CAUSAL + ENCODER_DECODER)
+@torch.no_grad()
+def test_an_exported_prefix_loads_in_peft_with_equal_logits(tmp_path: Path, family: str) -> None:
+    base = attach(tiny_model(family).eval())
+    prefix = of_decoder(base)
+    export_peft(saved(tmp_path / "p", base, prefix), tmp_path / "out")
+    theirs = PeftModel.from_pretrained(tiny_model(family).eval(), tmp_path / "out").eval()
+    torch.testing.assert_close(theirs(**inputs(base)).logits[:, -5:], ours(base, prefix)[:, -5:], atol=1e-5, rtol=0)
+    # and comes back as it was
+    again = import_peft(tmp_path / "out", base)
+    assert all(torch.equal(again[s][i], prefix[s][i]) for s in prefix for i in (0, 1))
+
+
+@pytest.mark.parametrize("projection", [False, True])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3", *ENCODER_DECODER])
+@torch.no_grad()
+def test_prefix_tuning_of_peft_is_imported_with_equal_logits(tmp_path: Path, family: str, projection: bool) -> None:
+    base = attach(tiny_model(family).eval())
+    site = base.sites["decoder.self.0"]
+    kind = "SEQ_2_SEQ_LM" if base.is_encoder_decoder else "CAUSAL_LM"
+    layers = len([name for name in base.sites if name.startswith("decoder.self")])
+    shape = {"num_layers": layers, "num_attention_heads": site.heads, "token_dim": site.heads * site.head_dim}
+    config = PrefixTuningConfig(
+        task_type=kind, num_virtual_tokens=4, prefix_projection=projection, encoder_hidden_size=16, **shape
+    )
+    theirs = get_peft_model(tiny_model(family), config).eval()
+    theirs.save_pretrained(tmp_path / "adapter")
+    prefix = import_peft(tmp_path / "adapter", base)
+    torch.testing.assert_close(ours(base, prefix)[:, -5:], theirs(**inputs(base)).logits[:, -5:], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@torch.no_grad()
+def test_prompt_tuning_of_peft_is_imported_as_keys_and_values_with_equal_logits(tmp_path: Path, family: str) -> None:
+    base = attach(tiny_model(family).eval())
+    theirs = get_peft_model(tiny_model(family), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    theirs.save_pretrained(tmp_path / "adapter")
+    prefix = import_peft(tmp_path / "adapter", base)
+    expected = theirs(**inputs(base)).logits[:, 4:]
+    torch.testing.assert_close(ours(base, prefix), expected, atol=1e-5, rtol=0)
+
+
+def test_an_encoder_saved_with_its_mlp_is_projected(tmp_path: Path) -> None:
+    base = attach(tiny_model("gpt2"))
+    theirs = get_peft_model(
+        tiny_model("gpt2"),
+        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=16),
+    )
+    theirs.save_pretrained(tmp_path)
+    flat = import_peft(tmp_path, base)
+    encoder = theirs.prompt_encoder["default"].state_dict()
+    save_file({f"prompt_encoder.default.{k}": v for k, v in encoder.items()}, tmp_path / "adapter_model.safetensors")
+    whole = import_peft(tmp_path, base)
+    for site in base.sites:
+        torch.testing.assert_close(whole[site][0], flat[site][0])
+
+
+def test_what_peft_does_not_know_is_refused_with_the_reason(tmp_path: Path) -> None:
+    llama, bart = attach(tiny_model("llama")), attach(tiny_model("bart"))
+    whole, top = from_text(bart, TEXT, 4), {"decoder.self.2": from_text(llama, TEXT, 4)["decoder.self.2"]}
+    for folder, reason in (
+        (saved(tmp_path / "a", bart, whole), r"decoder self-attention only.*decoder\.cross, encoder\.self"),
+        (saved(tmp_path / "b", llama, top, layers=1), "top layers only"),
+        (saved(tmp_path / "c", llama, of_decoder(llama), placement="infix"), "no infix"),
+    ):
+        with pytest.raises(PrefixError, match=reason):
+            export_peft(folder, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    (tmp_path / "there").mkdir()
+    with pytest.raises(PrefixError, match="is there already"):
+        export_peft(saved(tmp_path / "d", llama, of_decoder(llama)), tmp_path / "there")
+
+
+def test_adapters_that_are_not_ours_to_read_are_refused(tmp_path: Path) -> None:
+    base = attach(tiny_model("llama"))
+    with pytest.raises(PrefixError, match=r"adapter_config\.json: cannot be read"):
+        import_peft(tmp_path, base)
+    get_peft_model(tiny_model("llama"), LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "lora")
+    with pytest.raises(PrefixError, match="type LORA"):
+        import_peft(tmp_path / "lora", base)
+    other = get_peft_model(tiny_model("gpt2"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    other.save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(PrefixError, match=r"\[4, 128\] numbers.*has 96 .*another base"):
+        import_peft(tmp_path / "gpt2", base)
+    (tmp_path / "gpt2" / "adapter_model.safetensors").rename(tmp_path / "gpt2" / "adapter_model.bin")
+    with pytest.raises(PrefixError, match="pickled"):
+        import_peft(tmp_path / "gpt2", base)
+    assert json.loads((tmp_path / "gpt2" / "adapter_config.json").read_text())["peft_type"] == "PREFIX_TUNING"

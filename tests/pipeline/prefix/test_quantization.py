@@ -1,0 +1,43 @@
+"""A base in 8 or 4 bit: loaded, frozen, and a prefix trained on it. Needs the extra `quantization`."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.errors import BaseModelError
+from pipeline.inference import load_engine
+from pipeline.prefix import base as prefix_base
+from pipeline.prefix import load_base, load_prefix
+from pipeline.training.job import Job
+from pipeline.training.run import run_job
+
+MakeJob = Callable[..., tuple[Job, Path]]
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("quantization", "kind"), [("int8", "Linear8bitLt"), ("int4", "Linear4bit")])
+def test_a_quantised_base_trains_a_prefix_and_stays_as_it_is(make_job: MakeJob, quantization: str, kind: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    job, _ = make_job(max_steps=30, eval_every=10, lr=0.1, quantization=quantization)
+    base = load_base(job.base, CPU)
+    assert type(base.model.model.layers[0].self_attn.q_proj).__name__ == kind
+    before = base.digest()
+    assert load_base(job.base, CPU).digest() == before
+    assert run_job(job) == 0  # it fails the customer if the base's digest changes
+    folder = Path(job.customers[0].prefix_dir)
+    _, config = load_prefix(folder)
+    dev = [entry["dev_loss"] for entry in config["training"]["history"] if "dev_loss" in entry]
+    assert min(dev) < dev[0] - 0.1
+    assert config["base"]["quantization"] == quantization
+    engine = load_engine(job.base)
+    assert engine.base.digest() == before
+    assert engine.generate([[5, 6, 7]], [engine.add(folder)], max_new_tokens=4)
+
+
+def test_without_the_extra_the_error_names_it(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefix_base.importlib.util, "find_spec", lambda name: None)
+    job, _ = make_job(quantization="int8")
+    with pytest.raises(BaseModelError, match=r"prefixfleet\[quantization\]"):
+        load_base(job.base, CPU)
