@@ -132,6 +132,7 @@ def plan(fleet: Fleet, members: Iterable[tuple[Customer, JobCustomer]], base: Ba
                 digest=base.digest,
                 dtype=fleet.base_model.dtype,
                 quantization=fleet.base_model.quantization,
+                attention=fleet.base_model.attention,
             ),
             customers=customers,
         )

@@ -113,7 +113,7 @@ def make_job(tiny_base: Path, tmp_path: Path) -> Callable[..., tuple[Job, Path]]
                     evaluation=JobEvaluation(["bleu"], JobGate("bleu", 0.0, None), 1, 16, 100),
                 )
             )
-        job_base = JobBase(str(base), str(base), None, info.digest, "float32", quantization)
+        job_base = JobBase(str(base), str(base), None, info.digest, "float32", quantization, "auto")
         job = Job(1, name, str(tmp_path / name), "test", job_base, listed)
         path = tmp_path / name / "job.yaml"
         write_job(path, job)

@@ -12,7 +12,7 @@ from pipeline.files import whole_folder, write_json
 from pipeline.keys import CustomerKey
 from pipeline.training.job import Job, JobBase, JobCustomer, JobEvaluation, JobGate, JobPrefix, JobPrompt, JobTraining
 
-BASE = JobBase(id="org/base", path="base", revision=None, digest="b" * 64, dtype="float32", quantization=None)
+BASE = JobBase(id="org/base", path="base", revision=None, digest="b" * 64, dtype="float32", quantization=None, attention="auto")
 
 
 class FakeEngine:

@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import eager_mask
 
 from pipeline.errors import BaseModelError, PrefixError
-from pipeline.prefix import FrozenBase, Prefix, PrefixBank, attach, attention
+from pipeline.prefix import FrozenBase, Prefix, PrefixBank, attach, kernels
 from pipeline.prefix.initialise import chosen_sites, from_random, from_text, from_zeros
 
 from .families import CAUSAL, EAGER_ONLY, ENCODER_DECODER, VOCABULARY, some_ids, tiny_double, tiny_model
@@ -165,7 +165,7 @@ def test_eager_and_sdpa_agree(family: str, bank_of_text: Banks) -> None:
     found = []
     for kind in ("sdpa", "eager"):
         base = attach(tiny_double(family), attention=kind)
-        assert base.active.eager == (kind == "eager")
+        assert base.active.kernel == kind
         with base.prefixes(bank_of_text(base, TEXT), torch.tensor([1, 2])):
             found.append(base.model(**inputs_for(base, some_ids(2, 6))).logits)
     torch.testing.assert_close(*found, atol=1e-5, rtol=0)  # eager functions take their softmax in float32
@@ -401,8 +401,8 @@ def test_the_check_at_attach_time_finds_attention_that_sees_the_prefix_wrongly(m
     def without_mask(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _mask: Any, **kwargs: Any) -> Any:
         return sdpa(module, query, key, value, None, **kwargs)
 
-    sdpa = attention.sdpa_attention_forward
-    monkeypatch.setattr(attention, "sdpa_attention_forward", without_mask)
+    sdpa = kernels.sdpa_attention_forward
+    monkeypatch.setattr(kernels, "sdpa_attention_forward", without_mask)
     with pytest.raises(BaseModelError, match=r"llama.*check of the prefix hook failed"):
         attach(tiny_model("llama"))
 
