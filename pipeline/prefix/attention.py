@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
-from pipeline.errors import BaseModelError, PrefixError
+from pipeline.errors import PrefixError
 from pipeline.prefix import kernels
 from pipeline.prefix.bank import PrefixBank
 
@@ -144,7 +144,8 @@ def prefix_attention(
         module: the attention module; its site says which keys and values of the bank are its own.
         query: [B, heads, T, head_dim].
         key, value: [B, heads_kv, K, head_dim], the cache included.
-        attention_mask: bool [B or 1, 1, T, K], never None for a module that masks (see `explicit_mask`); for packed rows bool [B, K] (see `key_mask`).
+        attention_mask: bool [B or 1, 1, T, K], never None for a module that masks (see `explicit_mask`); for packed rows bool [B, K], see
+            `key_mask`.
     """
     active: ActivePrefix = module._prefixfleet  # type: ignore[assignment]  # set by pipeline.prefix.base.attach
     site = getattr(module, "_prefixfleet_site", None)
@@ -198,7 +199,9 @@ def _attend(
     def who_sees_whom() -> torch.Tensor | None:
         if seen is None:
             return mask
-        whole = seen.new_ones(batch, 1, length, sequence) if mask is None else mask  # an encoder or cross-attention without padding
+        whole = (
+            seen.new_ones(batch, 1, length, sequence) if mask is None else mask
+        )  # an encoder or cross-attention without padding
         return torch.cat([seen, whole.expand(batch, -1, -1, -1)], dim=-1)
 
     def blocks() -> Any:
@@ -208,18 +211,23 @@ def _attend(
     causal = kernels.is_causal(module, kwargs)
 
     def packing() -> kernels.Packing:
+        if mask is not None and mask.dim() != 2:
+            raise kernels.flash_refusal(
+                "would hide the prefix beyond the base's sliding window (or knows no mask like the base's)"
+            )
         real = mask if mask is not None else torch.ones(batch, sequence, dtype=torch.bool, device=query.device)
         # Queries are the last of the sequence. Without a triangle, it does no harm to compute padding too.
         queries = real[:, -length:] if causal else real.new_ones(batch, length)
         # Every query of a row sees the same columns: infixes are refused.
         return kernels.pack(queries, real if seen is None else torch.cat([seen[:, 0, 0], real], dim=-1))
 
-    computed, form = {
+    choices: dict[str, tuple[Callable[..., kernels.Output], Callable[[], Any]]] = {
         "sdpa": (kernels.sdpa, who_sees_whom),
         "eager": (kernels.eager, who_sees_whom),
         "flex_attention": (kernels.flex, blocks),
         "flash_attention_2": (kernels.flash, packing),
-    }[active.kernel]
+    }
+    computed, form = choices[active.kernel]
     made = active.once(mask, (layout, batch, length, sequence, causal), form)
     return computed(module, query, key, value, made, kwargs)
 
@@ -253,30 +261,21 @@ def explicit_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
 
 
 def key_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | torch.Tensor = 0,
-    mask_function: Callable[..., Any] = causal_mask_function,
-    attention_mask: torch.Tensor | None = None,
-    device: torch.device | str = "cpu",
-    **_: Any,
-) -> torch.Tensor:
+    batch_size: int, q_length: int, kv_length: int, q_offset: int | torch.Tensor = 0, **kwargs: Any
+) -> torch.Tensor | None:
     """Which keys are no padding, bool [B, K]: for flash attention, whose own triangle says the rest. The names are transformers'.
 
-    Raises:
-        BaseModelError: the base masks more than a triangle does.
+    What is more than a triangle (windows, chunks) comes as `explicit_mask`, and is refused where an attention module uses it: some models make
+    masks for kinds of layers that they do not have.
     """
-    if mask_function not in (causal_mask_function, bidirectional_mask_function):
-        raise BaseModelError(
-            "base_model.attention: flash_attention_2 would hide the prefix beyond the base's sliding window (or knows no mask like the base's). "
-            "Choose sdpa, or flex_attention."
-        )
+    function, mask = kwargs["mask_function"], kwargs["attention_mask"]
+    if function not in (causal_mask_function, bidirectional_mask_function):
+        return explicit_mask(batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, **kwargs)
     # Of a static cache, which is longer, what it holds after this pass.
-    keys = kv_length if mask_function is bidirectional_mask_function else int(q_offset) + q_length
-    if attention_mask is None:
-        return torch.ones(batch_size, keys, dtype=torch.bool, device=device)
-    return nn.functional.pad(attention_mask[:, :keys], (0, max(0, keys - attention_mask.shape[1])))
+    keys = kv_length if function is bidirectional_mask_function else int(q_offset) + q_length
+    if mask is None:
+        return torch.ones(batch_size, keys, dtype=torch.bool, device=kwargs["device"])
+    return nn.functional.pad(mask[:, :keys], (0, max(0, keys - mask.shape[1])))
 
 
 for _name, _mask in ((IMPLEMENTATION, explicit_mask), (IMPLEMENTATION_PACKED, key_mask)):

@@ -136,7 +136,9 @@ def load_base(base: JobBase, device: torch.device | None = None) -> FrozenBase:
         )
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if base.attention in GPU_ONLY and device.type != "cuda":
-        raise BaseModelError(f"base_model.attention: {base.attention} needs a GPU, and this machine has none. Choose auto or sdpa.")
+        raise BaseModelError(
+            f"base_model.attention: {base.attention} needs a GPU, and this machine has none. Choose auto or sdpa."
+        )
     disable_progress_bar()  # of loading weights: noise in a log
     kind = AutoModelForSeq2SeqLM if info.is_encoder_decoder else AutoModelForCausalLM
     try:

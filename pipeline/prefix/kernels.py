@@ -13,10 +13,9 @@ flash-attn and flex attention want masks in forms of their own, which are made o
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -29,12 +28,18 @@ from pipeline.errors import BaseModelError
 KERNELS = ("sdpa", "eager", "flash_attention_2", "flex_attention")
 # Those that run on a GPU only: flex attention has no backward pass on a CPU (PyTorch 2.13).
 GPU_ONLY = ("flash_attention_2", "flex_attention")
+FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
 Output = tuple[torch.Tensor, torch.Tensor | None]
 
 
 def sdpa(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    kwargs: dict[str, Any],
 ) -> Output:
     """PyTorch's scaled dot product attention; where it lacks something (soft caps, attention sinks), `eager`.
 
@@ -47,7 +52,12 @@ def sdpa(
 
 
 def eager(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    kwargs: dict[str, Any],
 ) -> Output:
     """The model's own eager function; `mask` as for `sdpa`."""
     if mask is not None:
@@ -132,13 +142,14 @@ def flash(
     def packed(tensor: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         return tensor.transpose(1, 2).flatten(0, 1).index_select(0, places)  # [tokens, heads, head_dim]
 
-    mixed = _flash_kernel()(
+    scale: float | None = kwargs.get("scaling")
+    mixed = (_of_package if _has_flash_attn() else _of_torch)(
         packed(query, packing.queries),
         packed(key, packing.keys),
         packed(value, packing.keys),
         packing,
         is_causal(module, kwargs),
-        kwargs.get("scaling") if kwargs.get("scaling") is not None else size**-0.5,
+        size**-0.5 if scale is None else scale,
         kwargs.get("softcap"),
     )
     output = mixed.new_zeros(batch * length, heads, size).index_copy(0, packing.queries, mixed)
@@ -153,10 +164,8 @@ def is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
 
 def _check_flash(query: torch.Tensor, kwargs: dict[str, Any]) -> None:
     reason = None
-    if query.dtype not in (torch.float16, torch.bfloat16):
+    if query.dtype not in FLASH_DTYPES:
         reason = f"computes in 16 bit and the base is in {query.dtype}: set base_model.dtype: bfloat16"
-    elif kwargs.get("sliding_window") is not None:
-        reason = "would hide the prefix beyond the base's sliding window"
     elif kwargs.get("position_bias") is not None:
         reason = "adds no relative position bias, which the base has"
     elif kwargs.get("s_aux") is not None:
@@ -166,25 +175,23 @@ def _check_flash(query: torch.Tensor, kwargs: dict[str, Any]) -> None:
     elif query.shape[-1] % 8 or query.shape[-1] > 256:
         reason = f"takes head sizes up to 256 in steps of 8, and the base has {query.shape[-1]}"
     if reason is not None:
-        raise BaseModelError(f"base_model.attention: flash_attention_2 {reason}. Or choose sdpa, or flex_attention.")
+        raise flash_refusal(reason)
 
 
-def _has_flash_attn() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
-
-
-# (query, key, value, packing, causal, scale, soft cap) -> [tokens, heads, head_dim]
-FlashKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Packing, bool, float, float | None], torch.Tensor]
+def flash_refusal(reason: str) -> BaseModelError:
+    """The error for a base whose attention flash attention does not compute."""
+    return BaseModelError(f"base_model.attention: flash_attention_2 {reason}. Or choose sdpa, or flex_attention.")
 
 
 @cache
-def _flash_kernel() -> FlashKernel:
-    return _of_package if _has_flash_attn() else _of_torch
+def _has_flash_attn() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
 
 
 def _of_package(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, at: Packing, causal: bool, scale: float, softcap: float | None
 ) -> torch.Tensor:
+    """flash-attn 2.6 and later."""
     from flash_attn import flash_attn_varlen_func
 
     return flash_attn_varlen_func(
@@ -204,6 +211,7 @@ def _of_package(
 def _of_torch(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, at: Packing, causal: bool, scale: float, softcap: float | None
 ) -> torch.Tensor:
+    """The kernel inside PyTorch, which is flash-attn's without soft caps. Argument names changed from 2.10 to 2.13."""
     from torch.nn.attention.varlen import varlen_attn
 
     assert softcap is None  # refused by `_check_flash`
@@ -214,4 +222,7 @@ def _of_torch(
         how["enable_gqa"] = groups > 1
     elif groups > 1:
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
-    return varlen_attn(query, key, value, at.query_ends, at.key_ends, at.longest_query, at.longest_key, scale=scale, **how)
+    return cast(
+        torch.Tensor,
+        varlen_attn(query, key, value, at.query_ends, at.key_ends, at.longest_query, at.longest_key, scale=scale, **how),
+    )
