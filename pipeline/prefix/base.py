@@ -226,8 +226,10 @@ def attach(model: Any, max_positions: int | None = None, attention: str = "sdpa"
     except (RuntimeError, NotImplementedError, ValueError) as error:
         if attention not in GPU_ONLY:
             raise
+        said = next(iter(str(error).splitlines()), type(error).__name__)  # compilers say whole programs
         raise BaseModelError(
-            f"model type {model.config.model_type!r}: {attention} cannot compute its attention here ({error}). Choose base_model.attention: sdpa."
+            f"model type {model.config.model_type!r}: {attention} cannot compute its attention here ({said}). "
+            "Choose base_model.attention: sdpa."
         ) from error
     return base
 
