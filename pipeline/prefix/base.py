@@ -6,6 +6,7 @@ In: a job's base. Out: a `FrozenBase` whose forward pass takes prefixes inside `
 import contextlib
 import hashlib
 import importlib.util
+import logging
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -173,6 +174,8 @@ def _quantized(quantization: str | None, dtype: torch.dtype, device: torch.devic
             f"base_model.quantization: {quantization} needs bitsandbytes: `pip install 'prefixfleet[quantization]'`, or remove the setting."
         )
     if quantization == "int8":
+        # bitsandbytes (0.50) says at every product that it casts a float32 base's activations: hundreds of lines a step.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         config = BitsAndBytesConfig(load_in_8bit=True)
     else:
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)

@@ -12,6 +12,7 @@ from transformers.masking_utils import eager_mask
 
 from pipeline.errors import BaseModelError, PrefixError
 from pipeline.prefix import FrozenBase, Prefix, PrefixBank, attach, kernels
+from pipeline.prefix import base as prefix_base
 from pipeline.prefix.initialise import chosen_sites, from_random, from_text, from_zeros
 
 from .families import CAUSAL, EAGER_ONLY, ENCODER_DECODER, EXPERTS, VOCABULARY, padded, some_ids, tiny_double, tiny_model
@@ -387,15 +388,108 @@ def test_a_model_whose_attention_takes_no_prefix_is_refused(config: str, model: 
         attach(built)
 
 
-def test_the_check_at_attach_time_finds_attention_that_sees_the_prefix_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_whose_keys_and_values_differ_in_size_is_refused() -> None:
+    # DeepSeek's latent attention: no Prefix of [heads, P, head_dim] twice can stand before it.
+    config = transformers.DeepseekV3Config(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1, kv_lora_rank=16,
+        q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=12, max_position_embeddings=64,
+    )  # fmt: skip
+    with pytest.raises(BaseModelError, match=r"deepseek_v3.*Supported are.*Llama"):
+        attach(transformers.DeepseekV3ForCausalLM(config))
+
+
+# What may go wrong in a hook, each caught by another part of the check at attach time.
+
+
+def test_the_check_finds_a_kernel_that_aligns_its_triangle_to_the_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
     # What transformers' SDPA function does when it gets no mask: a triangle aligned to the prefix, keys cropped.
     def without_mask(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _mask: Any, **kwargs: Any) -> Any:
         return sdpa(module, query, key, value, None, **kwargs)
 
     sdpa = kernels.sdpa_attention_forward
     monkeypatch.setattr(kernels, "sdpa_attention_forward", without_mask)
-    with pytest.raises(BaseModelError, match=r"llama.*check of the prefix hook failed"):
+    with pytest.raises(BaseModelError, match=r"llama.*check of the prefix hook failed.*off the logits with attention by hand"):
         attach(tiny_model("llama"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "gemma2"])
+def test_the_check_finds_positions_that_are_not_shifted(family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefix_base, "_shift_positions", lambda base: None)
+    with pytest.raises(BaseModelError, match=rf"{family}.*failed \([^;]*off the logits with the text as a prompt\)"):
+        attach(tiny_model(family).to(dtype))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma3", "bart"])
+def test_the_check_finds_a_prefix_that_some_layers_never_see(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = prefix_base._find_sites
+
+    def one_forgotten(base: FrozenBase) -> dict[str, Any]:
+        sites = find(base)
+        del next(module for module in base.model.modules() if hasattr(module, "_prefixfleet_site"))._prefixfleet_site
+        return sites
+
+    monkeypatch.setattr(prefix_base, "_find_sites", one_forgotten)
+    with pytest.raises(BaseModelError, match=r"(\d+) of (?!\1)\d+ attention layers asked"):
+        attach(tiny_model(family))
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_the_check_finds_a_prefix_without_effect_and_columns_in_the_wrong_rows(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gather = PrefixBank.gather
+
+    def blind(self: PrefixBank, *args: Any) -> Any:
+        key, value, visible = gather(self, *args)
+        return key, value, torch.zeros_like(visible)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PrefixBank, "gather", blind)
+        with pytest.raises(BaseModelError, match=r"changes the logits by .* only"):
+            attach(tiny_model(family))
+    # A bias (T5) or a mask that slips by one column: prefix and sequence change places at the seam.
+    monkeypatch.setattr(
+        kernels, "sdpa", lambda m, q, k, v, mask, kwargs: kernels.eager(m, q, k.roll(1, 2), v.roll(1, 2), mask, kwargs)
+    )
+    with pytest.raises(BaseModelError, match=r"attention \S+ off the computation by hand"):
+        attach(tiny_model(family))
+
+
+@torch.no_grad()
+def test_an_infix_needs_no_attention_mask() -> None:
+    """transformers takes a jump in positions for the start of another sequence in the same row, unless it gets a mask."""
+    base = attach(tiny_double("llama"))
+    bank = PrefixBank(base.sites, slots=1, length=5, dtype=torch.float64)
+    bank.put(0, from_text(base, TEXT, 5), infix=True)
+    ids = some_ids(2, 7)
+    found = []
+    for given in ({}, {"attention_mask": torch.ones_like(ids)}):
+        with base.prefixes(bank, torch.tensor([0, 0])):
+            base.prompts_end_at(torch.tensor([3, 4]))
+            found.append(base.model(input_ids=ids, use_cache=False, **given).logits)
+    torch.testing.assert_close(*found, atol=1e-12, rtol=0)
+
+
+@torch.no_grad()
+def test_a_target_sees_the_keys_of_an_infix_as_far_away_as_those_of_a_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a rotary base the distance is what counts: scores of the target's queries and the columns in the first layer are equal."""
+    base = attach(tiny_double("llama"))
+    prefix = from_text(base, TEXT, 5)
+    ids, scores = some_ids(1, 8), []
+    for infix in (False, True):
+        bank = PrefixBank(base.sites, slots=1, length=5, dtype=torch.float64)
+        bank.put(0, prefix, infix=infix)
+        queries: list[torch.Tensor] = []
+        base.active.check = lambda call, output, queries=queries: queries.append(call.query) or output
+        with base.prefixes(bank, torch.tensor([0])):
+            base.prompts_end_at(torch.tensor([4]))
+            base.model(input_ids=ids)
+        target = queries[0][:, :, 5:]  # [1, heads, 3, head_dim], after rotation
+        scores.append(target @ prefix["decoder.self.0"][0].repeat_interleave(2, 0).transpose(1, 2))
+    base.active.check = None
+    torch.testing.assert_close(*scores, atol=1e-6, rtol=0)  # rotary angles are in float32
 
 
 def test_a_prefix_that_passes_the_models_positions_is_refused() -> None:
