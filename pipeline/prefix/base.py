@@ -26,6 +26,9 @@ from pipeline.prefix.kernels import GPU_ONLY, KERNELS
 from pipeline.prefix.proof import prove
 from pipeline.training.job import JobBase
 
+# More than what a batch is padded to (`pipeline.training.batches.ROUND_TO`).
+PADDING = 16
+
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of the base: `auto` is bfloat16 where the hardware multiplies in it, else float32."""
@@ -119,6 +122,24 @@ class FrozenBase:
             raise PrefixError(
                 f"prefix of {prefix} and sequence of {sequence} tokens pass the {self.max_positions} positions of the base. "
                 "Shorten the prefix, the input or the target."
+            )
+
+    def check_positions(self, sequence: int, positions: torch.Tensor) -> None:
+        """Refuse a forward pass that passes the model's positions: rotary ones would go on silently, learned ones would not be found.
+
+        Args:
+            sequence: length of the sequence, cache and padding included.
+            positions: int64 [B or 1, T], shifted.
+
+        Raises:
+            PrefixError: one is too large.
+        """
+        limit, bank = self.max_positions, self.active.bank
+        # Only a sequence that may be too long is worth asking the device for.
+        if limit is not None and bank is not None and sequence + bank.length > limit and int(positions.max()) >= limit:
+            raise PrefixError(
+                f"prefix and sequence reach position {int(positions.max()) + 1} and pass the {limit} positions of the base. "
+                "Shorten the prefix, the input or the answer."
             )
 
 
@@ -310,7 +331,9 @@ def _shift_positions(base: FrozenBase) -> None:
                     positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
                 else:
                     positions = active.columns_of_pass(length)[None, :]
-            return args, {**kwargs, "position_ids": positions + shift}
+            positions = positions + shift
+            base.check_positions(active.seen + length, positions)
+            return args, {**kwargs, "position_ids": positions}
 
         base.model.register_forward_pre_hook(shift_ids, with_kwargs=True)
         return
@@ -331,6 +354,16 @@ def _shift_positions(base: FrozenBase) -> None:
             return output
         seen = args[1] if len(args) > 1 else kwargs.get("past_key_values_length", 0)
         ids = torch.arange(seen, seen + output.shape[-2], device=output.device)[None, :] + shift
-        return nn.functional.embedding(ids + module.offset, module.weight)
+        last = module.num_embeddings - module.offset - 1
+        return nn.functional.embedding(ids.clamp(max=last) + module.offset, module.weight)
 
+    def check(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        length = args[0].shape[1]
+        shift = active.shift(args[0].shape[0], length)
+        if shift is not None:
+            last = (args[1] if len(args) > 1 else kwargs.get("past_key_values_length", 0)) + length - 1
+            # Padding behind a batch is not told from tokens here: it may pass the end, by less than PADDING. Generation adds none.
+            base.check_positions(last + 1, (shift + last - (PADDING if length > 1 else 0)).clamp(min=last))
+
+    positions.register_forward_pre_hook(check, with_kwargs=True)
     positions.register_forward_hook(shift_embeddings, with_kwargs=True)

@@ -499,6 +499,36 @@ def test_a_prefix_that_passes_the_models_positions_is_refused() -> None:
     base.check_length(60, 4)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "gemma3", "bart"])
+@torch.no_grad()
+def test_a_forward_pass_or_generation_past_the_models_positions_is_refused_with_padding_not_counted(family: str) -> None:
+    base = attach(tiny_model(family).eval(), max_positions=64)
+    bank = PrefixBank(base.sites, slots=2, length=5)
+    bank.put(1, from_text(base, TEXT, 5))
+    ids = some_ids(2, 64)
+    mask = torch.ones_like(ids)
+    mask[:, :5] = 0
+    mask[1, :20] = 0
+    for slots in ([1, 1], [0, 1]):
+        with base.prefixes(bank, torch.tensor(slots)):
+            if base.is_encoder_decoder:
+                whole = base.model(input_ids=ids, decoder_input_ids=ids)  # what batches are padded to
+                cut = base.model(input_ids=ids, decoder_input_ids=ids[:, :59]).logits
+                torch.testing.assert_close(whole.logits[:, :59], cut, atol=1e-5, rtol=0)
+            else:
+                base.model(input_ids=ids, attention_mask=mask)
+    with base.prefixes(bank, torch.tensor([1, 0])), pytest.raises(PrefixError, match=r"pass the 64 positions.*[Ss]horten"):
+        if base.is_encoder_decoder:
+            base.model.generate(ids[:, :6], max_new_tokens=90, min_new_tokens=90, do_sample=False)
+        else:
+            base.model(input_ids=ids[:, :60])
+    if not base.is_encoder_decoder:
+        with base.prefixes(bank, torch.tensor([0, 1])), pytest.raises(PrefixError, match="position 65 "):
+            base.model.generate(
+                ids[:, :50], attention_mask=mask[:, 14:], max_new_tokens=20, min_new_tokens=20, do_sample=False, pad_token_id=1
+            )
+
+
 def test_a_prefix_of_another_base_is_refused_with_both_shapes_named() -> None:
     base, other = attach(tiny_model("gpt2")), attach(tiny_model("llama"))
     bank = PrefixBank(base.sites, slots=1, length=3)
