@@ -36,6 +36,12 @@ _FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {**_GEMMA, "layer_types": ["sliding_attention", "full_attention"] * 2,
                                                          "num_hidden_layers": 4}),
+    # Its full layers have heads of another size and number than its sliding ones.
+    "gemma4": (
+        "Gemma4TextConfig", "Gemma4ForCausalLM",
+        {**_ROTARY, "head_dim": 8, "global_head_dim": 16, "num_global_key_value_heads": 1, "attention_k_eq_v": True, "sliding_window": 16,
+         "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "hidden_size_per_layer_input": 0},
+    ),
     "mixtral": ("MixtralConfig", "MixtralForCausalLM", {**_ROTARY, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": (
         "Qwen3MoeConfig", "Qwen3MoeForCausalLM",
@@ -62,6 +68,8 @@ _FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 ENCODER_DECODER = ["bart", "t5"]
 EXPERTS = ["mixtral", "qwen3_moe", "gpt_oss"]
 CAUSAL = [name for name in _FAMILIES if name not in ENCODER_DECODER]
+# PEFT knows one number and one size of heads for all layers.
+ONE_SIZE = [name for name in CAUSAL if name != "gemma4"]
 # Their own eager functions are the only ones that know soft caps and attention sinks.
 EAGER_ONLY = ["gemma2", "gpt_oss"]
 

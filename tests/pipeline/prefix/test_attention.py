@@ -15,7 +15,18 @@ from pipeline.prefix import FrozenBase, Prefix, PrefixBank, attach, kernels
 from pipeline.prefix import base as prefix_base
 from pipeline.prefix.initialise import chosen_sites, from_random, from_text, from_zeros
 
-from .families import CAUSAL, EAGER_ONLY, ENCODER_DECODER, EXPERTS, VOCABULARY, padded, some_ids, tiny_double, tiny_model
+from .families import (
+    CAUSAL,
+    EAGER_ONLY,
+    ENCODER_DECODER,
+    EXPERTS,
+    ONE_SIZE,
+    VOCABULARY,
+    padded,
+    some_ids,
+    tiny_double,
+    tiny_model,
+)
 
 TEXT = [5, 6, 7, 8, 9]
 # Gemma 2's own eager attention takes its softmax in float32 even in a float64 model.
@@ -60,7 +71,7 @@ def test_rows_of_a_batch_see_their_own_prefix_only_whatever_the_padding(family: 
             torch.testing.assert_close(together[i, where[i]], alone[i], atol=TOLERANCE[family], rtol=0)
 
 
-@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("family", ONE_SIZE)
 @torch.no_grad()
 def test_logits_equal_those_of_peft_prefix_tuning(family: str) -> None:
     length = 4
@@ -166,7 +177,8 @@ def test_eager_and_sdpa_agree(family: str, bank_of_text: Banks) -> None:
 @pytest.mark.parametrize("family", [f for f in CAUSAL + ENCODER_DECODER if f not in EXPERTS])
 @torch.no_grad()
 def test_bfloat16_is_within_three_percent_of_float32(family: str, bank_of_text: Banks) -> None:
-    # Of the largest logit. Mixtures of experts are left out: rounding sends a token to another expert now and then.
+    # Of the largest logit; gemma4, which has twice the norms of others, six. Mixtures of experts are left out: rounding sends a token to another
+    # expert now and then.
     exact, rounded = attach(tiny_model(family).eval()), attach(tiny_model(family).bfloat16().eval())
     prefix = from_text(exact, TEXT, 5)
     found = []
@@ -175,7 +187,7 @@ def test_bfloat16_is_within_three_percent_of_float32(family: str, bank_of_text: 
         bank.put(0, prefix)
         with base.prefixes(bank, torch.tensor([0, 0])):
             found.append(base.model(**inputs_for(base, some_ids(2, 6))).logits.float())
-    assert (found[0] - found[1]).abs().max() < 0.03 * found[0].abs().max()
+    assert (found[0] - found[1]).abs().max() < (0.06 if family == "gemma4" else 0.03) * found[0].abs().max()
 
 
 @pytest.mark.parametrize("family", CAUSAL + ENCODER_DECODER)
@@ -216,7 +228,7 @@ def without_end(logits: torch.Tensor, end: int) -> torch.Tensor:
     return logits
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "gemma2", "gemma3"])
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "gemma2", "gemma3", "gemma4", "gpt_oss"])
 @torch.no_grad()
 def test_a_prefix_stays_visible_beyond_a_sliding_window_and_generation_agrees(family: str) -> None:
     model = tiny_model(family).eval()
@@ -330,6 +342,13 @@ def test_an_infix_without_the_ends_of_the_prompts_is_an_error() -> None:
     bank.put(0, from_zeros(base.sites, 2), infix=True)
     with base.prefixes(bank, torch.tensor([0])), pytest.raises(PrefixError, match="prompts_end_at"):
         base.model(input_ids=some_ids(1, 3))
+
+
+def test_heads_may_differ_in_number_and_size_from_layer_to_layer() -> None:
+    shapes = {(site.heads, site.head_dim) for site in attach(tiny_model("gemma4")).sites.values()}
+    assert shapes == {(2, 8), (1, 16)}
+    of_bart = attach(tiny_model("bart")).sites
+    assert (of_bart["encoder.self.0"].heads, of_bart["decoder.cross.0"].heads) == (2, 4)
 
 
 @pytest.mark.parametrize("kind", ["decoder.self", "encoder.self", "decoder.cross"])
