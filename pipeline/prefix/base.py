@@ -74,11 +74,8 @@ class FrozenBase:
         Raises:
             PrefixError: an infix on flash attention.
         """
-        if bank.has_infix and self.active.kernel == "flash_attention_2":
-            raise PrefixError(
-                "placement: infix hides the prefix from part of the prompt, which flash_attention_2 cannot. Choose placement: prefix, or "
-                "base_model.attention: sdpa or flex_attention."
-            )
+        if bank.has_infix:
+            self.check_infix()
         with self.lock:
             self.active.bank, self.active.rows = bank, rows
             try:
@@ -111,6 +108,18 @@ class FrozenBase:
             total.update(name.encode())
             total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         return total.hexdigest()
+
+    def check_infix(self) -> None:
+        """Refuse an infix on flash attention.
+
+        Raises:
+            PrefixError: the kernel is flash attention.
+        """
+        if self.active.kernel == "flash_attention_2":
+            raise PrefixError(
+                "placement: infix hides the prefix from part of the prompt, which flash_attention_2 cannot. Choose placement: prefix, or "
+                "base_model.attention: sdpa or flex_attention."
+            )
 
     def check_length(self, prefix: int, sequence: int) -> None:
         """Refuse what passes the model's positions.

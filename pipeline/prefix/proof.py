@@ -61,8 +61,9 @@ def prove(base: "FrozenBase") -> None:
     if not base.is_encoder_decoder:
         errors["with the text as a prompt"] = _distance(*_behind_a_text(base))
 
-    # Activations are rounded to 8 bit on their way through quantised layers, whatever the dtype of the others.
-    dtype = torch.bfloat16 if getattr(model, "is_quantized", False) else model.dtype
+    # Quantised layers round activations to 8 bit, and TensorFloat-32 to less than float32, whatever the dtype.
+    rough = getattr(model, "is_quantized", False) or torch.get_float32_matmul_precision() != "highest"
+    dtype = torch.bfloat16 if rough else model.dtype
     at_most, allowed = ATTENTION.get(model.dtype, 5e-2), LOGITS.get(dtype, 0.1)
     if dtype.itemsize == 2 and _has_experts(model):
         allowed = LOGITS_OF_EXPERTS

@@ -166,7 +166,7 @@ def test_attention_sinks_on_flex_attention_agree_with_eager_ones() -> None:
         assert distance(found, expected) < 1e-3
 
 
-def test_flash_attention_runs_the_flash_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attention_runs_the_flash_kernel() -> None:
     base = on_gpu("llama", "flash_attention_2", BFLOAT)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile, torch.no_grad():
         logits_of(base, bank_of(base), (7, 4, 6), left=True)
