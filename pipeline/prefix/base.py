@@ -238,6 +238,10 @@ def attach(model: Any, max_positions: int | None = None, attention: str = "sdpa"
     if not model._can_set_attn_implementation():
         raise _refusal(model)
     active = ActivePrefix(kernel="eager" if attention == "sdpa" and not model._supports_sdpa else attention)
+    if attention == "flex_attention":
+        # PyTorch (2.13) compiles it anew for each kind of call (encoder, decoder, one token, with gradients, ...): some 6 to 12. Beyond 8 it would
+        # give up and materialise all scores, without a word.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     model.set_attn_implementation(IMPLEMENTATION_PACKED if attention == "flash_attention_2" else IMPLEMENTATION)
     for module in model.modules():
         module._prefixfleet = active

@@ -78,8 +78,8 @@ def prove(base: "FrozenBase") -> None:
     if wrong:
         raise BaseModelError(
             f"model type {model.config.model_type!r} with {base.active.kernel}: the check of the prefix hook failed ({'; '.join(wrong)}). "
-            "Prefixes on this base would be wrong: set base_model.attention: eager, or choose another base, or the version of transformers that "
-            "constraints.txt names."
+            "Prefixes on this base would be wrong: choose another kernel (base_model.attention: eager is the plainest), another base, or the "
+            "version of transformers that constraints.txt names."
         )
 
 
