@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.work import Outcome, Row
+from pipeline.progress import described, time_left
 
 if TYPE_CHECKING:
     from pipeline.registry import ModelStatus
@@ -37,6 +38,7 @@ class Display:
         self._lock = threading.Lock()
         self._bars: dict[str, TaskID] = {}
         self._last: dict[str, float] = {}
+        self._started: dict[str, tuple[float, int]] = {}
         self._said: set[tuple[str, str]] = set()
         self._progress: Progress | None = None
         if bars and self.console.is_terminal:
@@ -67,16 +69,14 @@ class Display:
 
     def _draw(self, event: dict[str, Any]) -> None:
         stage, done, total, unit = event["stage"], event.get("done", 0), event["total"], event.get("unit", "")
-        info = "  ".join(
-            f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
-            for name, value in event.items()
-            if name not in ("stage", "done", "total", "unit")
-        )
+        info = described({name: value for name, value in event.items() if name not in ("stage", "done", "total", "unit")})
         if self._progress is None:
             now = time.monotonic()
             if done >= total or done == 0 or now - self._last.get(stage, 0.0) >= _LINE_SECONDS:
                 self._last[stage] = now
-                self._print(f"{stage}: {done}/{total} {unit}  {info}".rstrip())
+                started, before = self._started.setdefault(stage, (now, done))
+                left = time_left(now - started, done - before, total - done)
+                self._print("  ".join(filter(None, [f"{stage}: {done}/{total} {unit}", left, info])))
             return
         if stage not in self._bars:
             self._bars[stage] = self._progress.add_task(stage, total=total, unit=unit, info=info)
