@@ -104,7 +104,7 @@ class FrozenBase:
 
     def checkpoint_gradients(self) -> None:
         """Keep no activations for `backward` but the blocks' inputs, and compute the rest again."""
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         # It acts in train() mode only; what that mode draws random numbers for was switched off by `attach`.
         self.model.train()
 
