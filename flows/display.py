@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -24,6 +24,29 @@ if TYPE_CHECKING:
     from pipeline.registry import ModelStatus
 
 _LINE_SECONDS = 5.0
+
+
+class _Bars(Progress):
+    """Bars, and under them a line about the stage under way: customers, tokens a second, losses."""
+
+    below = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """What rich draws."""
+        yield self.make_tasks_table(self.tasks)
+        if self.below:
+            # Customers' names may hold brackets, which rich would take for markup.
+            yield Text(self.below, style="dim", no_wrap=True, overflow="ellipsis")
+
+
+_COLUMNS = (
+    TextColumn("{task.description:<9}"),
+    BarColumn(bar_width=32),
+    MofNCompleteColumn(),
+    TextColumn("{task.fields[unit]}"),
+    TimeElapsedColumn(),
+    TimeRemainingColumn(),
+)
 
 
 class Display:
@@ -40,18 +63,9 @@ class Display:
         self._last: dict[str, float] = {}
         self._started: dict[str, tuple[float, int]] = {}
         self._said: set[tuple[str, str]] = set()
-        self._progress: Progress | None = None
+        self._progress: _Bars | None = None
         if bars and self.console.is_terminal:
-            self._progress = Progress(
-                TextColumn("{task.description:<9}"),
-                BarColumn(bar_width=32),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[unit]}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[info]}", style="dim"),
-                console=self.console,
-            )
+            self._progress = _Bars(*_COLUMNS, console=self.console)
 
     def event(self, event: dict[str, Any]) -> None:
         """Draw one event (see `pipeline.progress`)."""
@@ -79,8 +93,9 @@ class Display:
                 self._print("  ".join(filter(None, [f"{stage}: {done}/{total} {unit}", left, info])))
             return
         if stage not in self._bars:
-            self._bars[stage] = self._progress.add_task(stage, total=total, unit=unit, info=info)
-        self._progress.update(self._bars[stage], completed=done, total=total, unit=unit, info=info)
+            self._bars[stage] = self._progress.add_task(stage, total=total, unit=unit)
+        self._progress.below = info
+        self._progress.update(self._bars[stage], completed=done, total=total, unit=unit)
         if done >= total:
             self._progress.stop_task(self._bars[stage])
 
