@@ -26,6 +26,7 @@ from pipeline.training.job import (
     JobCustomer,
     JobEvaluation,
     JobGate,
+    JobMixing,
     JobPrefix,
     JobPrompt,
     JobTraining,
@@ -118,11 +119,13 @@ def plan(fleet: Fleet, members: Iterable[tuple[Customer, JobCustomer]], base: Ba
         how = digest_of(customer.launch.model_dump(mode="json", exclude_unset=True))
         groups.setdefault(how, (customer.launch, []))[1].append(member)
     jobs = []
-    for how, (launch, customers) in groups.items():
-        name = f"{readable(fleet.name)}-{digest_of([how, base.path.as_posix(), [(c.train_digest, c.evaluate_digest) for c in customers]])[:10]}"
+    for launch, customers in groups.values():
+        # How it is launched is no part of the name: more memory or fewer slots, and the same work goes on from its checkpoint.
+        work = [base.path.as_posix(), [(c.train_digest, c.evaluate_digest) for c in customers]]
+        name = f"{readable(fleet.name)}-{digest_of(work)[:10]}"
         folder = home.job(name)
         job = Job(
-            format=1,
+            format=2,
             name=name,
             folder=str(folder),
             experiment="prefixfleet",
@@ -134,6 +137,13 @@ def plan(fleet: Fleet, members: Iterable[tuple[Customer, JobCustomer]], base: Ba
                 dtype=fleet.base_model.dtype,
                 quantization=fleet.base_model.quantization,
                 attention=fleet.base_model.attention,
+            ),
+            mixing=JobMixing(
+                # LLM.int8 keeps the columns that are large in any row of a batch in 16 bit: rows of two customers must not meet.
+                slots=1 if fleet.base_model.quantization == "int8" else launch.slots,
+                max_tokens_per_micro_batch=launch.max_tokens_per_micro_batch,
+                gradient_checkpointing=launch.gradient_checkpointing,
+                checkpoint_every_seconds=launch.checkpoint_every_seconds,
             ),
             customers=customers,
         )

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from pipeline.registry import ModelStatus
 
 log = logging.getLogger(__name__)
+# How often a job that stopped at a checkpoint is started again: halved so many times, any budget of tokens is one.
+_RESUMPTIONS = 14
+
 _preparing = threading.Lock()
 
 
@@ -307,16 +310,23 @@ def run_job(planned: jobs.PlannedJob, stage: str, logger: "logging.Logger | logg
     """Stage 2 or 3 for the customers of one job, in a child process. Nothing is launched if nobody is due any more.
 
     Raises:
-        ProcessCrash, TrainingError, EvaluationError: see `flows.launch.run_module`.
+        ProcessPaused, ProcessCrash, TrainingError, EvaluationError: see `flows.launch.run_module`.
     """
-    members = jobs.due_in(planned, stage)
-    if not members:
-        return
-    champions, failed = _champions(members) if stage == "train" else ({}, {})
-    jobs.write(planned, stage, champions, failed)
-    if len(failed) < len(members):
-        module = "pipeline.training" if stage == "train" else "pipeline.evaluation"
-        launch.run_module(module, planned.path, planned.launch, events.emit, logger)
+    module = "pipeline.training" if stage == "train" else "pipeline.evaluation"
+    for left in reversed(range(_RESUMPTIONS)):
+        members = jobs.due_in(planned, stage)
+        champions, failed = _champions(members) if stage == "train" else ({}, {})
+        if members:
+            jobs.write(planned, stage, champions, failed)
+        if len(members) == len(failed):
+            return
+        try:
+            launch.run_module(module, planned.path, planned.launch, events.emit, logger)
+            return
+        except launch.ProcessPaused as paused:
+            if not left:
+                raise
+            logger.info("%s Starting it again.", paused)
 
 
 def _champions(members: list[JobCustomer]) -> tuple[dict[CustomerKey, Path], dict[CustomerKey, str]]:

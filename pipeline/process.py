@@ -3,14 +3,17 @@
 import contextlib
 import os
 import resource
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pipeline
 
 INTERRUPTED = 143  # 128 + SIGTERM: asked to stop; run the same command again to go on
+RESUME = 75  # sysexits' EX_TEMPFAIL: stopped at a checkpoint; run the same command again to go on
 
 
 def share_cores() -> None:
@@ -23,11 +26,14 @@ def share_cores() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
-def exit_with_parent() -> None:
+def exit_with_parent(grace_seconds: float = 0.0) -> None:
     """Leave as soon as standard input closes, if `PREFIXFLEET_EXIT_WITH_PARENT` is set.
 
     A flow keeps the other end of that pipe open. The launcher between the two survives a SIGKILL of the flow, so being orphaned shows
     only here.
+
+    Args:
+        grace_seconds: if not 0, the process gets a SIGTERM first, and this long to write what it wants to keep.
     """
     if os.environ.get("PREFIXFLEET_EXIT_WITH_PARENT") != "1":
         return
@@ -36,6 +42,9 @@ def exit_with_parent() -> None:
         with contextlib.suppress(OSError):
             while os.read(0, 4096):
                 pass
+        if grace_seconds:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(grace_seconds)
         os._exit(INTERRUPTED)  # every file is written whole or not at all, so there is nothing to tidy
 
     threading.Thread(target=wait, name="exit-with-parent", daemon=True).start()

@@ -121,6 +121,33 @@ class FrozenBase:
                 "base_model.attention: sdpa or flex_attention."
             )
 
+    def versions(self) -> list[tuple[int, int]]:
+        """Where each weight lies and how often it was written to: cheap to compare, whatever the size of the base."""
+        return [(tensor.data_ptr(), tensor._version) for tensor in self.model.parameters()]
+
+    def checkpoint_gradients(self) -> None:
+        """Keep no activations for `backward` but the blocks' inputs, and compute the rest again."""
+        self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        # It acts in train() mode only; what that mode draws random numbers for was switched off by `attach`.
+        self.model.train()
+
+    @property
+    def rotary_limit(self) -> int | None:
+        """The positions up to which rows turn alike whatever the length of their neighbours; None if at any length.
+
+        `dynamic` and `longrope` scale the rotation of the whole batch by its longest row, beyond the length of pretraining.
+        """
+        config = self.model.config.get_text_config()
+        kinds = getattr(config, "rope_parameters", None) or {}
+        # One set of parameters, or one for each kind of layer (Gemma 3).
+        each = [kinds] if "rope_type" in kinds else [kind for kind in kinds.values() if isinstance(kind, dict)]
+        limits = [
+            kind.get("original_max_position_embeddings") or config.max_position_embeddings
+            for kind in each
+            if kind.get("rope_type") in ("dynamic", "longrope")
+        ]
+        return min(limits, default=None)
+
     def check_length(self, prefix: int, sequence: int) -> None:
         """Refuse what passes the model's positions.
 
@@ -229,7 +256,17 @@ def attach(model: Any, max_positions: int | None = None, attention: str = "sdpa"
     model.requires_grad_(False)
     # Dropout would make a row depend on the random numbers its neighbours drew; and gradient checkpointing needs train() mode.
     for module in model.modules():
-        for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop", "attn_dropout", "resid_dropout"):
+        for name in (
+            "dropout",
+            "attention_dropout",
+            "activation_dropout",
+            "layerdrop",
+            "attn_dropout",
+            "resid_dropout",
+            "jitter_noise",  # of a mixture of experts
+            "router_jitter_noise",
+            "input_jitter_noise",
+        ):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
         if isinstance(module, nn.Dropout):

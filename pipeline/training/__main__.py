@@ -1,29 +1,53 @@
 """`accelerate launch --config_file accelerate_configs/cpu.yaml -m pipeline.training JOB.yaml`."""
 
 import argparse
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 
 from pipeline.errors import PrefixFleetError
-from pipeline.process import exit_with_parent, share_cores
+from pipeline.process import RESUME, exit_with_parent, share_cores
+
+
+class _Stop:
+    """Set by the first SIGTERM or Ctrl-C, which asks for a checkpoint; a second one ends the process as usual."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            # A shell that starts us in the background ignores Ctrl-C for us; so it stays.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._note)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.asked = True
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def main() -> int:
-    """Exit status: 0 the process did its work (failed customers say so in their results), 2 the job or its base is unusable."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.training", description="Train the prefixes of a job.")
+    """Exit status: 0 the process did its work (failed customers say so in their results), 2 the job or its base is unusable, 75 resume me."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.training",
+        description="Train the prefixes of a job. Exit status 75: stopped at a checkpoint, run the same command again to go on.",
+    )
     parser.add_argument("job", type=Path, help="job file, as `prefixfleet train FLEET.yaml` writes it")
     arguments = parser.parse_args()
-    exit_with_parent()
+    exit_with_parent(grace_seconds=20.0)
     share_cores()
     # After the parent is watched, for importing torch takes seconds.
     from pipeline.training.job import read_job
-    from pipeline.training.run import run_job
+    from pipeline.training.run import Paused, run_job
 
+    stop = _Stop()
     try:
-        run_job(read_job(arguments.job))
+        run_job(read_job(arguments.job), lambda: stop.asked)
     except PrefixFleetError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Paused as paused:
+        print(paused, file=sys.stderr)
+        return RESUME
     return 0
 
 

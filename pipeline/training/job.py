@@ -16,7 +16,7 @@ from pipeline.errors import ConfigError
 from pipeline.files import write_text
 from pipeline.keys import CustomerKey
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class JobTraining:
 
     max_steps: int
     batch_size: int
+    gradient_accumulation_steps: int
     lr: float
     schedule: str
     warmup_steps: int
@@ -72,6 +73,16 @@ class JobTraining:
     eval_every: int
     early_stopping: int | None
     seed: int
+
+
+@dataclass(frozen=True)
+class JobMixing:
+    """How the customers of a job share its batches. See `pipeline.config.LaunchSettings`; nothing of it changes what is learned."""
+
+    slots: int
+    max_tokens_per_micro_batch: int
+    gradient_checkpointing: bool
+    checkpoint_every_seconds: float
 
 
 @dataclass(frozen=True)
@@ -131,15 +142,16 @@ class Job:
     """A job: one base, one process group, any number of customers.
 
     Attributes:
-        folder: where the job's own files go: metrics and one `result.json` a customer in `<folder>/<customer>/<task>/`.
+        folder: where the job's own files go: its metrics and checkpoints, and those of each customer in `<folder>/<customer>/<task>/`.
         experiment: MLflow experiment that runs are logged to, when a tracking store is configured.
     """
 
-    format: Literal[1]
+    format: Literal[2]
     name: str
     folder: str
     experiment: str
     base: JobBase
+    mixing: JobMixing
     customers: list[JobCustomer]
 
 

@@ -1,9 +1,9 @@
-"""Live metrics of training in MLflow, when a tracking store is configured. Never a reason for training to fail."""
+"""Live metrics of training in MLflow, when a tracking store is configured. Never a reason for training to fail or to wait."""
 
 import os
 import sys
 import time
-from types import TracebackType
+from concurrent.futures import Executor
 from typing import Any
 
 from pipeline.registry.store import experiment_id, redact, set_environment
@@ -12,15 +12,34 @@ EVERY_SECONDS = 5.0
 
 
 class Run:
-    """One MLflow run for one customer, as a context manager. Without `MLFLOW_TRACKING_URI`, or when the store is away, it does nothing.
+    """One MLflow run. Without `MLFLOW_TRACKING_URI`, or when the store is away, it does nothing.
 
     Attributes:
         id: the run's id, or None.
     """
 
-    def __init__(self, experiment: str, name: str, params: dict[str, Any], tags: dict[str, str]) -> None:
-        self.id: str | None = None
+    def __init__(
+        self,
+        experiment: str,
+        name: str,
+        params: dict[str, Any],
+        tags: dict[str, str],
+        sender: Executor,
+        id: str | None = None,
+    ) -> None:
+        """Create the run, or go on with the one that has `id`.
+
+        Args:
+            experiment: its name; it is created if there is none.
+            name: of the run.
+            params: logged once.
+            tags: of the run.
+            sender: does the sending, of one run after another, so that no step waits for the network.
+            id: of the run that an interrupted job had begun.
+        """
+        self.id = id
         self._client: Any = None
+        self._sender = sender
         self._waiting: list[Any] = []
         self._last = time.monotonic()
         if not os.environ.get("MLFLOW_TRACKING_URI"):
@@ -31,14 +50,16 @@ class Run:
             from mlflow import MlflowClient
             from mlflow.entities import Param, RunTag
 
-            self._client = MlflowClient()
-            run = self._client.create_run(experiment_id(experiment), run_name=name)
-            self.id = run.info.run_id
-            self._client.log_batch(
-                self.id,
-                params=[Param(k, str(v)[:6000]) for k, v in params.items()],
-                tags=[RunTag(k, v) for k, v in tags.items()],
-            )
+            client = MlflowClient()
+            if id is None:
+                run = client.create_run(experiment_id(experiment), run_name=name)
+                self.id = run.info.run_id
+                client.log_batch(
+                    self.id,
+                    params=[Param(k, str(v)[:6000]) for k, v in params.items()],
+                    tags=[RunTag(k, v) for k, v in tags.items()],
+                )
+            self._client = client
         except Exception as error:  # MLflow raises its own, requests' and SQLAlchemy's errors; none of them may stop training
             self._lost(error)
 
@@ -55,10 +76,14 @@ class Run:
 
     def _send(self) -> None:
         self._last = time.monotonic()
+        waiting, self._waiting = self._waiting, []
+        self._sender.submit(self._deliver, waiting)
+
+    def _deliver(self, metrics: list[Any]) -> None:
         try:
-            for i in range(0, len(self._waiting), 900):  # MLflow takes at most 1,000 metrics a call
-                self._client.log_batch(self.id, metrics=self._waiting[i : i + 900])
-            self._waiting = []
+            for i in range(0, len(metrics), 900):  # MLflow takes at most 1,000 metrics a call
+                if self._client is not None:
+                    self._client.log_batch(self.id, metrics=metrics[i : i + 900])
         except Exception as error:
             self._lost(error)
 
@@ -69,15 +94,20 @@ class Run:
         )
         self._client = None
 
-    def __enter__(self) -> "Run":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._client is None:
-            return
-        self._send()
+    def pause(self) -> None:
+        """Send what is waiting and leave the run open: an interrupted job will go on with it."""
         if self._client is not None:
-            try:
-                self._client.set_terminated(self.id, "FINISHED" if kind is None else "FAILED")
-            except Exception as lost:
-                self._lost(lost)
+            self._send()
+
+    def close(self, status: str) -> None:
+        """Send what is waiting and end the run as `FINISHED` or `FAILED`."""
+        if self._client is not None:
+            self._send()
+            self._sender.submit(self._terminate, status)
+
+    def _terminate(self, status: str) -> None:
+        try:
+            if self._client is not None:
+                self._client.set_terminated(self.id, status)
+        except Exception as error:
+            self._lost(error)

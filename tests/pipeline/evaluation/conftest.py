@@ -95,7 +95,7 @@ def _customer(home: Path, name: str, records: list[Record] | None, run_id: str |
         evaluation_dir=str(key.below(home / "evaluations") / fingerprint[:16]),
         prompt=JobPrompt("{input}\n", True, "none", 384, 128),
         prefix=JobPrefix(10, "all", "all", "prefix", "none", 512, "text", None, None),
-        training=JobTraining(400, 10, 5e-3, "linear", 0, 0.0, 1.0, 50, 3, 0),
+        training=JobTraining(400, 10, 1, 5e-3, "linear", 0, 0.0, 1.0, 50, 3, 0),
         evaluation=JobEvaluation(["bleu", "rougeL", "chrf"], JobGate("bleu", 0.0, None), 1, max_new_tokens, 200),
     )
     with whole_folder(Path(customer.prefix_dir)) as folder:
