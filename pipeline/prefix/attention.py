@@ -32,6 +32,7 @@ class ActivePrefix:
         seen: how many columns the cache holds before those of this pass; kept by the hook that shifts positions.
         eager: whether the model's own eager function computes attention instead of SDPA.
         captured: if not None, every attention module records its (key, value) here under its site's name.
+        logits_at: if not None, the positions of the flattened batch [B * T] whose logits are computed, int64 [N].
         called: with `captured`, the attention modules in the order of their calls, with the shapes of query, key and value.
         deviations: if not None, every call is computed by hand too, and the difference noted: largest in this call / largest output.
     """
@@ -42,6 +43,7 @@ class ActivePrefix:
     seen: int = 0
     eager: bool = False
     captured: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None
+    logits_at: torch.Tensor | None = None
     called: list[tuple[nn.Module, torch.Size, torch.Size, torch.Size]] = field(default_factory=list)
     deviations: list[float] | None = None
 
