@@ -81,7 +81,7 @@ class FrozenBase:
             try:
                 yield
             finally:
-                self.active.bank, self.active.rows, self.active.prompt_ends = None, None, None
+                self.active.bank, self.active.rows, self.active.prompt_ends, self.active.logits_at = None, None, None, None
                 self.active.made.clear()
 
     def prompts_end_at(self, columns: torch.Tensor) -> None:
@@ -90,6 +90,13 @@ class FrozenBase:
         Infix prefixes stand behind it; others do not ask.
         """
         self.active.prompt_ends = columns
+
+    def logits_only_at(self, positions: torch.Tensor) -> None:
+        """Inside `prefixes`, before the model is called: compute logits for some positions of the flattened batch [B * T] only, int64 [N].
+
+        The model then gives logits [1, N, vocabulary]. Logits and softmax over the vocabulary cost more than all other products of a small model.
+        """
+        self.active.logits_at = positions
 
     @contextlib.contextmanager
     def capturing(self) -> Iterator[dict[str, tuple[torch.Tensor, torch.Tensor]]]:
@@ -291,8 +298,7 @@ def attach(model: Any, max_positions: int | None = None, attention: str = "sdpa"
         max_positions=max_positions,
         lock=threading.RLock(),
     )
-    # A slice of the last positions is not contiguous, and torch (2.13) then multiplies by a copy of the vocabulary matrix for every row.
-    model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (_chosen(active, inputs[0]),))
     try:
         base.sites = _find_sites(base)
         _shift_positions(base)
@@ -306,6 +312,14 @@ def attach(model: Any, max_positions: int | None = None, attention: str = "sdpa"
             "Choose base_model.attention: sdpa."
         ) from error
     return base
+
+
+def _chosen(active: ActivePrefix, hidden: torch.Tensor) -> torch.Tensor:
+    """The hidden states [B, T, hidden size] that go through the output embeddings, or those of the chosen positions, [1, N, hidden size]."""
+    if active.logits_at is not None:
+        return hidden.flatten(0, 1).index_select(0, active.logits_at)[None]
+    # A slice of the last positions is not contiguous, and torch (2.13) then multiplies by a copy of the vocabulary matrix for every row.
+    return hidden.contiguous()
 
 
 def _refusal(model: Any) -> BaseModelError:
