@@ -160,6 +160,41 @@ def test_asked_to_stop_it_leaves_a_checkpoint_and_says_resume_me(make_job: MakeJ
     assert {plain["step"] for _, plain in checkpoint.states.values()} == {checkpoint.tick}
 
 
+_FLOW = """
+import logging, pathlib, signal, sys
+from flows import launch
+from pipeline.config import LaunchSettings
+signal.signal(signal.SIGINT, signal.default_int_handler)
+launch.run_module("pipeline.training", pathlib.Path(sys.argv[1]), LaunchSettings(), lambda event: None, logging.getLogger())
+"""
+
+
+@pytest.mark.parametrize("how", ["cancelled", "group", "killed"])
+def test_whatever_ends_the_flow_the_job_has_a_checkpoint(make_job: MakeJob, root: Path, how: str) -> None:
+    """A flow that is cancelled closes the pipe and sends SIGTERM; a worker signals the whole group; a flow that is killed only closes the pipe."""
+    job, path = make_job(customers=2, max_steps=100_000, eval_every=50_000)
+    flow = subprocess.Popen(
+        [sys.executable, "-c", _FLOW, str(path)], cwd=root, start_new_session=True, stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while tick_of(job) < 5:
+        assert flow.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    if how == "cancelled":
+        flow.send_signal(signal.SIGINT)
+    elif how == "group":
+        os.killpg(flow.pid, signal.SIGTERM)
+    else:
+        flow.kill()
+    flow.wait(timeout=30)
+    while (checkpoint := read_checkpoint(Path(job.folder))) is None:
+        assert time.monotonic() < deadline + 60
+        time.sleep(0.1)
+    assert checkpoint.tick >= 5
+    assert {plain["step"] for _, plain in checkpoint.states.values()} == {checkpoint.tick}
+
+
 # A shell that runs tests in the background ignores SIGINT for all its children.
 _NOT_IGNORED = """
 import runpy, signal, sys
