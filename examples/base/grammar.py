@@ -70,6 +70,12 @@ class Value:
     raw: str
     text: str
     fill: dict[str, str]
+    others: tuple[str, ...] = ()  # further values of the same relation, already in `text`
+
+    @property
+    def raws(self) -> list[str]:
+        """One for each row of the input."""
+        return [self.raw, *self.others]
 
 
 def read_values() -> dict[str, list[str]]:
@@ -583,7 +589,7 @@ class Voice:
         for old, new in self.swaps:
             text = text.replace(old, new)
         if self.setting == "exclaim":
-            text = re.sub(r"\.(?= |$)", "!", text)
+            text = re.sub(r"(?<=[a-z0-9)])\.(?= [A-Z]|$)", "!", text)
         elif self.setting == "semicolons":
             text = re.sub(r"\. (?=[A-Z])", "; ", text)
         elif self.setting == "telegraph":
@@ -608,13 +614,14 @@ class Style:
     form: int
     key_case: int
     underscores: bool
+    quotes: bool
     voice: Voice
 
     @classmethod
     def draw(cls, rng: Random, sayings: list[str]) -> Style:
         """A random style; the product's own shapes are the likeliest."""
         form = 0 if rng.random() < 0.35 else rng.choice([0, 0, 0, 1, 2, 3, 4, 5, 6])
-        return cls(form, rng.choice([0, 0, 0, 1, 2]), rng.random() < 0.7, Voice.draw(rng, sayings))
+        return cls(form, rng.choice([0, 0, 0, 1, 2]), rng.random() < 0.7, rng.random() < 0.5, Voice.draw(rng, sayings))
 
     def key(self, name: str) -> str:
         """A key in this style's case."""
@@ -656,6 +663,8 @@ class Style:
                 s, o = s.replace(" ", "_"), o if o[:1].isdigit() and "_" not in o and " " in o else o.replace(" ", "_")
                 if "," in o and len(o) > 25:
                     o = '"' + o.replace("_", " ") + '"'
+            if self.quotes and o[:1].isdigit():
+                o = f'"{o}"'
             rows.append((s, self.key(rel), o))
         form = self.form
         if form in (0, 1, 6):
@@ -725,6 +734,24 @@ ENTITY_KINDS = {
     "LEAGUE",
     "BATTLE",
 }
+SEVERAL = {
+    "P",
+    "C",
+    "O",
+    "U",
+    "W",
+    "M",
+    "NATS",
+    "LANG",
+    "OCC",
+    "AWARD",
+    "BATTLE",
+    "INSTR",
+    "GENRE",
+    "MAT",
+    "F",
+    "T",
+}  # kinds that may come twice
 PRONOUN = {
     "P": ["He", "She"],
     "M": ["He", "She", "They"],
@@ -815,8 +842,17 @@ class Grammar:
 
     def draw(self, kind: str, count: int, table: dict[str, list[Relation]], rng: Random) -> list[tuple[str, Value, Relation]]:
         """Up to `count` facts of a subject of the given kind."""
-        relations = rng.sample(table[kind], min(count, len(table[kind])))
-        return [(rng.choice(rel.names), self.names.value(rel.object, rng), rel) for rel in relations]
+        out = []
+        for rel in rng.sample(table[kind], min(count, len(table[kind]))):
+            value = self.names.value(rel.object, rng)
+            if rel.object in SEVERAL and rng.random() < 0.12:
+                more = [self.names.value(rel.object, rng) for _ in range(rng.choice([1, 1, 2]))]
+                text = self.join([v.text for v in (value, *more)])
+                value = Value(
+                    value.raw, text, {"a": self.join([article(v.text) for v in (value, *more)])}, tuple(v.raw for v in more)
+                )
+            out.append((rng.choice(rel.names), value, rel))
+        return out
 
     def tell(self, kind: str, subject: str, facts: list[tuple[str, Value, Relation]], rng: Random, voice: Voice) -> str:
         """All facts of a subject in sentences of one to three facts."""
@@ -834,16 +870,16 @@ class Grammar:
         subject = self.names.name(kind, r)
         count = r.choice([1, 1, 1, 2, 2, 2, 3, 3, 4, 4, 5, 6])
         facts = self.draw(kind, r.randint(1, count), self.by_subject, r)
-        rows = [(subject, name, value.raw) for name, value, _ in facts]
+        rows = [(subject, name, raw) for name, value, _ in facts for raw in value.raws]
         told = re.sub(r" \(.*?\)$", "", subject)
         text = self.tell(kind, told, facts, r, style.voice)
         while len(rows) < count:
-            ends = [(v, rel) for _, v, rel in facts if rel.object in self.by_subject and rel.object in ENTITY_KINDS]
+            ends = [(v, rel) for _, v, rel in facts if rel.object in ENTITY_KINDS & set(self.by_subject) and not v.others]
             if not ends:
                 break
             value, rel = r.choice(ends)
             more = self.draw(rel.object, min(r.choice([1, 1, 2]), count - len(rows)), self.by_subject, r)
-            rows += [(value.raw, name, v.raw) for name, v, _ in more]
+            rows += [(value.raw, name, raw) for name, v, _ in more for raw in v.raws]
             if len(more) == 1 and text.endswith(value.text + ".") and r.random() < 0.6:
                 name, v, mrel = more[0]
                 vp = self.phrase(style.voice.pick(mrel.vps, r), v, name)
@@ -871,7 +907,7 @@ class Grammar:
         facts = self.draw(kind, r.choice([1, 2, 2, 3, 3, 4, 5, 6, 7]), table, r)
         rows = [
             (r.choice(["name", "name", "name", "title", "called"]), subject),
-            *((name, value.raw) for name, value, _ in facts),
+            *((name, ", ".join(value.raws)) for name, value, _ in facts),
         ]
         order = facts[:]
         if style.voice.order == "any" and r.random() < 0.7:

@@ -86,7 +86,7 @@ def copy(_rng: Random, _style: Style) -> RowTask:
 def notation(rng: Random, style: Style) -> RowTask:
     """The rows in another linearisation."""
     form = rng.choice([f for f in range(7) if f != style.form])
-    other = Style(form, rng.randrange(3), rng.random() < 0.5, style.voice)
+    other = Style(form, rng.randrange(3), rng.random() < 0.5, style.quotes, style.voice)
     return lambda rows, style, rng: other.rows(rows)
 
 
@@ -583,7 +583,7 @@ class Mix:
                 break
         parts = []
         for i, (rel, text) in enumerate(said):
-            noun = rel if " by" not in rel and " in" not in rel and " of" not in rel and " to" not in rel else ""
+            noun = "" if re.search(r" (?:by|in|of|to)\b|^(?:has|is|was)\b", rel) else rel
             whole = subject if i == 0 or r.random() < 0.4 else r.choice(["It", "It"] if kind != "P" else ["He", "She"])
             poss = subject + "'s" if whole == subject else {"It": "Its", "He": "His", "She": "Her"}[whole]
             if noun:

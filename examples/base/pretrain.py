@@ -112,10 +112,11 @@ def worker(material: Path, tokenizer_folder: Path, folder: Path, seed: int, firs
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
     mix, tokenizer = Mix(Material.read(material)), AutoTokenizer.from_pretrained(tokenizer_folder)
-    index = first
-    while True:
-        while index > int((folder / "wanted").read_text() or 0) + keep:
+    index, parent = first, os.getppid()
+    while os.getppid() == parent:  # else the run was killed
+        if index > int((folder / "wanted").read_text() or 0) + keep:
             time.sleep(0.2)
+            continue
         part = folder / f"{index}.part.npy"
         np.save(part, draw_shard(mix, tokenizer, f"{seed}-{index}", length_of(index)))
         part.rename(folder / f"{index}.npy")
