@@ -12,17 +12,41 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from flows.work import Outcome, Row
+from pipeline.progress import described, time_left
 
 if TYPE_CHECKING:
     from pipeline.registry import ModelStatus
 
 _LINE_SECONDS = 5.0
+
+
+class _Bars(Progress):
+    """Bars, and under them a line about the stage under way: customers, tokens a second, losses."""
+
+    below = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """What rich draws."""
+        yield self.make_tasks_table(self.tasks)
+        if self.below:
+            # Customers' names may hold brackets, which rich would take for markup.
+            yield Text(self.below, style="dim", no_wrap=True, overflow="ellipsis")
+
+
+_COLUMNS = (
+    TextColumn("{task.description:<9}"),
+    BarColumn(bar_width=32),
+    MofNCompleteColumn(),
+    TextColumn("{task.fields[unit]}"),
+    TimeElapsedColumn(),
+    TimeRemainingColumn(),
+)
 
 
 class Display:
@@ -37,19 +61,11 @@ class Display:
         self._lock = threading.Lock()
         self._bars: dict[str, TaskID] = {}
         self._last: dict[str, float] = {}
+        self._started: dict[str, tuple[float, int]] = {}
         self._said: set[tuple[str, str]] = set()
-        self._progress: Progress | None = None
+        self._progress: _Bars | None = None
         if bars and self.console.is_terminal:
-            self._progress = Progress(
-                TextColumn("{task.description:<9}"),
-                BarColumn(bar_width=32),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[unit]}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[info]}", style="dim"),
-                console=self.console,
-            )
+            self._progress = _Bars(*_COLUMNS, console=self.console)
 
     def event(self, event: dict[str, Any]) -> None:
         """Draw one event (see `pipeline.progress`)."""
@@ -67,20 +83,21 @@ class Display:
 
     def _draw(self, event: dict[str, Any]) -> None:
         stage, done, total, unit = event["stage"], event.get("done", 0), event["total"], event.get("unit", "")
-        info = "  ".join(
-            f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
-            for name, value in event.items()
-            if name not in ("stage", "done", "total", "unit")
+        info = described(
+            {name: value for name, value in event.items() if name not in ("stage", "done", "total", "unit", "skipped")}
         )
         if self._progress is None:
             now = time.monotonic()
             if done >= total or done == 0 or now - self._last.get(stage, 0.0) >= _LINE_SECONDS:
                 self._last[stage] = now
-                self._print(f"{stage}: {done}/{total} {unit}  {info}".rstrip())
+                started, before = self._started.setdefault(stage, (now, done))
+                left = time_left(now - started, done - max(before, event.get("skipped", 0)), total - done)
+                self._print("  ".join(filter(None, [f"{stage}: {done}/{total} {unit}", left, info])))
             return
         if stage not in self._bars:
-            self._bars[stage] = self._progress.add_task(stage, total=total, unit=unit, info=info)
-        self._progress.update(self._bars[stage], completed=done, total=total, unit=unit, info=info)
+            self._bars[stage] = self._progress.add_task(stage, total=total, unit=unit)
+        self._progress.below = info
+        self._progress.update(self._bars[stage], completed=done, total=total, unit=unit)
         if done >= total:
             self._progress.stop_task(self._bars[stage])
 

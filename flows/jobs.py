@@ -8,7 +8,8 @@ of Prefect, imports no torch.
 import contextlib
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,18 +26,21 @@ from pipeline.training.job import (
     JobCustomer,
     JobEvaluation,
     JobGate,
+    JobMixing,
     JobPrefix,
     JobPrompt,
     JobTraining,
     write_job,
 )
-from pipeline.training.results import EVALUATION_FILES, PREFIX_FILES, is_whole, read_result, result_path
+from pipeline.training.results import EVALUATION_FILES, PREFIX_FILES, is_whole, read_result, result_path, write_result
 
 # Raised when the same settings and data would give another prefix, or the same prefix another score: everything is then due again.
 METHOD_VERSION = 1
 EVALUATION_VERSION = 1
 
 STAGES = ("prepare", "train", "evaluate", "register")
+# Of the launch settings: how the same work is cut, which one may change to go on with less memory.
+_CHANGES_NO_JOB = ("slots", "max_tokens_per_micro_batch", "gradient_checkpointing", "checkpoint_every_seconds")
 _RESULT = {"train": "train", "evaluate": "eval"}  # what the results of the stages that run in a child are called
 
 
@@ -106,22 +110,43 @@ class PlannedJob:
     path: Path
 
 
-def plan(fleet: Fleet, members: Iterable[tuple[Customer, JobCustomer]], base: BaseModelInfo, home: Home) -> list[PlannedJob]:
+def plan(
+    fleet: Fleet, chosen: Sequence[Customer], due: Mapping[CustomerKey, JobCustomer], base: BaseModelInfo, home: Home
+) -> list[PlannedJob]:
     """One job for each distinct way to launch, in the order of the fleet file. Writes nothing.
 
-    A job is named by the fleet and the digest of what it does: the same work finds the same folder, and with it its checkpoints.
+    A job is named by the fleet, the customers that the run is about and the way to launch, not by who of them is still due or how the work is
+    cut into micro-batches: a run that goes on where another one ended finds the same folder, and with it the checkpoint.
+
+    Args:
+        fleet: the fleet file.
+        chosen: the customers that the run is about.
+        due: those for whom something must be done.
+        base: the base.
+        home: where jobs are.
     """
-    groups: dict[str, tuple[LaunchSettings, list[JobCustomer]]] = {}
-    for customer, member in members:
+    groups: dict[str, tuple[LaunchSettings, list[Customer]]] = {}
+    for customer in chosen:
         # Fields set by hand count: a number of processes that is not given comes from the accelerate config.
         how = digest_of(customer.launch.model_dump(mode="json", exclude_unset=True))
-        groups.setdefault(how, (customer.launch, []))[1].append(member)
-    jobs = []
-    for how, (launch, customers) in groups.items():
-        name = f"{readable(fleet.name)}-{digest_of([how, base.path.as_posix(), [(c.train_digest, c.evaluate_digest) for c in customers]])[:10]}"
+        groups.setdefault(how, (customer.launch, []))[1].append(customer)
+    everybody = len(chosen) == len(fleet.customers)
+    scope = None if everybody else sorted(str(customer.key) for customer in chosen)
+    jobs: list[PlannedJob] = []
+    names: set[str] = set()
+    for launch, group in groups.values():
+        launched = launch.model_dump(mode="json", exclude_unset=True, exclude=set(_CHANGES_NO_JOB))
+        name, number = "", 0
+        while not name or name in names:  # groups that differ in nothing else are numbered
+            name = f"{readable(fleet.name)}-{digest_of([base.path.as_posix(), scope, launched, number])[:10]}"
+            number += 1
+        names.add(name)
+        customers = [due[customer.key] for customer in group if customer.key in due]
+        if not customers:
+            continue
         folder = home.job(name)
         job = Job(
-            format=1,
+            format=2,
             name=name,
             folder=str(folder),
             experiment="prefixfleet",
@@ -132,6 +157,14 @@ def plan(fleet: Fleet, members: Iterable[tuple[Customer, JobCustomer]], base: Ba
                 digest=base.digest,
                 dtype=fleet.base_model.dtype,
                 quantization=fleet.base_model.quantization,
+                attention=fleet.base_model.attention,
+            ),
+            mixing=JobMixing(
+                # LLM.int8 keeps the columns that are large in any row of a batch in 16 bit: rows of two customers must not meet.
+                slots=1 if fleet.base_model.quantization == "int8" else launch.slots,
+                max_tokens_per_micro_batch=launch.max_tokens_per_micro_batch,
+                gradient_checkpointing=launch.gradient_checkpointing,
+                checkpoint_every_seconds=launch.checkpoint_every_seconds,
             ),
             customers=customers,
         )
@@ -146,18 +179,28 @@ def due_in(planned: PlannedJob, stage: str) -> list[JobCustomer]:
     return [c for c in planned.job.customers if is_trained(c) and not is_evaluated(c)]
 
 
-def write(planned: PlannedJob, stage: str, champions: Mapping[CustomerKey, Path] | None = None) -> None:
+def write(
+    planned: PlannedJob,
+    stage: str,
+    champions: Mapping[CustomerKey, Path] | None = None,
+    failed: Mapping[CustomerKey, str] | None = None,
+) -> None:
     """Write the job file for those due in `stage`, and forget what an earlier run of the same job said of them.
 
     Args:
         planned: the job.
         stage: `train` or `evaluate`.
         champions: the prefix folders of the champions that customers start from.
+        failed: customers that cannot even start, and why: left out of the file, with a result that says so.
     """
-    customers = [_starting_from(c, (champions or {}).get(c.key)) for c in due_in(planned, stage)]
+    champions, failed = champions or {}, failed or {}
+    customers = [_starting_from(c, champions.get(c.key)) for c in due_in(planned, stage)]
     for customer in customers:
         result_path(planned.job, customer.key, _RESULT[stage]).unlink(missing_ok=True)
-    write_job(planned.path, dataclasses.replace(planned.job, customers=customers))
+        if customer.key in failed:
+            write_result(planned.job, customer, _RESULT[stage], time.monotonic(), failed[customer.key])
+    started = [c for c in customers if c.key not in failed]
+    write_job(planned.path, dataclasses.replace(planned.job, customers=started))
 
 
 def _starting_from(customer: JobCustomer, champion: Path | None) -> JobCustomer:

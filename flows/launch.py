@@ -28,6 +28,7 @@ import yaml
 
 from pipeline.config import LaunchSettings
 from pipeline.errors import ConfigError, EvaluationError, PrefixFleetError, TrainingError
+from pipeline.process import RESUME
 from pipeline.progress import MARK
 
 CONFIGS = Path(__file__).resolve().parent.parent / "accelerate_configs"
@@ -36,6 +37,10 @@ _LAST_LINES = 30
 _KEPT_LINES = 200  # more than are shown: the launcher adds a long traceback of its own at the end
 
 Event = dict[str, Any]
+
+
+class ProcessPaused(TrainingError):
+    """The child stopped at a checkpoint and wants to be started again: it was sent SIGTERM, or ran out of device memory beside other processes."""
 
 
 class ProcessCrash(TrainingError):
@@ -116,6 +121,7 @@ def run_module(
 
     Raises:
         ProcessCrash: the child was killed or crashed.
+        ProcessPaused: the child wants to be started again.
         TrainingError, EvaluationError: the child refused the job or was asked to stop.
         ConfigError: there is no such accelerate config.
     """
@@ -237,6 +243,8 @@ def _error(name: str, status: int, lines: list[str]) -> PrefixFleetError:
     shown = "".join(f"\n    {line}" for line in lines) if lines else " it printed nothing."
     if status == 2:
         return kind(f"{name} refused the job:{shown}")
+    if status == RESUME:
+        return ProcessPaused(f"{name} stopped at a checkpoint:{shown}")
     if -status in (signal.SIGTERM, signal.SIGINT):
         return kind(
             f"{name} was stopped by {signal.Signals(-status).name} from outside. Run the same command again: what is finished is kept."

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from pipeline.registry import ModelStatus
 
 log = logging.getLogger(__name__)
+# How often a job that stopped at a checkpoint is started again: halved so many times, any budget of tokens is one.
+_RESUMPTIONS = 14
+
 _preparing = threading.Lock()
 
 
@@ -163,10 +166,12 @@ class Work:
 
     def plan(self) -> list[jobs.PlannedJob]:
         """The jobs for everybody who must be trained or evaluated."""
-        todo = [(c, self.members[c.key]) for c in self.customers if c.key in self.members and c.key not in self.errors]
-        return jobs.plan(
-            self.fleet, [(c, m) for c, m in todo if not (jobs.is_trained(m) and jobs.is_evaluated(m))], self.base, self.home
-        )
+        due = {
+            key: member
+            for key, member in self.members.items()
+            if key not in self.errors and not (jobs.is_trained(member) and jobs.is_evaluated(member))
+        }
+        return jobs.plan(self.fleet, self.customers, due, self.base, self.home)
 
     def finished(
         self, planned: jobs.PlannedJob, members: list[JobCustomer], stage: str, crash: BaseException | None = None
@@ -307,22 +312,48 @@ def run_job(planned: jobs.PlannedJob, stage: str, logger: "logging.Logger | logg
     """Stage 2 or 3 for the customers of one job, in a child process. Nothing is launched if nobody is due any more.
 
     Raises:
-        ProcessCrash, TrainingError, EvaluationError: see `flows.launch.run_module`.
+        ProcessPaused, ProcessCrash, TrainingError, EvaluationError: see `flows.launch.run_module`.
     """
-    if jobs.due_in(planned, stage):
-        jobs.write(planned, stage, _champions(planned) if stage == "train" else None)
-        module = "pipeline.training" if stage == "train" else "pipeline.evaluation"
-        launch.run_module(module, planned.path, planned.launch, events.emit, logger)
+    module = "pipeline.training" if stage == "train" else "pipeline.evaluation"
+    for left in reversed(range(_RESUMPTIONS)):
+        members = jobs.due_in(planned, stage)
+        champions, failed = _champions(members) if stage == "train" else ({}, {})
+        if members:
+            jobs.write(planned, stage, champions, failed)
+        if len(members) == len(failed):
+            return
+        try:
+            launch.run_module(module, planned.path, planned.launch, events.emit, logger)
+            return
+        except launch.ProcessPaused as paused:
+            if not left:
+                raise
+            logger.info("%s Starting it again.", paused)
 
 
-def _champions(planned: jobs.PlannedJob) -> dict[CustomerKey, Path]:
-    """The prefixes that customers with `init_prefix: champion` start from; whoever has no champion yet is left out."""
+def _champions(members: list[JobCustomer]) -> tuple[dict[CustomerKey, Path], dict[CustomerKey, str]]:
+    """The prefixes that customers with `init_prefix: champion` start from, and why those fail whose champion cannot be had.
+
+    Whoever has no champion yet is in neither.
+    """
     from pipeline.registry import lookup, status
     from pipeline.registry.register import CHAMPION
 
-    keys = [c.key for c in jobs.due_in(planned, "train") if c.prefix.init_prefix == CHAMPION]
-    held = [known.key for known in status(keys) if known.champion_version is not None] if keys else []
-    return {key: lookup(key).prefix_dir for key in held}
+    keys = [member.key for member in members if member.prefix.init_prefix == CHAMPION]
+    found: dict[CustomerKey, Path] = {}
+    failed: dict[CustomerKey, str] = {}
+    try:
+        held = [known.key for known in status(keys) if known.champion_version is not None] if keys else []
+    except PrefixFleetError as error:  # MLflow is away: those who need nothing of it go on
+        return {}, dict.fromkeys(keys, str(error))
+    for key in held:
+        try:
+            found[key] = lookup(key).prefix_dir
+        except Exception as error:  # of whatever kind: the other customers are not to suffer
+            if not isinstance(error, PrefixFleetError):
+                log.error("looking up the champion of %s failed", key, exc_info=error)
+            failed[key] = str(error) if isinstance(error, PrefixFleetError) else f"{type(error).__name__}: {error}"
+    return found, failed
 
 
 def register(member: JobCustomer, home: Home) -> Registered:

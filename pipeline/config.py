@@ -48,6 +48,10 @@ class BaseSettings(Settings):
     quantization: Literal["int8", "int4"] | None = Field(
         None, description="the linear layers of the base in 8 bit (LLM.int8) or 4 bit (NF4); needs the extra `quantization`"
     )
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = Field(
+        "auto",
+        description="what computes attention: auto and sdpa: PyTorch's kernels; eager: the model's own; flash_attention_2, flex_attention: on a GPU",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -56,13 +60,25 @@ class BaseSettings(Settings):
 
 
 class LaunchSettings(Settings):
-    """How `accelerate launch` is called."""
+    """How `accelerate launch` is called, and how the customers of a job share the hardware. Customers with equal settings make one job."""
 
     accelerate_config: str = Field(
         "cpu", description="the name of a file of accelerate_configs/, or the path of one (with a / or ending in .yaml)"
     )
     num_processes: int = Field(1, ge=1, description="processes in all")
     num_machines: Literal[1] = Field(1, description="machines")
+    slots: int = Field(
+        32, ge=1, le=4096, description="customers trained at once in mixed batches; when one finishes, the next takes its slot"
+    )
+    max_tokens_per_micro_batch: int = Field(
+        4096,
+        ge=1,
+        description="of one forward and backward pass, padding included; halved by itself when a GPU runs out of memory",
+    )
+    gradient_checkpointing: bool = Field(False, description="less memory for activations, about a third more time a step")
+    checkpoint_every_seconds: float = Field(
+        60.0, ge=0, description="between two checkpoints of a job; 0: before every step. SIGTERM makes one at once"
+    )
 
 
 class PromptSettings(Settings):
@@ -143,6 +159,11 @@ class TrainingSettings(Settings):
 
     max_steps: int = Field(400, ge=1, description="optimiser steps, unless early stopping ends them before")
     batch_size: int = Field(10, ge=1, description="rows per optimiser step, over all processes")
+    gradient_accumulation_steps: int = Field(
+        1,
+        ge=1,
+        description="an optimiser step has so many times batch_size rows; how they are packed into micro-batches is the job's own affair",
+    )
     lr: float = Field(0.1, gt=0, description="peak learning rate; keys and values trained directly want far more than weights do")
     schedule: Literal["linear", "cosine", "constant"] = Field(
         "linear", description="of the learning rate, down to zero at max_steps"

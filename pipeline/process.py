@@ -1,16 +1,22 @@
 """How a stage's process behaves: it dies with the flow that started it, says what it used, and is quiet."""
 
 import contextlib
+import ctypes
+import functools
 import os
 import resource
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pipeline
 
 INTERRUPTED = 143  # 128 + SIGTERM: asked to stop; run the same command again to go on
+_PR_SET_PDEATHSIG = 1
+RESUME = 75  # sysexits' EX_TEMPFAIL: stopped at a checkpoint; run the same command again to go on
 
 
 def share_cores() -> None:
@@ -23,11 +29,14 @@ def share_cores() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
-def exit_with_parent() -> None:
+def exit_with_parent(grace_seconds: float = 0.0) -> None:
     """Leave as soon as standard input closes, if `PREFIXFLEET_EXIT_WITH_PARENT` is set.
 
     A flow keeps the other end of that pipe open. The launcher between the two survives a SIGKILL of the flow, so being orphaned shows
     only here.
+
+    Args:
+        grace_seconds: if not 0, the process gets a SIGTERM first, and this long to write what it wants to keep.
     """
     if os.environ.get("PREFIXFLEET_EXIT_WITH_PARENT") != "1":
         return
@@ -36,9 +45,22 @@ def exit_with_parent() -> None:
         with contextlib.suppress(OSError):
             while os.read(0, 4096):
                 pass
+        if grace_seconds:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(grace_seconds)
         os._exit(INTERRUPTED)  # every file is written whole or not at all, so there is nothing to tidy
 
     threading.Thread(target=wait, name="exit-with-parent", daemon=True).start()
+
+
+def end_with_launcher() -> None:
+    """Get a SIGTERM when `accelerate launch` dies. It does not pass on the one that ended it: without this we would go on alone. Linux only."""
+    if sys.platform != "linux" or "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        return  # not started by the launcher: whoever starts us from a shell may close it
+    launcher = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+    if os.getppid() != launcher:  # it died before the call
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def peak_memory_bytes() -> int:
@@ -47,6 +69,7 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+@functools.cache
 def code_version() -> str:
     """`0.1.0`, with the commit behind it when the code runs from a git checkout: `0.1.0+g1a2b3c4` (`.dirty` if it was changed since)."""
     root = Path(pipeline.__file__).resolve().parent.parent

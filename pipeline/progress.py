@@ -8,9 +8,42 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 MARK = "@prefixfleet "
+
+
+def described(info: Mapping[str, Any], most: int = 4) -> str:
+    """What an event says beside its count, in a line: `3 done, 10 resident, 5 queued  8,123 tokens/s  loss acme 2.13, bistro 1.98, … 8 more`.
+
+    Args:
+        info: `customers` (name of a state -> how many), `tokens_per_second`, `losses` (customer -> loss), or anything else, shown by its name.
+        most: how many customers' losses are shown.
+    """
+    parts = []
+    for name, value in info.items():
+        if name == "customers" and isinstance(value, Mapping):
+            parts.append(", ".join(f"{count} {state}" for state, count in value.items()))
+        elif name == "tokens_per_second":
+            parts.append(f"{value:,.0f} tokens/s")
+        elif name == "losses" and isinstance(value, Mapping):
+            shown = [f"{customer} {loss:.2f}" for customer, loss in list(value.items())[:most]]
+            more = [f"… {len(value) - most} more"] if len(value) > most else []
+            if shown:
+                parts.append("loss " + ", ".join([*shown, *more]))
+        else:
+            parts.append(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}")
+    return "  ".join(parts)
+
+
+def time_left(seconds: float, done: int, left: int) -> str:
+    """`about 2:05 left`, from what took `seconds` so far; empty while nothing can be said."""
+    if done <= 0 or left <= 0:
+        return ""
+    minutes, rest = divmod(round(seconds * left / done), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"about {hours}:{minutes:02d}:{rest:02d} left" if hours else f"about {minutes}:{rest:02d} left"
 
 
 class Progress:
@@ -26,6 +59,8 @@ class Progress:
         self.stage, self.total, self.unit, self.done = stage, total, unit, 0
         self._as_json = os.environ.get("PREFIXFLEET_PROGRESS") == "json"
         self._last_line = 0.0
+        self._started = time.monotonic()
+        self._skipped = 0
         self._bar: Any = None
         if not self._as_json and sys.stderr.isatty():
             from tqdm import tqdm
@@ -34,13 +69,25 @@ class Progress:
         self._emit(force=True)
 
     def update(self, n: int = 1, **info: Any) -> None:
-        """Count `n` more units; `info` (say `customer="acme", loss=2.1`) is shown behind the bar."""
+        """Count `n` more units; `info` is shown behind the bar, see `described`."""
         self.done += n
         if self._bar is not None:
-            self._bar.set_postfix({k: f"{v:.3f}" if isinstance(v, float) else v for k, v in info.items()}, refresh=False)
+            self._bar.set_postfix_str(described(info), refresh=False)
             self._bar.update(n)
         else:
             self._emit(info, force=self.done >= self.total)
+
+    def skip(self, n: int) -> None:
+        """Note that `n` units, counted or about to be, were or will be no work of this process: they say nothing about the time that is left."""
+        self._skipped += n
+        if self._bar is not None:
+            self._bar.initial += n
+
+    def reach(self, done: int, skipped: int = 0, **info: Any) -> None:
+        """As `update`, with the number of units done in all; `skipped` of them see `skip`."""
+        if skipped:
+            self.skip(skipped)
+        self.update(done - self.done, **info)
 
     def message(self, customer: str, status: str, text: str) -> None:
         """Say that something happened to a customer, e.g. `("acme", "failed", "loss is NaN")`."""
@@ -57,11 +104,17 @@ class Progress:
         if self._bar is not None or (not force and now - self._last_line < (0.2 if self._as_json else 5.0)):
             return
         self._last_line = now
+        skipped = {"skipped": self._skipped} if self._skipped else {}
         if self._as_json:
-            self._print_json({"stage": self.stage, "done": self.done, "total": self.total, "unit": self.unit, **(info or {})})
+            self._print_json(
+                {"stage": self.stage, "done": self.done, "total": self.total, "unit": self.unit, **skipped, **(info or {})}
+            )
         else:
-            shown = "".join(f" {k}={v:.3f}" if isinstance(v, float) else f" {k}={v}" for k, v in (info or {}).items())
-            print(f"{self.stage}: {self.done}/{self.total} {self.unit}{shown}", flush=True)
+            left = time_left(now - self._started, self.done - self._skipped, self.total - self.done)
+            print(
+                "  ".join(filter(None, [f"{self.stage}: {self.done}/{self.total} {self.unit}", left, described(info or {})])),
+                flush=True,
+            )
 
     @staticmethod
     def _print_json(content: dict[str, Any]) -> None:

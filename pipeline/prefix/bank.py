@@ -56,9 +56,11 @@ class PrefixBank:
             for name, site in self.sites.items()
         }
         self.columns = {name: torch.zeros(slots, dtype=torch.int64, device=device) for name in self.sites}
+        self._layouts = {name: [0] * slots for name in self.sites}
         self.shifts = torch.zeros(slots, dtype=torch.int64, device=device)
         self.infix = torch.zeros(slots, dtype=torch.bool, device=device)
         self.has_infix = False
+        self._noted: dict[int, tuple[dict[str, int], bool]] = {}
 
     @classmethod
     def of(cls, sites: Mapping[str, Site], prefixes: Sequence[Flat], infix: Sequence[bool]) -> "PrefixBank":
@@ -115,13 +117,34 @@ class PrefixBank:
                 tensor[slot, 0, :, :length], tensor[slot, 1, :, :length] = (t.to(tensor) for t in prefix[name])
         self._note(slot, dict.fromkeys(prefix, length), infix)
 
+    @torch.no_grad()
+    def fill(self, slot: int, flat: Flat, infix: bool) -> None:
+        """Put a prefix under training into a slot, without its gradients; whatever the slot held before is cleared.
+
+        Args:
+            slot: whose columns are replaced.
+            flat: what the parameterisation gives; of the base's own sites and no longer than the bank.
+            infix: whether it stands between prompt and target.
+        """
+        for name, tensor in self.tensors.items():
+            given = flat.get(name)
+            length = 0 if given is None else given.shape[2]
+            if given is not None:
+                tensor[slot, :, :, :length] = given
+            if length < self.length:
+                tensor[slot, :, :, length:] = 0
+        columns = {name: given.shape[2] for name, given in flat.items()}
+        if self._noted.get(slot) != (columns, infix):  # rarely: on a GPU each of these numbers would be a transfer
+            self._note(slot, columns, infix)
+
     def _note(self, slot: int, columns: Mapping[str, int], infix: bool) -> None:
         for name in self.sites:
-            self.columns[name][slot] = columns.get(name, 0)
+            self.columns[name][slot] = self._layouts[name][slot] = columns.get(name, 0)
         # A prefix of the encoder or of cross-attention alone puts nothing before the decoder's sequence.
         self.shifts[slot] = max((n for name, n in columns.items() if name.startswith("decoder.self.")), default=0)
         self.infix[slot] = infix
-        self.has_infix = self.has_infix or infix
+        self.has_infix = bool(self.infix.any())
+        self._noted[slot] = (dict(columns), infix)
 
     @torch.no_grad()
     def take(self, slot: int) -> Prefix:
@@ -134,6 +157,10 @@ class PrefixBank:
                 taken[name] = (key, value)
         return taken
 
+    def layout(self, site: str) -> tuple[int, ...]:
+        """`columns` of a site as numbers, without asking the device: sites of one layout have one mask."""
+        return tuple(self._layouts[site])
+
     def gather(self, site: str, rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Keys and values of each row's slot at one site.
 
@@ -143,7 +170,8 @@ class PrefixBank:
         Returns:
             keys and values [B, heads_kv, P, head_dim], and bool [B, P]: which columns are part of the row's prefix.
         """
-        both = self.tensors[site].to(dtype).index_select(0, rows)  # [B, 2, heads_kv, P, head_dim]
+        # Selected before it is cast, so that the gradients of a slot's rows are summed in the bank's own precision.
+        both = self.tensors[site].index_select(0, rows).to(dtype)  # [B, 2, heads_kv, P, head_dim]
         visible = torch.arange(self.length, device=rows.device)[None, :] < self.columns[site][rows][:, None]
         return both[:, 0], both[:, 1], visible
 

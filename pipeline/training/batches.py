@@ -1,5 +1,6 @@
-"""From prepared rows to tensors, and the loss at target positions. Knows the shapes of both kinds of models, nothing of optimisers."""
+"""From prepared rows to micro-batches and tensors, and the loss of each row. Knows the shapes of both kinds of models, nothing of optimisers."""
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -9,7 +10,8 @@ from pipeline.prefix import FrozenBase
 
 IGNORED = -100
 # Lengths are rounded up: the matrix library (oneDNN) keeps a program for every shape that it meets, and hundreds of lengths cost gigabytes.
-ROUND_TO = 16
+ROUND_TO = 8
+ROUND_POSITIONS_TO = 32
 
 
 class TokenRow(Protocol):
@@ -24,8 +26,70 @@ class TokenRow(Protocol):
         """The target's tokens."""
 
 
+def tokens_of(row: TokenRow) -> int:
+    """Tokens of a row, prompt and target."""
+    return len(row.prompt_ids) + len(row.target_ids)
+
+
+def padded_tokens(rows: Sequence[TokenRow], two_sided: bool = False) -> int:
+    """Size of the micro-batch that these rows make, padding included, as budgets count it.
+
+    Args:
+        rows: at least one.
+        two_sided: for an encoder-decoder, whose prompts and targets are padded apart.
+    """
+    if two_sided:
+        return len(rows) * (
+            _rounded(max(len(row.prompt_ids) for row in rows)) + _rounded(max(len(row.target_ids) for row in rows))
+        )
+    return len(rows) * _rounded(max(map(tokens_of, rows)))
+
+
+def pack(rows: Sequence[TokenRow], budget: int, overhead: int = 48, two_sided: bool = False) -> list[list[int]]:
+    """Micro-batches of at most `budget` tokens, padding included, rows of like length together.
+
+    Of all ways to cut the rows, sorted by length, into micro-batches, this one has the least padding, a further micro-batch counting as `overhead`
+    tokens. A row that is longer than the budget makes a micro-batch of its own.
+
+    Args:
+        rows: to be cut.
+        budget: see above.
+        overhead: what a further forward and backward pass costs, against the padding that it saves.
+        two_sided: see `padded_tokens`.
+
+    Returns:
+        indices of `rows`, each exactly once; the longest rows first, so that what does not fit in memory shows at once.
+    """
+    if two_sided:
+        # Targets are short and alike: each counts as the longest, so that rows need be sorted by one length only.
+        target = _rounded(max((len(row.target_ids) for row in rows), default=0))
+        sizes = [_rounded(len(row.prompt_ids)) + target for row in rows]
+    else:
+        sizes = [_rounded(tokens_of(row)) for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: (-sizes[i], -tokens_of(rows[i]), -len(rows[i].target_ids), i))
+    lengths = [sizes[i] for i in order]
+    starts = [i for i in range(len(order)) if i == 0 or lengths[i] != lengths[i - 1]] + [len(order)]  # of each length that occurs
+    # best[k]: least cost of all rows from the k-th length on, and where the group that begins there ends.
+    best: list[tuple[float, int]] = [(0.0, 0)] * len(starts)
+    for k in range(len(starts) - 2, -1, -1):
+        length = lengths[starts[k]]
+        most = max(1, budget // length)
+        best[k] = min(
+            (length * count + overhead * math.ceil(count / most) + best[end][0], end)
+            for end, count in ((end, starts[end] - starts[k]) for end in range(k + 1, len(starts)))
+        )
+    batches = []
+    k = 0
+    while k < len(starts) - 1:
+        end = best[k][1]
+        most = max(1, budget // lengths[starts[k]])
+        batches += [order[i : min(i + most, starts[end])] for i in range(starts[k], starts[end], most)]
+        k = end
+    return batches
+
+
 def left_padded(rows: Sequence[list[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids [B, T], T a multiple of 16, with padding in front, and the attention mask [B, T]: 1 for tokens, 0 for padding."""
+    """Token ids [B, T], T a multiple of 8, with padding in front, and the attention mask [B, T]: 1 for tokens, 0 for padding."""
     return _padded(rows, pad, device, left=True)
 
 
@@ -49,26 +113,36 @@ def _rounded(length: int) -> int:
     return -(-length // ROUND_TO) * ROUND_TO
 
 
-def target_loss(base: FrozenBase, rows: Sequence[TokenRow], pad: int) -> tuple[torch.Tensor, int]:
-    """Summed cross-entropy of the target tokens, and their number. Call inside `base.prefixes(…)`.
+def row_losses(base: FrozenBase, rows: Sequence[TokenRow], pad: int) -> torch.Tensor:
+    """Summed cross-entropy of each row's target tokens, in nats. Call inside `base.prefixes(…)`.
+
+    One number a row, for no row's loss may reach another's customer, not even as a NaN in a sum.
 
     Returns:
-        the sum in float32 (a scalar with gradients) and the number of target tokens.
+        [B], float32, or float64 where the base computes in it.
     """
     targets = [row.target_ids for row in rows]
     if base.is_encoder_decoder:
         ids, mask = right_padded([row.prompt_ids for row in rows], pad, base.device)
         labels, _ = right_padded(targets, IGNORED, base.device)
-        decoder_ids = base.model.prepare_decoder_input_ids_from_labels(labels=labels)
-        logits = base.model(input_ids=ids, attention_mask=mask, decoder_input_ids=decoder_ids, use_cache=False).logits
+        inputs = {"decoder_input_ids": base.model.prepare_decoder_input_ids_from_labels(labels=labels)}
+        starts, width = [0] * len(rows), labels.shape[1]
     else:
-        # Padding in front brings every row's target to the end, so that the base computes logits for the last positions only:
-        # logits and softmax over the vocabulary cost more than all other products of a small model.
         ids, mask = left_padded([row.prompt_ids + row.target_ids[:-1] for row in rows], pad, base.device)
-        labels, _ = left_padded(targets, IGNORED, base.device)  # never longer than ids, since a prompt has a token at least
-        base.prompts_end_at(torch.tensor([ids.shape[1] - len(t) for t in targets], device=base.device))
-        logits = base.model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=labels.shape[1]).logits
-    loss = torch.nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
-    return loss, sum(len(t) for t in targets)
+        inputs = {}
+        # The last prompt token predicts the first of the target, which stands at the end.
+        width = ids.shape[1]
+        starts = [width - len(target) for target in targets]
+        base.prompts_end_at(torch.tensor(starts, device=base.device))
+    flat = [
+        i * width + start + k for i, (start, target) in enumerate(zip(starts, targets, strict=True)) for k in range(len(target))
+    ]
+    wanted, count = [token for target in targets for token in target], len(flat)
+    # Rounded up too, with a position whose loss is left out.
+    flat += flat[:1] * (-count % ROUND_POSITIONS_TO)
+    base.logits_only_at(torch.tensor(flat, device=base.device))
+    logits = base.model(input_ids=ids, attention_mask=mask, use_cache=False, **inputs).logits[0, :count]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    losses = torch.nn.functional.cross_entropy(logits, torch.tensor(wanted, device=base.device), reduction="none")
+    of_row = torch.tensor([i for i, target in enumerate(targets) for _ in target], device=base.device)
+    return losses.new_zeros(len(rows)).index_add(0, of_row, losses)

@@ -1,7 +1,8 @@
 """Stands in for `accelerate launch -m MODULE JOB` in tests: writes the folders that a stage writes, in milliseconds, or misbehaves on demand.
 
 Arguments: module, job file. `FAKE_STAGE` says how, as `stage:what` separated by commas:
-`train:fail=ID` one customer fails, `train:kill-once` and `train:kill` die by SIGKILL, `train:wait` waits for ever,
+`train:fail=ID` one customer fails, `train:kill-once` and `train:kill` die by SIGKILL, `train:pause-once` stops at
+a checkpoint, `train:wait` waits for ever,
 `train:hang` too, with a grandchild.
 """
 
@@ -18,7 +19,7 @@ import numpy
 from safetensors.numpy import save_file
 
 from pipeline.files import file_digest, whole_folder, write_json
-from pipeline.process import exit_with_parent
+from pipeline.process import RESUME, exit_with_parent
 from pipeline.progress import Progress
 from pipeline.training.job import Job, JobCustomer, read_job
 from pipeline.training.results import write_result
@@ -97,6 +98,10 @@ def misbehave(what: str, job: Job) -> None:
         marker.parent.mkdir(parents=True, exist_ok=True)
         marker.touch()
         os.kill(os.getpid(), signal.SIGKILL)
+    if what == "pause-once" and not marker.exists():
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+        sys.exit(RESUME)
     if what == "wait":
         time.sleep(600)
     if what == "hang":

@@ -2,6 +2,7 @@
 
 import io
 import shlex
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,35 @@ def test_inputs_that_stand_in_two_splits_are_told() -> None:
     on = console(200)
     display.fleet_table([row("acme", overlap={"train/test": 1200}), row("bolt")], on)
     assert "acme has inputs that stand in two splits: 1,200 in train and test" in printed(on) and "bolt has" not in printed(on)
+
+
+FLEET = {
+    "stage": "train", "done": 120, "total": 1000, "unit": "steps", "customers": {"resident": 3, "queued": 5, "done": 2, "failed": 1},
+    "tokens_per_second": 8123.4, "losses": {f"c{i}": 2.0 + i / 10 for i in range(6)},
+}  # fmt: skip
+
+
+def test_the_whole_fleet_is_shown_under_the_bar_of_a_terminal_and_in_plain_lines_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = "3 resident, 5 queued, 2 done, 1 failed  8,123 tokens/s  loss c0 2.00, c1 2.10, c2 2.20, c3 2.30, … 2 more"
+    with display.Display() as plain:
+        plain.event({**FLEET, "done": 0})
+        now = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: now + 60)
+        plain.event(FLEET)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1] == f"train: 120/1000 steps  about 7:20 left  {told}"
+    monkeypatch.undo()
+    with display.Display() as drawn:
+        drawn.console = Console(file=io.StringIO(), width=80, force_terminal=True)
+        bars = display._Bars(*display._COLUMNS, console=drawn.console)
+        drawn._progress = bars
+        drawn.event(FLEET)
+        drawn.console.print(*bars.get_renderables())
+        assert "120/1000" in printed(drawn.console) and "3 resident, 5 queued, 2 done, 1 failed  8,123 tokens/s" in printed(
+            drawn.console
+        )
 
 
 def test_failure_that_is_told_twice_is_shown_once() -> None:

@@ -130,6 +130,16 @@ def test_child_killed_once_is_started_again(home: Home, fleet_file: Path, monkey
     assert state.is_completed() and started == ["pipeline.training", "pipeline.training", "pipeline.evaluation"]
 
 
+def test_child_that_stopped_at_a_checkpoint_is_started_again_and_that_is_no_failure(
+    home: Home, fleet_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_STAGE", "train:pause-once")
+    started = children(monkeypatch)
+    state, outcome = run(fleet_file)
+    assert state.is_completed() and started == ["pipeline.training", "pipeline.training", "pipeline.evaluation"]
+    assert not outcome.failed
+
+
 def test_child_that_is_killed_again_is_reported_with_signal_and_last_lines(
     home: Home, fleet_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ import pytest
 from flows import launch
 from pipeline.config import LaunchSettings
 from pipeline.errors import ConfigError, EvaluationError, TrainingError
+from pipeline.process import RESUME
 
 LOG = logging.getLogger("test_launch")
 
@@ -85,6 +86,11 @@ def test_refused_job_is_no_crash_and_not_worth_a_retry(name: str, kind: type[Exc
     assert not isinstance(caught.value, launch.ProcessCrash)
 
 
+def test_child_that_stopped_at_a_checkpoint_wants_to_be_started_again() -> None:
+    with pytest.raises(launch.ProcessPaused, match="stopped at a checkpoint"):
+        run(f"import sys; sys.exit({RESUME})")
+
+
 @pytest.mark.parametrize("status", [143, 130])
 def test_child_that_was_asked_to_stop_is_no_crash(status: int) -> None:
     with pytest.raises(TrainingError, match="from outside") as caught:
@@ -105,6 +111,16 @@ def test_error_behind_the_real_launcher_is_that_of_the_process_it_started(
         launch.run_module("dies", tmp_path / "job.yaml", LaunchSettings(accelerate_config=config), lambda event: None, LOG)
     assert "SIGKILL" in str(caught.value) and f"argument {tmp_path / 'job.yaml'}" in str(caught.value)
     assert "Traceback" not in str(caught.value)
+
+
+@pytest.mark.parametrize("config", ["cpu", "cpu_2proc"])
+def test_a_pause_is_told_from_a_crash_behind_the_real_launcher(
+    tmp_path: Path, config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pauses.py").write_text(f"import sys\nprint('the checkpoint is written', flush=True)\nsys.exit({RESUME})\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(launch.ProcessPaused, match="the checkpoint is written"):
+        launch.run_module("pauses", tmp_path / "job.yaml", LaunchSettings(accelerate_config=config), lambda event: None, LOG)
 
 
 def test_interrupt_ends_child_and_grandchild_in_another_session_and_ignoring_sigterm() -> None:

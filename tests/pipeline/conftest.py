@@ -14,7 +14,18 @@ from pipeline.base import resolve_base
 from pipeline.config import Customer, DataSettings, PrefixSettings
 from pipeline.data import prepare
 from pipeline.files import digest_of
-from pipeline.training.job import Job, JobBase, JobCustomer, JobEvaluation, JobGate, JobPrefix, JobPrompt, JobTraining, write_job
+from pipeline.training.job import (
+    Job,
+    JobBase,
+    JobCustomer,
+    JobEvaluation,
+    JobGate,
+    JobMixing,
+    JobPrefix,
+    JobPrompt,
+    JobTraining,
+    write_job,
+)
 
 WORDS = [f"w{i}" for i in range(40)] + ["colour", ":", "red", "blue", "green", "say", "it", "is", "bright", "dark", "calm"]
 
@@ -81,6 +92,7 @@ def make_job(tiny_base: Path, tmp_path: Path) -> Callable[..., tuple[Job, Path]]
         base: Path = tiny_base,
         prefix: dict[str, Any] | None = None,
         quantization: str | None = None,
+        mixing: dict[str, Any] | None = None,
         **training: Any,
     ) -> tuple[Job, Path]:
         info = resolve_base(str(base))
@@ -91,7 +103,8 @@ def make_job(tiny_base: Path, tmp_path: Path) -> Callable[..., tuple[Job, Path]]
             customer = Customer(id=f"c{i}", data=DataSettings(path=str(source)))
             prepared = prepare(customer, info, tmp_path / "prepared" / f"c{i}" / "default")
             settings = {
-                "max_steps": 12, "batch_size": 6, "lr": 0.02, "schedule": "linear", "warmup_steps": 0, "weight_decay": 0.0,
+                "max_steps": 12, "batch_size": 6, "gradient_accumulation_steps": 1, "lr": 0.02,
+                "schedule": "linear", "warmup_steps": 0, "weight_decay": 0.0,
                 "max_grad_norm": 1.0, "eval_every": 4, "early_stopping": None, "seed": 0, **training,
             }  # fmt: skip
             wanted = PrefixSettings(**{"length": length, "init": init, **(prefix or {})}).model_dump(mode="json")
@@ -113,8 +126,14 @@ def make_job(tiny_base: Path, tmp_path: Path) -> Callable[..., tuple[Job, Path]]
                     evaluation=JobEvaluation(["bleu"], JobGate("bleu", 0.0, None), 1, 16, 100),
                 )
             )
-        job_base = JobBase(str(base), str(base), None, info.digest, "float32", quantization)
-        job = Job(1, name, str(tmp_path / name), "test", job_base, listed)
+        job_base = JobBase(str(base), str(base), None, info.digest, "float32", quantization, "auto")
+        wanted_mixing = {
+            "slots": 32,
+            "max_tokens_per_micro_batch": 4096,
+            "gradient_checkpointing": False,
+            "checkpoint_every_seconds": 60.0,
+        }
+        job = Job(2, name, str(tmp_path / name), "test", job_base, JobMixing(**{**wanted_mixing, **(mixing or {})}), listed)
         path = tmp_path / name / "job.yaml"
         write_job(path, job)
         return job, path

@@ -10,9 +10,9 @@ import pytest
 from pipeline.data.records import Record, write_split
 from pipeline.files import whole_folder, write_json
 from pipeline.keys import CustomerKey
-from pipeline.training.job import Job, JobBase, JobCustomer, JobEvaluation, JobGate, JobPrefix, JobPrompt, JobTraining
+from pipeline.training.job import Job, JobBase, JobCustomer, JobEvaluation, JobGate, JobMixing, JobPrefix, JobPrompt, JobTraining
 
-BASE = JobBase(id="org/base", path="base", revision=None, digest="b" * 64, dtype="float32", quantization=None)
+BASE = JobBase(id="org/base", path="base", revision=None, digest="b" * 64, dtype="float32", quantization=None, attention="auto")
 
 
 class FakeEngine:
@@ -60,9 +60,8 @@ def make_job(tmp_path: Path) -> Callable[..., Job]:
     """`make_job("acme", "bistro")` writes prepared data (12 test records) and a prefix folder for each and returns the job."""
 
     def make(*names: str, records: list[Record] | None = None, run_id: str | None = None, max_new_tokens: int = 32) -> Job:
-        return Job(
-            1, "test", str(tmp_path / "job"), "x", BASE, [_customer(tmp_path, n, records, run_id, max_new_tokens) for n in names]
-        )
+        customers = [_customer(tmp_path, n, records, run_id, max_new_tokens) for n in names]
+        return Job(2, "test", str(tmp_path / "job"), "x", BASE, JobMixing(32, 4096, False, 60.0), customers)
 
     return make
 
@@ -95,7 +94,7 @@ def _customer(home: Path, name: str, records: list[Record] | None, run_id: str |
         evaluation_dir=str(key.below(home / "evaluations") / fingerprint[:16]),
         prompt=JobPrompt("{input}\n", True, "none", 384, 128),
         prefix=JobPrefix(10, "all", "all", "prefix", "none", 512, "text", None, None),
-        training=JobTraining(400, 10, 5e-3, "linear", 0, 0.0, 1.0, 50, 3, 0),
+        training=JobTraining(400, 10, 1, 5e-3, "linear", 0, 0.0, 1.0, 50, 3, 0),
         evaluation=JobEvaluation(["bleu", "rougeL", "chrf"], JobGate("bleu", 0.0, None), 1, max_new_tokens, 200),
     )
     with whole_folder(Path(customer.prefix_dir)) as folder:

@@ -1,20 +1,20 @@
 """Every parameterisation, placement and start through a whole training run."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 from pipeline.data import Record, read_split
+from pipeline.errors import BaseModelError
 from pipeline.inference import load_engine
 from pipeline.prefix import PrefixBank, is_infix, load_base, load_prefix
 from pipeline.prefix.initialise import from_text
-from pipeline.training.batches import target_loss
+from pipeline.training.batches import row_losses
 from pipeline.training.job import Job
-from pipeline.training.loop import dev_loss
 from pipeline.training.results import read_result
 from pipeline.training.run import run_job
 
@@ -52,7 +52,9 @@ def test_every_method_learns_and_leaves_flat_keys_and_values_that_have_the_best_
     base = load_base(job.base, torch.device("cpu"))
     bank = PrefixBank(base.sites, slots=1, length=3)
     bank.put(0, learned, is_infix(config))
-    measured = dev_loss(base, bank, read_split(Path(job.customers[0].prepared), "dev"), 1, Accelerator(cpu=True))
+    rows = read_split(Path(job.customers[0].prepared), "dev")
+    with torch.no_grad(), base.prefixes(bank, torch.zeros(len(rows), dtype=torch.int64)):
+        measured = float(row_losses(base, rows, pad=1).sum()) / sum(len(row.target_ids) for row in rows)
     assert measured == pytest.approx(config["training"]["best_dev_loss"], abs=1e-6)
 
 
@@ -75,7 +77,7 @@ def test_loss_behind_an_infix_is_that_of_each_row_alone_with_the_end_of_its_prom
     bank.put(0, from_text(base, [10, 11, 12], 3), infix=True)
     with torch.no_grad():
         with base.prefixes(bank, torch.zeros(3, dtype=torch.int64)):
-            together, _ = target_loss(base, rows, pad=1)
+            together = row_losses(base, rows, pad=1).sum()
         alone = 0.0
         for row in rows:
             with base.prefixes(bank, torch.zeros(1, dtype=torch.int64)):
@@ -118,6 +120,19 @@ def test_a_warm_start_goes_on_from_the_other_prefix_and_names_it_as_parent(make_
     _, warm = load_prefix(Path(second.customers[0].prefix_dir))
     assert warm["training"]["history"][0]["dev_loss"] == pytest.approx(config["training"]["best_dev_loss"], abs=1e-6)
     assert warm["lineage"]["parent"] == config["weights_sha256"] and config["lineage"]["parent"] is None
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
+def test_a_kernel_of_a_gpu_is_refused_without_one(make_job: MakeJob, attention: str) -> None:
+    job, _ = make_job()
+    with pytest.raises(BaseModelError, match=rf"attention: {attention} needs a GPU.*auto or sdpa"):
+        load_base(dataclasses.replace(job.base, attention=attention), torch.device("cpu"))
+
+
+def test_the_kernel_that_a_job_names_computes_its_attention(make_job: MakeJob) -> None:
+    job, _ = make_job()
+    for named, kernel in (("auto", "sdpa"), ("sdpa", "sdpa"), ("eager", "eager")):
+        assert load_base(dataclasses.replace(job.base, attention=named), torch.device("cpu")).active.kernel == kernel
 
 
 def test_what_the_base_cannot_have_fails_the_customer_with_a_remedy(make_job: MakeJob) -> None:

@@ -12,16 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 from pipeline.data import Record, read_split
 from pipeline.errors import BaseModelError, ConfigError
 from pipeline.inference import load_engine
 from pipeline.prefix import PrefixBank, load_base, load_prefix
 from pipeline.prefix.initialise import from_text
-from pipeline.training.batches import target_loss
+from pipeline.training.batches import row_losses
 from pipeline.training.job import Job, read_job
-from pipeline.training.loop import dev_loss
 from pipeline.training.results import read_result
 from pipeline.training.run import run_job
 
@@ -45,7 +43,9 @@ def test_training_lowers_the_dev_loss_and_writes_the_best_prefix(make_job: MakeJ
     base = load_base(job.base, torch.device("cpu"))
     bank = PrefixBank(base.sites, slots=1, length=3)
     bank.put(0, load_prefix(Path(job.customers[0].prefix_dir))[0])
-    measured = dev_loss(base, bank, read_split(Path(job.customers[0].prepared), "dev"), 1, Accelerator(cpu=True))
+    rows = read_split(Path(job.customers[0].prepared), "dev")
+    with torch.no_grad(), base.prefixes(bank, torch.zeros(len(rows), dtype=torch.int64)):
+        measured = float(row_losses(base, rows, pad=1).sum()) / sum(len(row.target_ids) for row in rows)
     assert measured == pytest.approx(training["best_dev_loss"], abs=1e-6)
 
 
@@ -57,15 +57,15 @@ def test_loss_is_the_mean_cross_entropy_of_the_target_tokens_alone(make_job: Mak
     bank.put(0, from_text(base, [10, 11, 12], 3))
     with torch.no_grad():
         with base.prefixes(bank, torch.zeros(3, dtype=torch.int64)):
-            total, tokens = target_loss(base, rows, pad=1)
+            total = row_losses(base, rows, pad=1)
         expected = 0.0
         for row in rows:  # one at a time, with the prefix's text as a plain prompt
             ids = torch.tensor([[10, 11, 12, *row.prompt_ids, *row.target_ids]])
             log_probabilities = base.model(input_ids=ids).logits[0].log_softmax(-1)
             start = 3 + len(row.prompt_ids)
             expected -= sum(float(log_probabilities[start + i - 1, token]) for i, token in enumerate(row.target_ids))
-    assert tokens == 10
-    assert float(total) == pytest.approx(expected, rel=1e-5)
+    assert total.shape == (3,)
+    assert float(total.sum()) == pytest.approx(expected, rel=1e-5)
 
 
 def test_same_seed_gives_the_same_prefix_and_another_seed_another(make_job: MakeJob) -> None:
@@ -162,13 +162,36 @@ def test_job_file_comes_back_and_mistakes_name_their_place(make_job: MakeJob) ->
     for old, new, place in [
         ("max_steps: 12", "max_steps: many", "training.max_steps"),
         ("batch_size: 6", "batch_sice: 6", r"customers\[0\].training"),
-        ("format: 1", "format: 7", "format 1"),
+        ("format: 2", "format: 7", "format 2"),
     ]:
         path.write_text(text.replace(old, new))
         with pytest.raises(ConfigError, match=place):
             read_job(path)
     with pytest.raises(ConfigError, match="no such job file"):
         read_job(path.with_name("none.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "place"),
+    [
+        ("slots: 32", "slots: 0", "mixing.slots: 0 must be at least 1"),
+        ("max_tokens_per_micro_batch: 4096", "max_tokens_per_micro_batch: -5", "mixing.max_tokens_per_micro_batch"),
+        ("batch_size: 6", "batch_size: 0", r"customers\[0\].training.batch_size"),
+        ("eval_every: 4", "eval_every: 0", r"customers\[0\].training.eval_every"),
+        ("max_steps: 12", "max_steps: 0", r"customers\[0\].training.max_steps"),
+        ("early_stopping: null", "early_stopping: 0", r"customers\[0\].training.early_stopping"),
+        ("lr: 0.02", "lr: .inf", r"customers\[0\].training.lr"),
+        ("schedule: linear", "schedule: steep", "none of linear, cosine, constant"),
+        ("customer: c1", "customer: c0", r"customers\[1\]: c0 stands twice"),
+    ],
+)
+def test_values_that_no_fleet_file_would_give_are_refused(make_job: MakeJob, old: str, new: str, place: str) -> None:
+    _, path = make_job(customers=2)
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(ConfigError, match=place):
+        read_job(path)
 
 
 def test_an_encoder_decoder_trains_and_answers_with_its_prefix(make_job: MakeJob, tiny_encoder_decoder: Path) -> None:
