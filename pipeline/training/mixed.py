@@ -19,11 +19,16 @@ from accelerate import Accelerator
 from pipeline.errors import TrainingError
 from pipeline.prefix import FrozenBase, PrefixBank
 from pipeline.training.batches import TokenRow, pack, padded_tokens, row_losses, tokens_of
+from pipeline.training.engines import Engine
 from pipeline.training.resident import Resident
 
 
 class Interrupted(Exception):
     """Stop here: every resident is as it was before the pass under way, and can be saved so."""
+
+
+class OutOfMemoryAlone(Interrupted):
+    """The same in this process, while the others wait for its part of the base: it has to leave, and the launcher ends them."""
 
 
 @dataclass
@@ -45,11 +50,23 @@ class Item:
 
 
 @dataclass
+class _Idle:
+    """A row that stands for none: one token in, one token out."""
+
+    prompt_ids: list[int]
+    target_ids: list[int]
+
+
+# Computes what a micro-batch is for: given its rows, the slot of each [B], and whether the outcome counts.
+Compute = Callable[[Sequence[Item], torch.Tensor, bool], None]
+
+
+@dataclass
 class Report:
     """What one pass over the residents did.
 
     Attributes:
-        tokens: real tokens that went through the base in this process.
+        tokens: real tokens that went through the base, in all processes.
         padded: the same, padding included.
         seconds: wall-clock.
         losses: slot -> mean cross-entropy per target token (of those whose step was taken, or who were judged).
@@ -84,6 +101,7 @@ class Mixed:
         accelerator: Accelerator,
         asked_to_stop: Callable[[], bool] = lambda: False,
         say: Callable[[str], None] = print,
+        engine: Engine | None = None,
     ) -> None:
         """Make empty slots.
 
@@ -96,9 +114,11 @@ class Mixed:
             accelerator: knows of the other processes; each takes its share of every step's rows.
             asked_to_stop: looked at between micro-batches; see `Interrupted`.
             say: told once that memory ran out.
+            engine: how the base lies on the processes; by default each has all of it.
         """
         self.base, self.pad, self.budget, self.accelerator = base, pad, budget, accelerator
         self.asked_to_stop, self.say = asked_to_stop, say
+        self.engine = engine or Engine("none" if accelerator.num_processes == 1 else "ddp")
         self.residents: list[Resident | None] = [None] * slots
         self.bank = PrefixBank(base.sites, slots, length, base.device, torch.promote_types(base.model.dtype, torch.float32))
         for tensor in self.bank.tensors.values():
@@ -145,17 +165,19 @@ class Mixed:
         sums = [torch.zeros_like(leaf) for leaf in leaves]
         losses = torch.zeros_like(scale)
 
-        def learn(items: Sequence[Item], slots: torch.Tensor) -> None:
+        def learn(items: Sequence[Item], slots: torch.Tensor, counts: bool) -> None:
             own = row_losses(self.base, items, self.pad)
             # Gradients come back whole or not at all, so that a micro-batch that ran out of memory leaves nothing behind.
             gradients = torch.autograd.grad((own * scale[slots].to(own.dtype)).sum(), leaves, allow_unused=True)
+            if not counts:
+                return
             for total, gradient in zip(sums, gradients, strict=True):
                 if gradient is not None:
                     total += gradient
             losses.index_add_(0, slots, own.detach().double() * scale[slots])
 
         self._pass([Item(slot, row) for slot, own in rows.items() for row in own], learn, report)
-        self._add_up([*sums, losses])
+        self._add_up([*sums, losses], report)
 
         norms = {}
         for slot, flat in flats.items():
@@ -205,11 +227,13 @@ class Mixed:
         due = [(slot, resident) for slot, resident in due if slot not in report.failed]
         totals = torch.zeros(len(self.residents), device=self.base.device, dtype=torch.float64)
 
-        def look(items: Sequence[Item], slots: torch.Tensor) -> None:
-            totals.index_add_(0, slots, row_losses(self.base, items, self.pad).double())
+        def look(items: Sequence[Item], slots: torch.Tensor, counts: bool) -> None:
+            own = row_losses(self.base, items, self.pad).double()
+            if counts:
+                totals.index_add_(0, slots, own)
 
         self._pass([Item(slot, row) for slot, resident in due for row in resident.dev_rows], look, report)
-        self._add_up([totals])
+        self._add_up([totals], report)
         losses = totals.tolist()
         report.seconds = time.monotonic() - started
         for slot, resident in due:
@@ -229,10 +253,20 @@ class Mixed:
             traceback.print_exc()
             report.failed[slot] = f"{type(error).__name__}: {error}. The traceback is in the log."
 
-    def _pass(self, items: list[Item], compute: Callable[[Sequence[Item], torch.Tensor], None], report: Report) -> None:
-        """Run `compute` over this process's share of `items`, micro-batch by micro-batch, within the budget and the memory there is."""
-        share = items[self.accelerator.process_index :: self.accelerator.num_processes]
+    def _pass(self, items: list[Item], compute: Compute, report: Report) -> None:
+        """Run `compute` over this process's share of `items`, micro-batch by micro-batch, within the budget and the memory there is.
+
+        Raises:
+            Interrupted: this process, the only one, was asked to stop.
+            OutOfMemoryAlone: see there.
+        """
+        processes, own = self.accelerator.num_processes // self.engine.parts, self.accelerator.process_index // self.engine.parts
+        share = items[own::processes]
         waiting = [[share[i] for i in batch] for batch in pack(share, self.budget)]
+        idle = 0
+        if self.engine.equal_passes:
+            # Every process has all rows, so it knows how many passes the others make without asking.
+            idle = max(len(pack(items[i::processes], self.budget)) for i in range(processes)) - len(waiting)
         while waiting and not self._out_of_memory:
             # Several processes stop together, at the end of the pass: some may already be waiting for the others there.
             if self.accelerator.num_processes == 1 and self.asked_to_stop():
@@ -242,6 +276,8 @@ class Mixed:
                 report.tokens += sum(map(tokens_of, batch))
                 report.padded += padded_tokens(batch)
             elif self.accelerator.num_processes > 1:
+                if self.engine.equal_passes or self.engine.parts > 1:
+                    raise OutOfMemoryAlone
                 self._out_of_memory = True
             elif len(batch) == 1:
                 slot = batch[0].slot
@@ -253,13 +289,18 @@ class Mixed:
             else:
                 rest = [item for rows in [batch, *waiting] for item in rows]
                 waiting = [[rest[i] for i in rows] for rows in pack(rest, self.budget)]
+        for _ in range(idle if items else 0):
+            # What comes of it is thrown away, so that not even a NaN of it reaches anybody.
+            if not self._try([Item(items[0].slot, _Idle([self.pad], [self.pad]))], compute, counts=False):
+                raise OutOfMemoryAlone
+        self.base.placed.settle()
 
-    def _try(self, batch: Sequence[Item], compute: Callable[[Sequence[Item], torch.Tensor], None]) -> bool:
+    def _try(self, batch: Sequence[Item], compute: Compute, counts: bool = True) -> bool:
         """Whether a micro-batch fitted in memory; if not, the budget is half of it from now on."""
         slots = torch.tensor([item.slot for item in batch], device=self.base.device)
         try:
             with self.base.prefixes(self.bank, slots):
-                compute(batch, slots)
+                compute(batch, slots, counts)
             return True
         except torch.OutOfMemoryError:
             pass  # the error's traceback holds the tensors of the failed pass; they are free only behind this block
@@ -271,18 +312,28 @@ class Mixed:
             self._told = True
         return False
 
-    def _add_up(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Sum over the processes, in place; all of them stop together if one was asked to or ran out of memory.
+    def _add_up(self, tensors: Sequence[torch.Tensor], report: Report) -> None:
+        """Sum over the processes, in place and in one exchange; all of them stop together if one was asked to or ran out of memory.
 
         Raises:
             Interrupted: see there.
         """
-        if self.accelerator.num_processes > 1:
-            flags = torch.tensor([float(self._out_of_memory), float(self.asked_to_stop())], device=self.base.device)
-            flags = self.accelerator.reduce(flags, reduction="sum")
-            budget = self.accelerator.gather(torch.tensor([self.budget], device=self.base.device))
-            if float(flags.sum()):
-                self.budget = int(budget.min())
-                raise Interrupted
-            for tensor in tensors:
-                tensor.copy_(self.accelerator.reduce(tensor, reduction="sum"))
+        if self.accelerator.num_processes == 1:
+            return
+        facts = [float(self._out_of_memory), float(self.asked_to_stop()), float(report.tokens), float(report.padded)]
+        # In the precision of the gradients: twice the bytes for a handful of sums would not be worth it.
+        parts = [*(tensor.flatten().to(tensors[0].dtype) for tensor in tensors), torch.tensor(facts, dtype=tensors[0].dtype)]
+        bucket = torch.cat([part.to(self.base.device) for part in parts])
+        torch.distributed.all_reduce(bucket)
+        *sums, facts_of_all = bucket.split([part.numel() for part in parts])
+        out_of_memory, asked, tokens, padded = facts_of_all.tolist()
+        if out_of_memory:
+            budget = torch.tensor([self.budget], device=self.base.device)
+            torch.distributed.all_reduce(budget, op=torch.distributed.ReduceOp.MIN)
+            self.budget = int(budget)
+        if out_of_memory or asked:
+            raise Interrupted
+        # Processes that make one pass together have the same rows: `parts` times the same losses and tokens.
+        report.tokens, report.padded = int(tokens), int(padded)
+        for tensor, total in zip(tensors, sums, strict=True):
+            tensor.copy_(total.view(tensor.shape))

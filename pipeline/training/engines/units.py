@@ -1,0 +1,36 @@
+"""The parts of a base that are split, gathered and given back as one: its blocks."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def blocks(model: Any) -> list[nn.Module]:
+    """The transformer blocks of a model, in order, none inside another."""
+    names = set(model._no_split_modules or ())
+    found: list[nn.Module] = []
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if module is model or module in inside:
+            continue
+        if type(module).__name__ in names or isinstance(module, GradientCheckpointingLayer):
+            found.append(module)
+            inside.update(module.modules())
+    return found
+
+
+def cast(module: nn.Module, dtype: torch.dtype, model: Any) -> None:
+    """Bring the floating-point weights of a part to the type that the base computes in; those that transformers keeps in float32 to that.
+
+    Weights that are of that type already stay where they are, be it in a mapped file.
+    """
+    kept = tuple(model._get_dtype_plan(dtype))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for parameter in module.parameters():
+        if parameter.is_floating_point() and not parameter.is_meta:
+            wide = any(part in names[id(parameter)].split(".") for part in kept)
+            wanted = torch.float32 if wide else dtype
+            if parameter.dtype != wanted:
+                parameter.data = parameter.data.to(wanted)
