@@ -1,8 +1,10 @@
 """`accelerate launch --config_file accelerate_configs/cpu.yaml -m pipeline.training JOB.yaml`."""
 
 import argparse
+import re
 import signal
 import sys
+import time
 from pathlib import Path
 from types import FrameType
 
@@ -23,6 +25,15 @@ class _Stop:
     def _note(self, number: int, _: FrameType | None) -> None:
         self.asked = True
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+# What an exchange says when the process at its other end is no more: gloo, NCCL and torch's store.
+_LOST = re.compile(r"onnection (closed|reset|refused)|roken pipe|imed out|remote process exited|NCCL communicator was aborted|DistNetworkError")
+_PATIENCE_SECONDS = 3.0
+
+
+def _is_lost_peer(error: RuntimeError) -> bool:
+    return type(error).__name__.startswith("Dist") or ("gloo" in str(error) and _LOST.search(str(error)) is not None)
 
 
 def main() -> int:
@@ -48,6 +59,18 @@ def main() -> int:
     except Paused as paused:
         print(paused, file=sys.stderr)
         return RESUME
+    except RuntimeError as error:
+        if not _is_lost_peer(error):
+            raise
+        reason = next(iter(str(error).splitlines()), "")
+        print(
+            f"error: another process of this job ended or cannot be reached ({reason}). Run the same command again: it goes on from the last "
+            "checkpoint. If it happens again, the log of the process that ended first says why.",
+            file=sys.stderr,
+            flush=True,
+        )
+        time.sleep(_PATIENCE_SECONDS)  # so that the launcher sees first who ended first, and reports that
+        return 1
     return 0
 
 

@@ -28,7 +28,7 @@ class Interrupted(Exception):
 
 
 class OutOfMemoryAlone(Interrupted):
-    """The same in this process, while the others wait for its part of the base: it has to leave, and the launcher ends them."""
+    """The same in this process, with a split base left in the middle of a pass, and the others waiting for its part: it has to leave."""
 
 
 @dataclass
@@ -275,9 +275,9 @@ class Mixed:
             if self._try(batch, compute):
                 report.tokens += sum(map(tokens_of, batch))
                 report.padded += padded_tokens(batch)
+            elif self.engine.place is not None:
+                raise OutOfMemoryAlone
             elif self.accelerator.num_processes > 1:
-                if self.engine.equal_passes or self.engine.parts > 1:
-                    raise OutOfMemoryAlone
                 self._out_of_memory = True
             elif len(batch) == 1:
                 slot = batch[0].slot

@@ -13,28 +13,43 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 
 from pipeline.data import Record, read_card, read_split
 from pipeline.data.prompt import load_tokenizer
 from pipeline.errors import ConfigError, DataError, PrefixFleetError, StorageError, TrainingError
 from pipeline.keys import CustomerKey
 from pipeline.prefix import FrozenBase, load_base, save_prefix
+from pipeline.prefix.base import choose_dtype
 from pipeline.prefix.parameterise import parameterise
 from pipeline.process import code_version, peak_memory_bytes
 from pipeline.progress import Progress
 from pipeline.training.batches import tokens_of
-from pipeline.training.checkpoint import Checkpoint, State, delete_checkpoint, read_checkpoint, write_checkpoint
+from pipeline.training.checkpoint import (
+    Checkpoint,
+    State,
+    delete_checkpoint,
+    note_budget,
+    noted_budget,
+    read_checkpoint,
+    write_checkpoint,
+)
+from pipeline.training.engines import Engine, chosen
 from pipeline.training.job import Job, JobCustomer
-from pipeline.training.mixed import Interrupted, Mixed, Report
+from pipeline.training.mixed import Interrupted, Mixed, OutOfMemoryAlone, Report
 from pipeline.training.resident import Resident
 from pipeline.training.results import PREFIX_FILES, is_whole, write_result
 from pipeline.training.tracking import Run
+
+# How long a process waits for the others in an exchange before it gives the job up: longer than the first one takes to write a checkpoint or to read
+# a base from a slow disk while the others are through with theirs.
+_PATIENCE_SECONDS = 900.0
 
 
 class Paused(Exception):
@@ -88,7 +103,9 @@ def run_job(job: Job, asked_to_stop: Callable[[], bool] = lambda: False) -> int:
         BaseModelError, ConfigError: nothing of the job can be done.
     """
     # With a GPU-less machine Accelerate would otherwise look for one when the launcher's config names several processes.
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(), kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=_PATIENCE_SECONDS))]
+    )
     folder = Path(job.folder)
     saved = read_checkpoint(folder)
     # What the first process sees holds for all: another one may look when a file has just come.
@@ -107,9 +124,10 @@ def run_job(job: Job, asked_to_stop: Callable[[], bool] = lambda: False) -> int:
             f"{folder}: slots is {job.mixing.slots}, but LLM.int8 treats a column as large that is large in any row of a batch, so that customers "
             "would touch one another. Set launch.slots: 1, or quantization: int4."
         )
-    base = load_base(job.base, accelerator.device)
+    engine = chosen(accelerator, choose_dtype(job.base.dtype, accelerator.device))
+    base = load_base(job.base, accelerator.device, engine.place)
     with ExitStack() as stack:
-        training = _Training(job, due, base, accelerator, asked_to_stop, saved, stack)
+        training = _Training(job, due, base, accelerator, engine, asked_to_stop, saved, stack)
         return training.work()
 
 
@@ -122,6 +140,7 @@ class _Training:
         due: list[JobCustomer],
         base: FrozenBase,
         accelerator: Accelerator,
+        engine: Engine,
         asked_to_stop: Callable[[], bool],
         saved: Checkpoint | None,
         stack: ExitStack,
@@ -146,16 +165,16 @@ class _Training:
         self.unwritten = 0
         self.rate = _Rate()
         self.tick = 0 if saved is None else saved.tick
-        asked = job.mixing.max_tokens_per_micro_batch
         self.mixed = Mixed(
             base,
             max(job.mixing.slots, 0 if saved is None else sum(key is not None for key in saved.slots)),
             max([c.prefix.length for c in due] + ([] if saved is None else [saved.length])),
             self.tokenizer.pad_token_id,
-            saved.budget if saved is not None and saved.asked_budget == asked else asked,
+            self._budget(saved),
             accelerator,
             asked_to_stop,
             self._say,
+            engine,
         )
         self.metrics: _MetricsFile | None = None
         self.run: Run | None = None
@@ -195,6 +214,13 @@ class _Training:
             if self.main and not self.unwritten:
                 delete_checkpoint(self.folder, self.saved_keys)
             status = "FINISHED"
+        except OutOfMemoryAlone:
+            # The others wait inside a pass, so that no checkpoint of this moment can be had: the last one holds, with the smaller budget.
+            note_budget(self.folder, self.job.mixing.max_tokens_per_micro_batch, self.mixed.budget)
+            raise Paused(
+                f"{self.job.name}: out of device memory in process {self.accelerator.process_index}. Run the same command again: it goes on from its "
+                f"last checkpoint with micro-batches of {self.mixed.budget} tokens."
+            ) from None
         except Interrupted:
             self._checkpoint()
             for member in self.members.values():
@@ -207,6 +233,16 @@ class _Training:
             if self.run is not None:
                 self.run.close(status)
         return len(self.failed) + self.unwritten
+
+    def _budget(self, saved: Checkpoint | None) -> int:
+        """Tokens of a micro-batch: as asked for, or what was left of that when memory ran out before."""
+        asked = self.job.mixing.max_tokens_per_micro_batch
+        found = [asked]
+        if saved is not None and saved.asked_budget == asked:
+            found.append(saved.budget)
+        if (noted := _of_first(noted_budget(self.folder, asked), self.accelerator)) is not None:
+            found.append(noted)
+        return min(found)
 
     def _seat(self) -> None:
         """Let the next customers of the queue into the free slots."""
@@ -236,11 +272,15 @@ class _Training:
         Raises:
             PrefixFleetError: on every process, what any of them failed with.
         """
+        # What one process alone may fail at comes first, and all hear of it before any of them runs the base or exchanges gradients.
         error: PrefixFleetError | None = None
         try:
-            # What one process alone may fail at comes first, and all hear of it before gradients are exchanged.
             card, train_rows, dev_rows = _read(customer)
             _check_lengths(self.base, customer, [*train_rows, *dev_rows], mixed=len(self.mixed.residents) > 1)
+        except PrefixFleetError as found:
+            error = found
+        _agree(error, self.accelerator)
+        try:
             method, parent = parameterise(self.base, self.job.base.digest, customer, self.tokenizer, train_rows)
             resident = Resident(method, customer.prefix.placement == "infix", train_rows, dev_rows, customer.training)
             member = _Member(customer, resident, card, parent)
@@ -398,7 +438,7 @@ class _Training:
         seats = dict(self._seats())
         for slot, note in report.notes.items():
             self.progress.message(str(seats[slot].key), "warning", note)
-        self.rate.add(report.tokens * self.accelerator.num_processes, report.seconds)
+        self.rate.add(report.tokens, report.seconds)
         counts = {"resident": len(self.members), "queued": len(self.queue), "done": self.done, "failed": len(self.failed)}
         losses = {str(seats[slot].key): loss for slot, loss in report.losses.items()}
         entry = {
