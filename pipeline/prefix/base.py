@@ -229,9 +229,7 @@ def _quantized(quantization: str | None, dtype: torch.dtype, device: torch.devic
     return {"quantization_config": config, "device_map": {"": device}}
 
 
-def attach(
-    model: Any, max_positions: int | None = None, attention: str = "sdpa", place: Place = whole_where_it_is
-) -> FrozenBase:
+def attach(model: Any, max_positions: int | None = None, attention: str = "sdpa", place: Place = whole_where_it_is) -> FrozenBase:
     """Freeze a transformers model, attach the prefix hook to each of its attention modules, and prove that it works.
 
     Args:

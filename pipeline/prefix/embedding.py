@@ -59,7 +59,8 @@ class _Prefill(torch.autograd.Function):
         with torch.enable_grad():
             embeddings = ctx.saved_tensors[0].detach().requires_grad_()
             output, flat = _prefill(ctx.base, embeddings)
-            # The output's gradient of zero changes no number; it brings the backward pass into every block by its end, where a split base waits for it.
+            # The output's gradient of zero changes no number; it brings the backward pass into every block by its end, where a split base
+            # waits for it.
             (found,) = torch.autograd.grad([output, *flat], embeddings, [torch.zeros_like(output), *gradients])
         ctx.base.placed.settle()
         return None, found

@@ -1,7 +1,7 @@
 """Where the weights of a base lie: what the rest of the code asks about them, whoever put them there.
 
-One process with all of it is the plain case, `whole_where_it_is`. `pipeline.training.engines` has those that split a base over processes. Knows nothing of
-prefixes.
+One process with all of it is the plain case, `whole_where_it_is`. `pipeline.training.engines` has those that split a base over processes. Knows
+nothing of prefixes.
 """
 
 from collections.abc import Callable

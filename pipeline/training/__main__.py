@@ -28,7 +28,9 @@ class _Stop:
 
 
 # What an exchange says when the process at its other end is no more: gloo, NCCL and torch's store.
-_LOST = re.compile(r"onnection (closed|reset|refused)|roken pipe|imed out|remote process exited|NCCL communicator was aborted|DistNetworkError")
+_LOST = re.compile(
+    r"onnection (closed|reset|refused)|roken pipe|imed out|remote process exited|NCCL communicator was aborted|DistNetworkError"
+)
 _PATIENCE_SECONDS = 3.0
 
 

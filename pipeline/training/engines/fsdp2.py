@@ -30,7 +30,9 @@ def fsdp2(model: Any, device: torch.device, dtype: torch.dtype, reshard: bool, o
     options: dict[str, Any] = {"mesh": mesh, "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}
     # T5 (transformers 5.23) has the table of relative positions in its first block, and the prefix's part of the bias is looked up in it from
     # every block: so it is a unit of its own.
-    tables = [table for module in model.modules() if isinstance(table := getattr(module, "relative_attention_bias", None), nn.Module)]
+    tables = [
+        table for module in model.modules() if isinstance(table := getattr(module, "relative_attention_bias", None), nn.Module)
+    ]
     for unit in [*tables, *blocks(model)]:
         cast(unit, dtype, model)
         fully_shard(unit, reshard_after_forward=reshard, **options)

@@ -1,5 +1,6 @@
-"""DeepSpeed ZeRO stage 3: every process keeps one N-th of each weight, on the device, in the machine's memory or on an NVMe disk, and gathers a module's
-weights while it runs.
+"""DeepSpeed ZeRO stage 3: every process keeps one N-th of each weight, and gathers a module's weights while it runs.
+
+The parts wait on the device, in the machine's memory or on an NVMe disk.
 
 In: a model whose weights are views of their files, and the `zero_optimization` section of a DeepSpeed config. Out: the same model with its share of
 them. `deepspeed.initialize` is not used: without an optimiser of its own its engine adds to the hooks below only a call that refuses `backward`
@@ -43,7 +44,9 @@ def settings_of(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
         try:
             section = dict(json.loads(Path(file).read_text(encoding="utf-8"))["zero_optimization"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{file}: cannot be read as a DeepSpeed config with a section zero_optimization ({error!r}).") from error
+            raise ConfigError(
+                f"{file}: cannot be read as a DeepSpeed config with a section zero_optimization ({error!r})."
+            ) from error
     else:
         section = {"stage": int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))}
         device = environment.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none")
@@ -59,7 +62,8 @@ def settings_of(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
             section["offload_param"]["nvme_path"] = path
     if section.get("stage") != 3:
         raise ConfigError(
-            f"zero_stage is {section.get('stage')}: stages 0 to 2 split gradients and optimiser states, and a frozen base has none. Set zero_stage: 3."
+            f"zero_stage is {section.get('stage')}: stages below 3 split gradients and optimiser states, which a frozen base has not. "
+            "Set zero_stage: 3."
         )
     # "auto" is a word of Accelerate's; what it stands for here is DeepSpeed's own default.
     section = {name: value for name, value in section.items() if value != "auto" and name != "offload_optimizer"}

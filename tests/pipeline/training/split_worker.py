@@ -1,21 +1,17 @@
 """What each process of `test_engines` runs: the crowd's customers on a base that lies as the launcher's config says, and what became of them.
 
-`accelerate launch --config_file accelerate_configs/X.yaml split_worker.py OUT CASE…`, a case being family:dtype:how; the first process writes OUT.
+`accelerate launch --config_file accelerate_configs/X.yaml -m tests.pipeline.training.split_worker OUT CASE…`, a case being family:dtype:how; the
+first process writes OUT.
 """
 
-import os
 import sys
 import time
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
-
-sys.path[:0] = [str(Path(__file__).resolve().parents[3]), str(Path(__file__).resolve().parent)]
-
-import crowd
 
 from pipeline.prefix.base import attach
 from pipeline.prefix.placing import whole_where_it_is
@@ -23,8 +19,10 @@ from pipeline.training.engines import chosen
 from pipeline.training.mixed import Mixed
 from pipeline.training.resident import Resident
 
+from . import crowd
+
 KINDS = {"llama": ("direct", "mlp", "embedding"), "t5": ("direct", "mlp", "top")}
-STEPS = 6
+STEPS = 4
 
 
 def residents(base: Any, family: str, dtype: torch.dtype, how: str) -> list[Resident]:
@@ -35,7 +33,7 @@ def residents(base: Any, family: str, dtype: torch.dtype, how: str) -> list[Resi
         if how == "lonely":
             rows, batch = 2, 1
         settings = crowd.SETTINGS.__class__(
-            **{**crowd.SETTINGS.__dict__, "max_steps": STEPS, "eval_every": 3, "batch_size": batch}
+            **{**crowd.SETTINGS.__dict__, "max_steps": STEPS, "eval_every": 2, "batch_size": batch}
         )
         wanted = crowd.Wanted(i, kind=kind, rows=rows, settings=settings)
         resident = wanted.resident(base)
@@ -43,7 +41,7 @@ def residents(base: Any, family: str, dtype: torch.dtype, how: str) -> list[Resi
         made.append(Resident(resident.method, False, resident.train_rows, resident.dev_rows, settings))
         if how == "lonely":
             break
-    if how == "nan":
+    if how == "nan":  # given up after three steps, while the others go on
         with torch.no_grad():
             made[0].parameters[0].fill_(torch.nan)
     return made
@@ -86,8 +84,8 @@ def trained(family: str, dtype: torch.dtype, how: str, accelerator: Accelerator)
     return found, kept, whole
 
 
-def main() -> None:
-    out, *cases = sys.argv[1:]
+def run(out: str, cases: Sequence[str]) -> None:
+    """All cases, one after the other."""
     accelerator = Accelerator(cpu=True)
     tensors: dict[str, torch.Tensor] = {}
     for case in cases:
@@ -109,10 +107,9 @@ def main() -> None:
             print(case, f"{time.monotonic() - started:.1f} s", flush=True)
     if accelerator.is_main_process:
         save_file(tensors, out)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    main()
+    run(sys.argv[1], sys.argv[2:])
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

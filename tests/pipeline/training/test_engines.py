@@ -25,7 +25,9 @@ from pipeline.prefix import load_prefix
 from pipeline.training.checkpoint import note_budget, read_checkpoint
 from pipeline.training.engines import chosen
 from pipeline.training.job import Job
-from pipeline.training.run import run_job
+from pipeline.training.run import Paused, run_job
+
+from . import split_worker
 
 MakeJob = Callable[..., tuple[Job, Path]]
 Launch = Callable[..., subprocess.Popen[str]]
@@ -60,7 +62,7 @@ def launch(root: Path) -> Any:
 
 
 def outcome(launch: Launch, config: str, out: Path, cases: tuple[str, ...], *options: str) -> dict[str, torch.Tensor]:
-    child = launch(config, *options, str(Path(__file__).with_name("split_worker.py")), str(out), *cases)
+    child = launch(config, *options, "-m", "tests.pipeline.training.split_worker", str(out), *cases)
     output, _ = child.communicate(timeout=420)
     assert child.returncode == 0, output
     return load_file(out)
@@ -81,13 +83,17 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     """What one process with the whole base comes to."""
     out = tmp_path_factory.mktemp("alone") / "alone.safetensors"
-    subprocess.run([sys.executable, str(Path(__file__).with_name("split_worker.py")), str(out), *CASES], check=True, timeout=300)
+    split_worker.run(str(out), CASES)
     return load_file(out)
 
 
 @pytest.mark.parametrize(
     ("config", "share"),
-    [("cpu_2proc", 1.0), ("fsdp2_2proc_cpu", 0.5), pytest.param("zero3_2proc_cpu", 0.5, marks=WITH_DEEPSPEED)],
+    [
+        pytest.param("cpu_2proc", 1.0, marks=pytest.mark.slow),
+        ("fsdp2_2proc_cpu", 0.5),
+        pytest.param("zero3_2proc_cpu", 0.5, marks=WITH_DEEPSPEED),
+    ],
 )
 def test_prefixes_are_those_of_one_process_and_each_keeps_its_part(
     launch: Launch, tmp_path: Path, alone: dict[str, torch.Tensor], config: str, share: float
@@ -114,7 +120,7 @@ def ranks(child: subprocess.Popen[str]) -> list[psutil.Process]:
     return sorted((p for p in family if "pipeline.training" in " ".join(p.cmdline())), key=lambda p: int(p.environ()["RANK"]))
 
 
-@pytest.mark.parametrize("config", ["fsdp2_2proc_cpu", pytest.param("zero3_2proc_cpu", marks=WITH_DEEPSPEED)])
+@pytest.mark.parametrize("config", ["fsdp2_2proc_cpu", pytest.param("zero3_2proc_cpu", marks=[WITH_DEEPSPEED, pytest.mark.slow])])
 def test_job_on_two_processes_is_stopped_and_goes_on_with_one(make_job: MakeJob, launch: Launch, config: str) -> None:
     """Text initialisation, embedding-only and dev losses run the base on all; what one is asked to stop, all stop at one checkpoint."""
     settings: dict[str, Any] = {"customers": 2, "max_steps": 24, "eval_every": 8, "prefix": {"reparam": "embedding"}}
@@ -154,8 +160,6 @@ def test_killed_process_ends_the_job_and_the_next_run_goes_on(make_job: MakeJob,
     def after_three() -> bool:
         stopped.append(1)
         return len(stopped) > 3
-
-    from pipeline.training.run import Paused
 
     with pytest.raises(Paused):
         run_job(job, after_three)
@@ -198,7 +202,12 @@ def test_deepspeed_file_says_where_the_parts_wait(tmp_path: Path) -> None:
 
     file = tmp_path / "ds.json"
     offload = {"device": "nvme", "nvme_path": "/local/nvme"}
-    section = {"stage": 3, "offload_param": offload, "offload_optimizer": {"device": "cpu"}, "stage3_prefetch_bucket_size": "auto"}
+    section = {
+        "stage": 3,
+        "offload_param": offload,
+        "offload_optimizer": {"device": "cpu"},
+        "stage3_prefetch_bucket_size": "auto",
+    }
     file.write_text(json.dumps({"zero_optimization": section}))
     found = settings_of({"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)})
     assert found["offload_param"] == offload and found["stage"] == 3
