@@ -13,7 +13,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from pipeline.prefix.placing import Placed
-from pipeline.training.engines.units import blocks, cast
+from pipeline.training.engines.units import blocks, cast, give_memory_back
 
 
 def fsdp2(model: Any, device: torch.device, dtype: torch.dtype, reshard: bool, offload: bool) -> Placed:
@@ -26,6 +26,8 @@ def fsdp2(model: Any, device: torch.device, dtype: torch.dtype, reshard: bool, o
         reshard: give a block's weights back after its forward pass and gather them again for the backward pass.
         offload: keep this process's parts in the machine's memory instead of the device's.
     """
+    if device.type == "cpu" or offload:
+        give_memory_back()
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     options: dict[str, Any] = {"mesh": mesh, "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}
     # T5 (transformers 5.23) has the table of relative positions in its first block, and the prefix's part of the bias is looked up in it from

@@ -1,5 +1,6 @@
 """The parts of a base that are split, gathered and given back as one: its blocks."""
 
+import ctypes
 from typing import Any
 
 import torch
@@ -34,3 +35,17 @@ def cast(module: nn.Module, dtype: torch.dtype, model: Any) -> None:
             wanted = torch.float32 if wide else dtype
             if parameter.dtype != wanted:
                 parameter.data = parameter.data.to(wanted)
+
+
+_M_MMAP_THRESHOLD = -3  # glibc's malloc.h
+
+
+def give_memory_back() -> None:
+    """Have this process give the memory of large tensors back to the system as soon as they are gone.
+
+    glibc's malloc otherwise raises, with every such tensor, the size up to which it keeps memory for itself; of weights that come and go with every
+    block it then keeps more than the whole base (measured: 1,080 MB instead of 576 MB per process, half of a base of 537 MB on each).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # another libc
+        mallopt(_M_MMAP_THRESHOLD, 1 << 20)

@@ -20,7 +20,7 @@ from torch import nn
 
 from pipeline.errors import ConfigError
 from pipeline.prefix.placing import Placed
-from pipeline.training.engines.units import blocks, cast
+from pipeline.training.engines.units import blocks, cast, give_memory_back
 
 # Weights no larger than so many numbers stay whole on every process: gathering a bias costs more than it is worth.
 PERSISTENT = 10_000
@@ -79,6 +79,8 @@ def zero3(model: Any, device: torch.device, dtype: torch.dtype, settings: dict[s
         dtype: what the base computes in.
         settings: see `settings_of`.
     """
+    if device.type == "cpu" or settings.get("offload_param"):
+        give_memory_back()
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed

@@ -5,60 +5,32 @@ What takes longer (four processes, memory of a base of 500 MB, two machines) is 
 
 import importlib.util
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from pipeline.errors import ConfigError
-from pipeline.prefix import load_prefix
 from pipeline.training.checkpoint import note_budget, read_checkpoint
 from pipeline.training.engines import chosen
 from pipeline.training.job import Job
 from pipeline.training.run import Paused, run_job
 
 from . import split_worker
+from .launching import Launch, ranks, wait_for_steps, weights
 
 MakeJob = Callable[..., tuple[Job, Path]]
-Launch = Callable[..., subprocess.Popen[str]]
 
 WITH_DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
 CASES = ("llama:float64:plain", "llama:float32:plain", "llama:float64:lonely", "llama:float64:nan", "t5:float64:checkpointing")
 # A prefix has values of about 1. In float64 what remains is the order in which numbers are added up.
 TOLERANCE = {"float64": 1e-12, "float32": 2e-3}
-
-
-@pytest.fixture
-def launch(root: Path) -> Any:
-    """Start `accelerate launch` with a config; whatever of it is alive at the end of the test is killed."""
-    children: list[subprocess.Popen[str]] = []
-
-    def start(config: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-        file = root / "accelerate_configs" / f"{config}.yaml"
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), *arguments]
-        child = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=root,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environment},
-        )  # fmt: skip
-        children.append(child)
-        return child
-
-    yield start
-    for child in children:
-        with_all = psutil.Process(child.pid).children(recursive=True) if child.poll() is None else []
-        for process in [child, *with_all]:
-            process.kill()
-        child.wait()
 
 
 def outcome(launch: Launch, config: str, out: Path, cases: tuple[str, ...], *options: str) -> dict[str, torch.Tensor]:
@@ -100,24 +72,6 @@ def test_prefixes_are_those_of_one_process_and_each_keeps_its_part(
 ) -> None:
     """Customers of unequal sizes, steps in which a process has no rows, a customer that is NaN, checkpointing, an encoder-decoder."""
     assert_equal(outcome(launch, config, tmp_path / "out.safetensors", CASES), alone, share)
-
-
-def weights(job: Job, i: int) -> dict[str, torch.Tensor]:
-    prefix, _ = load_prefix(Path(job.customers[i].prefix_dir))
-    return {f"{site}.{kind}": pair[k] for site, pair in prefix.items() for k, kind in enumerate(("key", "value"))}
-
-
-def wait_for_steps(child: subprocess.Popen[str], job: Job, steps: int) -> None:
-    log, deadline = Path(job.folder) / "metrics.jsonl", time.monotonic() + 150
-    while not log.exists() or log.read_text().count("\n") < steps:
-        assert time.monotonic() < deadline, "no steps"
-        assert child.poll() is None, child.communicate()[0]
-        time.sleep(0.1)
-
-
-def ranks(child: subprocess.Popen[str]) -> list[psutil.Process]:
-    family = psutil.Process(child.pid).children(recursive=True)
-    return sorted((p for p in family if "pipeline.training" in " ".join(p.cmdline())), key=lambda p: int(p.environ()["RANK"]))
 
 
 @pytest.mark.parametrize("config", ["fsdp2_2proc_cpu", pytest.param("zero3_2proc_cpu", marks=[WITH_DEEPSPEED, pytest.mark.slow])])
