@@ -8,6 +8,7 @@ of Prefect, imports no torch.
 import contextlib
 import dataclasses
 import re
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from pipeline.training.job import (
     JobTraining,
     write_job,
 )
-from pipeline.training.results import EVALUATION_FILES, PREFIX_FILES, is_whole, read_result, result_path
+from pipeline.training.results import EVALUATION_FILES, PREFIX_FILES, is_whole, read_result, result_path, write_result
 
 # Raised when the same settings and data would give another prefix, or the same prefix another score: everything is then due again.
 METHOD_VERSION = 1
@@ -135,6 +136,7 @@ def plan(fleet: Fleet, members: Iterable[tuple[Customer, JobCustomer]], base: Ba
                 digest=base.digest,
                 dtype=fleet.base_model.dtype,
                 quantization=fleet.base_model.quantization,
+                attention=fleet.base_model.attention,
             ),
             mixing=JobMixing(
                 # LLM.int8 keeps the columns that are large in any row of a batch in 16 bit: rows of two customers must not meet.
@@ -156,18 +158,28 @@ def due_in(planned: PlannedJob, stage: str) -> list[JobCustomer]:
     return [c for c in planned.job.customers if is_trained(c) and not is_evaluated(c)]
 
 
-def write(planned: PlannedJob, stage: str, champions: Mapping[CustomerKey, Path] | None = None) -> None:
+def write(
+    planned: PlannedJob,
+    stage: str,
+    champions: Mapping[CustomerKey, Path] | None = None,
+    failed: Mapping[CustomerKey, str] | None = None,
+) -> None:
     """Write the job file for those due in `stage`, and forget what an earlier run of the same job said of them.
 
     Args:
         planned: the job.
         stage: `train` or `evaluate`.
         champions: the prefix folders of the champions that customers start from.
+        failed: customers that cannot even start, and why: left out of the file, with a result that says so.
     """
-    customers = [_starting_from(c, (champions or {}).get(c.key)) for c in due_in(planned, stage)]
+    champions, failed = champions or {}, failed or {}
+    customers = [_starting_from(c, champions.get(c.key)) for c in due_in(planned, stage)]
     for customer in customers:
         result_path(planned.job, customer.key, _RESULT[stage]).unlink(missing_ok=True)
-    write_job(planned.path, dataclasses.replace(planned.job, customers=customers))
+        if customer.key in failed:
+            write_result(planned.job, customer, _RESULT[stage], time.monotonic(), failed[customer.key])
+    started = [c for c in customers if c.key not in failed]
+    write_job(planned.path, dataclasses.replace(planned.job, customers=started))
 
 
 def _starting_from(customer: JobCustomer, champion: Path | None) -> JobCustomer:

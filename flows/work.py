@@ -314,9 +314,12 @@ def run_job(planned: jobs.PlannedJob, stage: str, logger: "logging.Logger | logg
     """
     module = "pipeline.training" if stage == "train" else "pipeline.evaluation"
     for left in reversed(range(_RESUMPTIONS)):
-        if not jobs.due_in(planned, stage):
+        members = jobs.due_in(planned, stage)
+        champions, failed = _champions(members) if stage == "train" else ({}, {})
+        if members:
+            jobs.write(planned, stage, champions, failed)
+        if len(members) == len(failed):
             return
-        jobs.write(planned, stage, _champions(planned) if stage == "train" else None)
         try:
             launch.run_module(module, planned.path, planned.launch, events.emit, logger)
             return
@@ -326,14 +329,29 @@ def run_job(planned: jobs.PlannedJob, stage: str, logger: "logging.Logger | logg
             logger.info("%s Starting it again.", paused)
 
 
-def _champions(planned: jobs.PlannedJob) -> dict[CustomerKey, Path]:
-    """The prefixes that customers with `init_prefix: champion` start from; whoever has no champion yet is left out."""
+def _champions(members: list[JobCustomer]) -> tuple[dict[CustomerKey, Path], dict[CustomerKey, str]]:
+    """The prefixes that customers with `init_prefix: champion` start from, and why those fail whose champion cannot be had.
+
+    Whoever has no champion yet is in neither.
+    """
     from pipeline.registry import lookup, status
     from pipeline.registry.register import CHAMPION
 
-    keys = [c.key for c in jobs.due_in(planned, "train") if c.prefix.init_prefix == CHAMPION]
-    held = [known.key for known in status(keys) if known.champion_version is not None] if keys else []
-    return {key: lookup(key).prefix_dir for key in held}
+    keys = [member.key for member in members if member.prefix.init_prefix == CHAMPION]
+    found: dict[CustomerKey, Path] = {}
+    failed: dict[CustomerKey, str] = {}
+    try:
+        held = [known.key for known in status(keys) if known.champion_version is not None] if keys else []
+    except PrefixFleetError as error:  # MLflow is away: those who need nothing of it go on
+        return {}, dict.fromkeys(keys, str(error))
+    for key in held:
+        try:
+            found[key] = lookup(key).prefix_dir
+        except Exception as error:  # of whatever kind: the other customers are not to suffer
+            if not isinstance(error, PrefixFleetError):
+                log.error("looking up the champion of %s failed", key, exc_info=error)
+            failed[key] = str(error) if isinstance(error, PrefixFleetError) else f"{type(error).__name__}: {error}"
+    return found, failed
 
 
 def register(member: JobCustomer, home: Home) -> Registered:

@@ -11,6 +11,7 @@ from pipeline.prefix import FrozenBase
 IGNORED = -100
 # Lengths are rounded up: the matrix library (oneDNN) keeps a program for every shape that it meets, and hundreds of lengths cost gigabytes.
 ROUND_TO = 8
+ROUND_POSITIONS_TO = 32
 # What a further micro-batch costs, as a part of the token budget, against the padding that it saves.
 _OVERHEAD = 1 / 32
 
@@ -105,15 +106,24 @@ def row_losses(base: FrozenBase, rows: Sequence[TokenRow], pad: int) -> torch.Te
     if base.is_encoder_decoder:
         ids, mask = right_padded([row.prompt_ids for row in rows], pad, base.device)
         labels, _ = right_padded(targets, IGNORED, base.device)
-        decoder_ids = base.model.prepare_decoder_input_ids_from_labels(labels=labels)
-        logits = base.model(input_ids=ids, attention_mask=mask, decoder_input_ids=decoder_ids, use_cache=False).logits
+        inputs = {"decoder_input_ids": base.model.prepare_decoder_input_ids_from_labels(labels=labels)}
+        starts, width = [0] * len(rows), labels.shape[1]
     else:
-        # Padding in front brings every row's target to the end, so that the base computes logits for the last positions only:
-        # logits and softmax over the vocabulary cost more than all other products of a small model.
         ids, mask = left_padded([row.prompt_ids + row.target_ids[:-1] for row in rows], pad, base.device)
-        labels, _ = left_padded(targets, IGNORED, base.device)  # never longer than ids, since a prompt has a token at least
-        base.prompts_end_at(torch.tensor([ids.shape[1] - len(t) for t in targets], device=base.device))
-        logits = base.model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=labels.shape[1]).logits
+        inputs = {}
+        # The last prompt token predicts the first of the target, which stands at the end.
+        width = ids.shape[1]
+        starts = [width - len(target) for target in targets]
+        base.prompts_end_at(torch.tensor(starts, device=base.device))
+    flat = [
+        i * width + start + k for i, (start, target) in enumerate(zip(starts, targets, strict=True)) for k in range(len(target))
+    ]
+    wanted, count = [token for target in targets for token in target], len(flat)
+    # Rounded up too, with a position whose loss is left out.
+    flat += flat[:1] * (-count % ROUND_POSITIONS_TO)
+    base.logits_only_at(torch.tensor(flat, device=base.device))
+    logits = base.model(input_ids=ids, attention_mask=mask, use_cache=False, **inputs).logits[0, :count]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
-    return loss.view(labels.shape).sum(dim=1)
+    losses = torch.nn.functional.cross_entropy(logits, torch.tensor(wanted, device=base.device), reduction="none")
+    of_row = torch.tensor([i for i, target in enumerate(targets) for _ in target], device=base.device)
+    return losses.new_zeros(len(rows)).index_add(0, of_row, losses)

@@ -29,6 +29,7 @@ class JobBase:
     digest: str
     dtype: str
     quantization: str | None
+    attention: str
 
 
 @dataclass(frozen=True)

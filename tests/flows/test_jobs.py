@@ -113,7 +113,8 @@ def test_one_job_for_each_way_to_launch(tmp_path: Path) -> None:
 def test_written_job_reads_back_equal_and_forgets_old_results(tmp_path: Path) -> None:
     home = Home(tmp_path)
     which = {"layers": 2, "sites": ["decoder.self", "decoder.cross"]}
-    fleet = Fleet(base_model={"path": "base", "quantization": "int8"}, customers=[customer(prefix=which)])  # type: ignore[arg-type]
+    of_base = {"path": "base", "quantization": "int8", "attention": "flex_attention"}
+    fleet = Fleet(base_model=of_base, customers=[customer(prefix=which)])  # type: ignore[arg-type]
     members = [(c, jobs.job_customer(c, CARD, base(), "auto", home)) for c in fleet.customers]
     (planned,) = jobs.plan(fleet, members, base(), home)
     result = home.job(planned.job.name) / "acme" / "default" / "train_result.json"
@@ -122,6 +123,7 @@ def test_written_job_reads_back_equal_and_forgets_old_results(tmp_path: Path) ->
     assert jobs.result_of(planned, members[0][1], "train") == ("old", 1.0)
     jobs.write(planned, "train")
     assert read_job(planned.path) == planned.job
+    assert (planned.job.base.quantization, planned.job.base.attention) == ("int8", "flex_attention")
     reason, seconds = jobs.result_of(planned, members[0][1], "train")
     assert reason is not None and "before it came to this customer" in reason and seconds == 0.0
 

@@ -10,9 +10,9 @@ import pytest
 from pipeline.data.records import Record, write_split
 from pipeline.files import whole_folder, write_json
 from pipeline.keys import CustomerKey
-from pipeline.training.job import Job, JobBase, JobCustomer, JobEvaluation, JobGate, JobPrefix, JobPrompt, JobTraining
+from pipeline.training.job import Job, JobBase, JobCustomer, JobEvaluation, JobGate, JobMixing, JobPrefix, JobPrompt, JobTraining
 
-BASE = JobBase(id="org/base", path="base", revision=None, digest="b" * 64, dtype="float32", quantization=None)
+BASE = JobBase(id="org/base", path="base", revision=None, digest="b" * 64, dtype="float32", quantization=None, attention="auto")
 
 
 class FakeEngine:
@@ -60,9 +60,8 @@ def make_job(tmp_path: Path) -> Callable[..., Job]:
     """`make_job("acme", "bistro")` writes prepared data (12 test records) and a prefix folder for each and returns the job."""
 
     def make(*names: str, records: list[Record] | None = None, run_id: str | None = None, max_new_tokens: int = 32) -> Job:
-        return Job(
-            1, "test", str(tmp_path / "job"), "x", BASE, [_customer(tmp_path, n, records, run_id, max_new_tokens) for n in names]
-        )
+        customers = [_customer(tmp_path, n, records, run_id, max_new_tokens) for n in names]
+        return Job(2, "test", str(tmp_path / "job"), "x", BASE, JobMixing(32, 4096, False, 60.0), customers)
 
     return make
 

@@ -28,7 +28,7 @@ def test_in_a_crowd_it_is_trained_as_alone_on_the_processor() -> None:
     base.model.cuda()
     residents, _ = trained(base, [w.resident(base) for w in [Wanted(1), *CROWD]], slots=5, budget=200, cpu=False)
     processor = attached()
-    [alone], _ = trained(processor, [Wanted(1).resident(processor)], slots=1)
+    [alone], _ = trained(processor, [Wanted(1).resident(processor)], slots=1, cpu=False)
     there = {site: tensor.cpu() for site, tensor in final(residents[0]).items()}
     assert difference(there, final(alone)) < 1e-8
 
