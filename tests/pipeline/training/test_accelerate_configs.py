@@ -84,7 +84,7 @@ def test_machines_are_numbered_on_the_command_line(name: str) -> None:
     prepare: Any = prepare_deepspeed_cmd_env if name.endswith("zero3") else prepare_multi_gpu_env
     prepare(arguments)
     assert (str(arguments.nnodes), str(arguments.nproc_per_node), str(arguments.node_rank)) == ("3", "8", "2")
-    assert (arguments.master_addr, str(arguments.master_port)) == ("10.0.0.1", "29511")
+    assert arguments.rdzv_endpoint == "10.0.0.1:29511"
 
 
 @WITH_DEEPSPEED
