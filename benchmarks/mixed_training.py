@@ -5,8 +5,8 @@
 
 `mixed` and `one-by-one` are the same code with as many slots as customers, and with one slot. `peft` trains one customer after another with
 PEFT's PrefixTuning as its documentation shows it, the base loaded once. All three use the same rows in the same order, P = 10, AdamW, the base in
-bfloat16 and no dev losses. CPU seconds, with OMP_NUM_THREADS=1, compare even on a machine that others use too. Every measurement is a process of its own; the kinds take turns, `--rounds` times, and the medians are shown. Loading
-the base is not counted.
+bfloat16 and no dev losses. Every measurement is a process of its own; the kinds take turns, `--rounds` times, and the medians are shown. Loading
+the base is not counted. CPU seconds, with OMP_NUM_THREADS=1, compare even on a machine that others use too.
 """
 
 import argparse
@@ -211,8 +211,8 @@ def main() -> None:
         ]
         ratio = f"{statistics.median(ratios):.2f}" if ratios else ""
         print(
-            f"| {count} | {size} | {kind} | {m['seconds']:.1f} | {ratio} | {m['cpu_seconds']:.1f} | {m['tokens_per_second']:,.0f} | {m['padding_share']:.1%} "
-            f"| {m['memory_mib']:,.0f} |"
+            f"| {count} | {size} | {kind} | {m['seconds']:.1f} | {ratio} | {m['cpu_seconds']:.1f} | {m['tokens_per_second']:,.0f} "
+            f"| {m['padding_share']:.1%} | {m['memory_mib']:,.0f} |"
         )
     if arguments.json:
         arguments.json.write_text(json.dumps([{"key": key, "runs": runs} for key, runs in found.items()]))
