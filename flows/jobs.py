@@ -8,6 +8,7 @@ of Prefect, imports no torch.
 import contextlib
 import dataclasses
 import re
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +32,11 @@ from pipeline.training.job import (
     JobTraining,
     write_job,
 )
-from pipeline.training.results import EVALUATION_FILES, PREFIX_FILES, is_whole, read_result, result_path
+from pipeline.training.results import EVALUATION_FILES, PREFIX_FILES, is_whole, read_result, result_path, write_result
 
 # Raised when the same settings and data would give another prefix, or the same prefix another score: everything is then due again.
 METHOD_VERSION = 1
-EVALUATION_VERSION = 1
+EVALUATION_VERSION = 2
 
 STAGES = ("prepare", "train", "evaluate", "register")
 _RESULT = {"train": "train", "evaluate": "eval"}  # what the results of the stages that run in a child are called
@@ -66,6 +67,7 @@ def job_customer(
         evaluate_digest=evaluate_digest,
         prefix_dir=str(home.prefix(customer.key, train_digest)),
         evaluation_dir=str(home.evaluation(customer.key, evaluate_digest)),
+        champion_dir=None,  # which one it is changes with every promotion, and is looked up when the job is written
         prompt=JobPrompt(**prompt),
         prefix=JobPrefix(**prefix),
         training=JobTraining(**training),
@@ -124,7 +126,7 @@ def plan(fleet: Fleet, members: Iterable[tuple[Customer, JobCustomer]], base: Ba
         name = f"{readable(fleet.name)}-{digest_of(work)[:10]}"
         folder = home.job(name)
         job = Job(
-            format=2,
+            format=3,
             name=name,
             folder=str(folder),
             experiment="prefixfleet",
@@ -156,15 +158,23 @@ def due_in(planned: PlannedJob, stage: str) -> list[JobCustomer]:
     return [c for c in planned.job.customers if is_trained(c) and not is_evaluated(c)]
 
 
-def write(planned: PlannedJob, stage: str, champions: Mapping[CustomerKey, Path] | None = None) -> None:
+def write(
+    planned: PlannedJob, stage: str, champions: Mapping[CustomerKey, Path] | None = None, without: Iterable[CustomerKey] = ()
+) -> None:
     """Write the job file for those due in `stage`, and forget what an earlier run of the same job said of them.
 
     Args:
         planned: the job.
         stage: `train` or `evaluate`.
-        champions: the prefix folders of the champions that customers start from.
+        champions: the prefix folders of the champions that customers start from, or that they are compared with.
+        without: customers that are left out.
     """
-    customers = [_starting_from(c, (champions or {}).get(c.key)) for c in due_in(planned, stage)]
+    known, left_out = champions or {}, set(without)
+    due = [c for c in due_in(planned, stage) if c.key not in left_out]
+    if stage == "train":
+        customers = [_starting_from(c, known.get(c.key)) for c in due]
+    else:
+        customers = [dataclasses.replace(c, champion_dir=str(known[c.key]) if c.key in known else None) for c in due]
     for customer in customers:
         result_path(planned.job, customer.key, _RESULT[stage]).unlink(missing_ok=True)
     write_job(planned.path, dataclasses.replace(planned.job, customers=customers))
@@ -174,6 +184,11 @@ def _starting_from(customer: JobCustomer, champion: Path | None) -> JobCustomer:
     if champion is None:
         return customer
     return dataclasses.replace(customer, prefix=dataclasses.replace(customer.prefix, init_prefix=str(champion)))
+
+
+def fail(planned: PlannedJob, customer: JobCustomer, stage: str, reason: str) -> None:
+    """Say that a customer is left out of a stage, and why."""
+    write_result(planned.job, customer, _RESULT[stage], time.monotonic(), reason)
 
 
 def result_of(planned: PlannedJob, customer: JobCustomer, stage: str) -> tuple[str | None, float]:

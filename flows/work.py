@@ -313,10 +313,18 @@ def run_job(planned: jobs.PlannedJob, stage: str, logger: "logging.Logger | logg
         ProcessPaused, ProcessCrash, TrainingError, EvaluationError: see `flows.launch.run_module`.
     """
     module = "pipeline.training" if stage == "train" else "pipeline.evaluation"
+    unreadable: set[CustomerKey] = set()
     for left in reversed(range(_RESUMPTIONS)):
         if not jobs.due_in(planned, stage):
             return
-        jobs.write(planned, stage, _champions(planned) if stage == "train" else None)
+        champions, reasons = _champions(planned, stage)
+        unreadable |= set(reasons)
+        jobs.write(planned, stage, champions, unreadable)
+        for member in jobs.due_in(planned, stage):
+            if member.key in reasons:
+                jobs.fail(planned, member, stage, reasons[member.key])
+        if unreadable.issuperset(member.key for member in jobs.due_in(planned, stage)):
+            return
         try:
             launch.run_module(module, planned.path, planned.launch, events.emit, logger)
             return
@@ -326,14 +334,26 @@ def run_job(planned: jobs.PlannedJob, stage: str, logger: "logging.Logger | logg
             logger.info("%s Starting it again.", paused)
 
 
-def _champions(planned: jobs.PlannedJob) -> dict[CustomerKey, Path]:
-    """The prefixes that customers with `init_prefix: champion` start from; whoever has no champion yet is left out."""
+def _champions(planned: jobs.PlannedJob, stage: str) -> tuple[dict[CustomerKey, Path], dict[CustomerKey, str]]:
+    """The champions that customers start from (`init_prefix: champion`) or are compared with; whoever has none yet is left out.
+
+    Returns:
+        their prefix folders, and why some could not be had.
+    """
     from pipeline.registry import lookup, status
     from pipeline.registry.register import CHAMPION
 
-    keys = [c.key for c in jobs.due_in(planned, "train") if c.prefix.init_prefix == CHAMPION]
-    held = [known.key for known in status(keys) if known.champion_version is not None] if keys else []
-    return {key: lookup(key).prefix_dir for key in held}
+    due = jobs.due_in(planned, stage)
+    keys = [c.key for c in due if stage == "evaluate" or c.prefix.init_prefix == CHAMPION]
+    found: dict[CustomerKey, Path] = {}
+    reasons: dict[CustomerKey, str] = {}
+    for known in status(keys) if keys else []:
+        if known.champion_version is not None:
+            try:
+                found[known.key] = lookup(known.key).prefix_dir
+            except PrefixFleetError as error:
+                reasons[known.key] = f"its champion, version {known.champion_version}, cannot be had: {error}"
+    return found, reasons
 
 
 def register(member: JobCustomer, home: Home) -> Registered:

@@ -76,6 +76,13 @@ class Progress:
         else:
             self._emit(info, force=self.done >= self.total)
 
+    def expect(self, total: int) -> None:
+        """Correct the number of units, once it is known."""
+        self.total = total
+        if self._bar is not None:
+            self._bar.total = total
+            self._bar.refresh()
+
     def skip(self, n: int) -> None:
         """Count units that an earlier run has done: they say nothing about the time that is left."""
         self._done_at_start += n

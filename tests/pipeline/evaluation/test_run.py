@@ -49,7 +49,8 @@ def test_the_folder_holds_outputs_scores_decision_and_report_of_this_prefix(make
     job = make_job("acme")
     knows(engine, *job.customers)
     evaluate_job(job, engine.load)
-    assert sorted(p.name for p in folder(job).iterdir()) == ["decision.json", "generations.jsonl", "metrics.json", "report.html"]
+    names = ["decision.json", "generations.jsonl", "metrics.json", "report.html", "report.md"]
+    assert sorted(p.name for p in folder(job).iterdir()) == names
     lines = [json.loads(line) for line in (folder(job) / "generations.jsonl").read_text(encoding="utf-8").splitlines()]
     assert lines[3] == {
         "input": "name: place 3",
@@ -63,10 +64,15 @@ def test_the_folder_holds_outputs_scores_decision_and_report_of_this_prefix(make
     assert metrics["prefix_digest"] == job.customers[0].train_digest
     assert set(metrics["scores"]["base"]) == {"bleu", "rougeL", "chrf"}
     assert metrics["scores"]["prefix"]["bleu"] == {"score": 100, "low": 100, "high": 100}
-    assert metrics["settings"] == {"num_beams": 1, "max_new_tokens": 32, "bootstrap_resamples": 200, "seed": 12345}
+    settings = {"preset": "default", "num_beams": 1, "max_new_tokens": 32, "bootstrap_resamples": 200, "seed": 12345}
+    assert metrics["settings"] == settings
+    gain = metrics["comparisons"]["base"]["bleu"]
+    assert gain["gain"] == round(100 - metrics["scores"]["base"]["bleu"]["score"], 6)
+    assert gain["p"] < 0.5
     decision = read_json(folder(job) / "decision.json", 1)
     assert decision["decision"] == "promote"
-    assert decision["gate"] == {"metric": "bleu", "min_gain_over_base": 0.0, "min_score": None}
+    assert decision["gate"] == dataclasses.asdict(job.customers[0].evaluation.gate)
+    assert decision["reasons"][-1] == "There is no champion to compare with."
 
 
 def test_a_prefix_that_does_not_beat_the_base_is_rejected_but_evaluated(make_job, engine) -> None:
@@ -169,7 +175,7 @@ def next_prefix(job: Job, **evaluation: object) -> Job:
     old = Path(customer.prefix_dir)
     new = old.with_name("9" * 16)
     new.mkdir()
-    write_json(new / "prefix.json", {**read_json(old / "prefix.json", 1), "digest": "9" * 64})
+    write_json(new / "prefix.json", {**read_json(old / "prefix.json", 1), "digest": "9" * 64, "weights_sha256": "9" * 64})
     changed = dataclasses.replace(
         customer,
         train_digest="9" * 64,
@@ -191,7 +197,8 @@ def test_outputs_of_the_base_are_taken_from_an_earlier_evaluation_of_the_same_te
     assert [rows for rows, _, _ in engine.calls] == [24, 12]
     first, second = (read_json(folder(j) / "metrics.json", 1) for j in (job, again))
     assert first["scores"]["base"] == second["scores"]["base"]
-    assert first["base_generation_digest"] == second["base_generation_digest"]
+    assert first["systems"]["base"] == second["systems"]["base"]
+    assert first["systems"]["prefix"]["outputs_digest"] != second["systems"]["prefix"]["outputs_digest"]
 
 
 @pytest.mark.parametrize("change", [{"num_beams": 2}, {"max_new_tokens": 8}])
@@ -280,7 +287,9 @@ def test_mlflow_gets_scores_and_report_in_the_prefixs_own_run(make_job, engine, 
     scores = read_json(folder(job, 1) / "metrics.json", 1)["scores"]
     assert logged["bleu"] == scores["prefix"]["bleu"]["score"]
     assert logged["base_chrf_low"] == scores["base"]["chrf"]["low"]
-    assert [f.path for f in MlflowClient().list_artifacts(run.info.run_id, "evaluation")] == ["evaluation/report.html"]
+    assert logged["bleu_p_over_base"] <= 1
+    artifacts = [Path(f.path).name for f in MlflowClient().list_artifacts(run.info.run_id, "evaluation")]
+    assert sorted(artifacts) == ["decision.json", "metrics.json", "report.html", "report.md"]
 
 
 def test_an_unreachable_mlflow_is_a_warning_and_is_asked_once(make_job, engine, monkeypatch, capfd) -> None:
