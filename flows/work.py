@@ -33,7 +33,7 @@ _preparing = threading.Lock()
 
 @dataclass
 class Row:
-    """One customer in the table at the end. Scores are in points (0..100) of `metric`.
+    """One customer in the table at the end. Scores are in the unit of `metric`; the champion is the one that this prefix was compared with.
 
     `status` is `done` (something was done), `unchanged` or `failed`; `seconds` are those of this run; `score` holds `score`, `low`, `high`.
     `overlap` counts the inputs that stand in two ready-made splits, as `train/test`: only those that are not zero.
@@ -44,6 +44,7 @@ class Row:
     quarantined: int | None = None
     metric: str = ""
     base_score: float | None = None
+    champion_score: float | None = None
     score: dict[str, float] | None = None
     decision: str | None = None
     reasons: list[str] = field(default_factory=list)
@@ -451,5 +452,7 @@ def _judge(row: Row, folder: Path) -> None:
     """Put the scores and the decision of the evaluation in `folder` into `row`."""
     metrics, decision = read_json(folder / "metrics.json", 1), read_json(folder / "decision.json", 1)
     base, score = metrics["scores"]["base"][row.metric]["score"], metrics["scores"]["prefix"][row.metric]
+    champion = metrics["scores"].get("champion")
+    row.champion_score = None if champion is None else champion[row.metric]["score"]
     row.base_score, row.score = base, {name: score[name] for name in ("score", "low", "high")}
     row.decision, row.reasons, row.report = decision["decision"], list(decision["reasons"]), folder / "report.html"

@@ -3,6 +3,7 @@
 In: what the pages are made of. Out: text. Whatever customers or models wrote is escaped, so that it cannot become a link or a heading.
 """
 
+import html
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from pipeline.keys import CustomerKey
 def escaped(value: object) -> str:
     """`value` in one line, without effect in Markdown, in a table or in HTML."""
     line = " ".join(str(value).split())
-    return re.sub(r"([\\`*_{}\[\]<>()#+!|~])", r"\\\1", line)
+    return re.sub(r"([\\`*_{}\[\]()#+!|~])", r"\\\1", html.escape(line, quote=False))
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
