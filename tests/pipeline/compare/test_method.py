@@ -12,6 +12,7 @@ from pipeline.compare.method import METHODS, Task, run_method
 from pipeline.compare.report import compare
 from pipeline.data import read_split
 from pipeline.errors import PrefixError
+from pipeline.prefix import load_base
 from pipeline.training.job import Job
 
 MakeJob = Callable[..., tuple[Job, Path]]
@@ -38,7 +39,8 @@ def test_every_method_answers_and_says_what_it_cost(job: Job, method: str, tmp_p
         assert (found["trained"], found["bytes"], found["tries"]) == (0, 0, [])
         return
     assert found["steps"] == 30 and found["seconds"] > 0
-    assert found["trained"] > 0 and found["share"] == pytest.approx(found["trained"] / found["trained"] * found["share"])
+    of_base = sum(p.numel() for p in load_base(job.base).model.parameters())
+    assert found["trained"] > 0 and found["share"] == pytest.approx(found["trained"] / of_base)
     assert found["bytes"] > 100
     assert (found["share"] == 1) == (method == "full")
 

@@ -9,7 +9,8 @@ from pipeline.compare import weights
 from pipeline.errors import ConfigError
 from pipeline.prefix import FrozenBase, load_base
 from pipeline.training.batches import row_losses
-from tests.pipeline.compare.rows import Row, job_base
+
+from .rows import Row, job_base
 
 ROWS = [Row([5, 6, 7], [8, 9, 0]), Row([7], [4, 0])]
 
