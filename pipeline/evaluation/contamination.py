@@ -35,22 +35,24 @@ def contamination(test: Sequence[Row], train: Sequence[Row]) -> dict[str, Any]:
         either, with `kind`, `input` and `shared`.
     """
     inputs = {normalised(row.input) for row in train}
-    runs = {run for row in train for text in (row.input, *row.references) for run in _runs(text)}
-    repeated, judged, overlapping = [], 0, []
-    for row in test:
-        if normalised(row.input) in inputs:
-            repeated.append({"kind": "input", "input": row.input[:_LONGEST], "shared": row.input[:_LONGEST]})
-        own = [run for text in row.references for run in _runs(text)]
-        judged += bool(own)
-        shared = next((run for run in own if run in runs), None)
-        if shared is not None:
-            overlapping.append({"kind": "reference", "input": row.input[:_LONGEST], "shared": " ".join(shared)})
+    runs = [dict.fromkeys(run for text in row.references for run in _runs(text)) for row in test]
+    # What is looked for is kept, not what is searched: test splits are small, training splits need not be.
+    wanted = {run for own in runs for run in own}
+    found = {run for row in train for text in (row.input, *row.references) for run in _runs(text) if run in wanted}
+    repeated = [row for row in test if normalised(row.input) in inputs]
+    overlapping = [(row, run) for row, own in zip(test, runs, strict=True) if (run := next((r for r in own if r in found), None))]
     return {
         "words": WORDS,
         "inputs_in_train": len(repeated),
-        "references_judged": judged,
+        "references_judged": sum(map(bool, runs)),
         "references_overlapping": len(overlapping),
-        "examples": repeated[:_EXAMPLES] + overlapping[:_EXAMPLES],
+        "examples": [
+            *({"kind": "input", "input": row.input[:_LONGEST], "shared": row.input[:_LONGEST]} for row in repeated[:_EXAMPLES]),
+            *(
+                {"kind": "reference", "input": row.input[:_LONGEST], "shared": " ".join(run)}
+                for row, run in overlapping[:_EXAMPLES]
+            ),
+        ],
     }
 
 
