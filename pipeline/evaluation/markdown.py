@@ -29,7 +29,8 @@ def score_text(score: Mapping[str, float] | None, metric: str) -> str:
     """`26.9 (22.6 to 31.9)`."""
     if score is None:
         return ""
-    places = 2 if metric in METRICS and METRICS[metric].top == 100 else 4
+    in_points = metric not in METRICS or METRICS[metric].top == 100
+    places = 2 if in_points or score["score"] >= 20 else 4
     interval = f" ({score['low']:.{places}f} to {score['high']:.{places}f})" if "low" in score else ""
     return f"{score['score']:.{places}f}{interval}"
 

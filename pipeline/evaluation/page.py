@@ -27,6 +27,9 @@ h2{font-size:18px;margin:0 0 14px}
 h3{font-size:15px;margin:22px 0 8px}
 h3:first-of-type{margin-top:0}
 p{margin:0 0 10px}
+.more{margin-top:20px}
+.more p{margin:8px 0 0}
+tbody th .small{font-weight:400;display:block}
 .eyebrow{color:var(--soft);font-size:14px;margin:0 0 4px}
 .soft{color:var(--soft)}
 .small{font-size:14px}

@@ -65,7 +65,7 @@ def customer_report(
     counts = prefix["lineage"]["counts"]
     gate_metric = decision["gate"]["metric"]
     of_gate = {system: scores[gate_metric] for system, scores in metrics["scores"].items()}
-    places = digits(METRICS[gate_metric].top)
+    places = digits(METRICS[gate_metric].top or max(score["high"] for score in of_gate.values()))
     shown = [
         (f"{gate_metric} with the prefix", f"{of_gate['prefix']['score']:.{places}f}"),
         (f"{gate_metric} of the base", f"{of_gate['base']['score']:.{places}f}"),
@@ -110,8 +110,8 @@ def _scores(metrics: Mapping[str, Any]) -> str:
     top = top_of_scale(systems[system][name]["high"] for system in systems for name in in_points)
     rows = []
     for name in sorted(names, key=lambda name: name not in in_points):
-        places = digits(METRICS[name].top) if name in in_points else 3
         own_top = top if name in in_points else max(1e-9, *(of[name]["high"] for of in systems.values())) * 1.05
+        places = digits(own_top)
         arrow = "" if metrics["better"][name] == "higher" else ' <span class="soft small">lower is better</span>'
         cells = "".join(score_cell(systems[system][name], system, places) for system in systems)
         rows.append(
@@ -124,8 +124,11 @@ def _scores(metrics: Mapping[str, Any]) -> str:
     remarks = "".join(f'<p class="soft small">{text(remark)}</p>' for remark in metrics["remarks"])
     shown = table(["metric", *(f"#{system}" for system in systems), ""], rows, "scores")
     units = "in points of 100" if len(in_points) == len(names) else "in points of 100; those below the scale in their own units"
+    if not in_points:
+        units = "each in its own unit"
     return (
-        f"<section><h2>Scores, {units}</h2>{notes}{shown}{_score_key(systems)}<h3>What is compared</h3>{what}{remarks}</section>"
+        f"<section><h2>Scores, {units}</h2>{notes}{shown}{_score_key(systems)}"
+        f'<div class="more"><h3>What is compared</h3>{what}{remarks}</div></section>'
     )
 
 
@@ -163,7 +166,7 @@ def _slices(metrics: Mapping[str, Any], name: str) -> str:
         systems = list(metrics["scores"])
         rows = [
             f'<tr><th>{text(value)}</th><td class="number" data-of="records">{part["records"]:,}</td>'
-            + "".join(score_cell(part["scores"][system][name], system, digits(METRICS[name].top)) for system in systems)
+            + "".join(score_cell(part["scores"][system][name], system, digits(top)) for system in systems)
             + "".join(
                 compared_cell(own[name], f"over the {other}") for other, own in part["comparisons"].items() if other != "prompt"
             )
