@@ -93,7 +93,8 @@ def _job(todo: work.Work, one: Any, steps: int | None) -> tuple[Any, Job]:
         )
         member = dataclasses.replace(member, training=training)
     fleet = todo.fleet.model_copy(update={"base_model": model.model_copy(update={"dtype": "float32"})})
-    (planned,) = jobs.plan(fleet, [(one.model_copy(update={"launch": LaunchSettings()}), member)], todo.base, todo.home)
+    chosen = one.model_copy(update={"launch": LaunchSettings()})
+    (planned,) = jobs.plan(fleet, [chosen], {one.key: member}, todo.base, todo.home)
     return member, planned.job
 
 

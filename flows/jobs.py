@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ METHOD_VERSION = 1
 EVALUATION_VERSION = 2
 
 STAGES = ("prepare", "train", "evaluate", "register")
+# Of the launch settings: how the same work is cut, which one may change to go on with less memory.
+_CHANGES_NO_JOB = ("slots", "max_tokens_per_micro_batch", "gradient_checkpointing", "checkpoint_every_seconds")
 _RESULT = {"train": "train", "evaluate": "eval"}  # what the results of the stages that run in a child are called
 
 
@@ -109,21 +111,40 @@ class PlannedJob:
     path: Path
 
 
-def plan(fleet: Fleet, members: Iterable[tuple[Customer, JobCustomer]], base: BaseModelInfo, home: Home) -> list[PlannedJob]:
+def plan(
+    fleet: Fleet, chosen: Sequence[Customer], due: Mapping[CustomerKey, JobCustomer], base: BaseModelInfo, home: Home
+) -> list[PlannedJob]:
     """One job for each distinct way to launch, in the order of the fleet file. Writes nothing.
 
-    A job is named by the fleet and the digest of what it does: the same work finds the same folder, and with it its checkpoints.
+    A job is named by the fleet, the customers that the run is about and the way to launch, not by who of them is still due or how the work is
+    cut into micro-batches: a run that goes on where another one ended finds the same folder, and with it the checkpoint.
+
+    Args:
+        fleet: the fleet file.
+        chosen: the customers that the run is about.
+        due: those for whom something must be done.
+        base: the base.
+        home: where jobs are.
     """
-    groups: dict[str, tuple[LaunchSettings, list[JobCustomer]]] = {}
-    for customer, member in members:
+    groups: dict[str, tuple[LaunchSettings, list[Customer]]] = {}
+    for customer in chosen:
         # Fields set by hand count: a number of processes that is not given comes from the accelerate config.
         how = digest_of(customer.launch.model_dump(mode="json", exclude_unset=True))
-        groups.setdefault(how, (customer.launch, []))[1].append(member)
-    jobs = []
-    for launch, customers in groups.values():
-        # How it is launched is no part of the name: more memory or fewer slots, and the same work goes on from its checkpoint.
-        work = [base.path.as_posix(), [(c.train_digest, c.evaluate_digest) for c in customers]]
-        name = f"{readable(fleet.name)}-{digest_of(work)[:10]}"
+        groups.setdefault(how, (customer.launch, []))[1].append(customer)
+    everybody = len(chosen) == len(fleet.customers)
+    scope = None if everybody else sorted(str(customer.key) for customer in chosen)
+    jobs: list[PlannedJob] = []
+    names: set[str] = set()
+    for launch, group in groups.values():
+        launched = launch.model_dump(mode="json", exclude_unset=True, exclude=set(_CHANGES_NO_JOB))
+        name, number = "", 0
+        while not name or name in names:  # groups that differ in nothing else are numbered
+            name = f"{readable(fleet.name)}-{digest_of([base.path.as_posix(), scope, launched, number])[:10]}"
+            number += 1
+        names.add(name)
+        customers = [due[customer.key] for customer in group if customer.key in due]
+        if not customers:
+            continue
         folder = home.job(name)
         job = Job(
             format=3,
@@ -137,6 +158,7 @@ def plan(fleet: Fleet, members: Iterable[tuple[Customer, JobCustomer]], base: Ba
                 digest=base.digest,
                 dtype=fleet.base_model.dtype,
                 quantization=fleet.base_model.quantization,
+                attention=fleet.base_model.attention,
             ),
             mixing=JobMixing(
                 # LLM.int8 keeps the columns that are large in any row of a batch in 16 bit: rows of two customers must not meet.
@@ -159,7 +181,10 @@ def due_in(planned: PlannedJob, stage: str) -> list[JobCustomer]:
 
 
 def write(
-    planned: PlannedJob, stage: str, champions: Mapping[CustomerKey, Path] | None = None, without: Iterable[CustomerKey] = ()
+    planned: PlannedJob,
+    stage: str,
+    champions: Mapping[CustomerKey, Path] | None = None,
+    failed: Mapping[CustomerKey, str] | None = None,
 ) -> None:
     """Write the job file for those due in `stage`, and forget what an earlier run of the same job said of them.
 
@@ -167,28 +192,25 @@ def write(
         planned: the job.
         stage: `train` or `evaluate`.
         champions: the prefix folders of the champions that customers start from, or that they are compared with.
-        without: customers that are left out.
+        failed: customers that cannot even start, and why: left out of the file, with a result that says so.
     """
-    known, left_out = champions or {}, set(without)
-    due = [c for c in due_in(planned, stage) if c.key not in left_out]
-    if stage == "train":
-        customers = [_starting_from(c, known.get(c.key)) for c in due]
-    else:
-        customers = [dataclasses.replace(c, champion_dir=str(known[c.key]) if c.key in known else None) for c in due]
+    champions, failed = champions or {}, failed or {}
+    customers = [_beside(c, stage, champions.get(c.key)) for c in due_in(planned, stage)]
     for customer in customers:
         result_path(planned.job, customer.key, _RESULT[stage]).unlink(missing_ok=True)
-    write_job(planned.path, dataclasses.replace(planned.job, customers=customers))
+        if customer.key in failed:
+            write_result(planned.job, customer, _RESULT[stage], time.monotonic(), failed[customer.key])
+    started = [c for c in customers if c.key not in failed]
+    write_job(planned.path, dataclasses.replace(planned.job, customers=started))
 
 
-def _starting_from(customer: JobCustomer, champion: Path | None) -> JobCustomer:
+def _beside(customer: JobCustomer, stage: str, champion: Path | None) -> JobCustomer:
+    """The customer with its champion, as `stage` takes it."""
     if champion is None:
         return customer
+    if stage == "evaluate":
+        return dataclasses.replace(customer, champion_dir=str(champion))
     return dataclasses.replace(customer, prefix=dataclasses.replace(customer.prefix, init_prefix=str(champion)))
-
-
-def fail(planned: PlannedJob, customer: JobCustomer, stage: str, reason: str) -> None:
-    """Say that a customer is left out of a stage, and why."""
-    write_result(planned.job, customer, _RESULT[stage], time.monotonic(), reason)
 
 
 def result_of(planned: PlannedJob, customer: JobCustomer, stage: str) -> tuple[str | None, float]:

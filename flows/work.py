@@ -167,10 +167,12 @@ class Work:
 
     def plan(self) -> list[jobs.PlannedJob]:
         """The jobs for everybody who must be trained or evaluated."""
-        todo = [(c, self.members[c.key]) for c in self.customers if c.key in self.members and c.key not in self.errors]
-        return jobs.plan(
-            self.fleet, [(c, m) for c, m in todo if not (jobs.is_trained(m) and jobs.is_evaluated(m))], self.base, self.home
-        )
+        due = {
+            key: member
+            for key, member in self.members.items()
+            if key not in self.errors and not (jobs.is_trained(member) and jobs.is_evaluated(member))
+        }
+        return jobs.plan(self.fleet, self.customers, due, self.base, self.home)
 
     def finished(
         self, planned: jobs.PlannedJob, members: list[JobCustomer], stage: str, crash: BaseException | None = None
@@ -314,17 +316,12 @@ def run_job(planned: jobs.PlannedJob, stage: str, logger: "logging.Logger | logg
         ProcessPaused, ProcessCrash, TrainingError, EvaluationError: see `flows.launch.run_module`.
     """
     module = "pipeline.training" if stage == "train" else "pipeline.evaluation"
-    unreadable: set[CustomerKey] = set()
     for left in reversed(range(_RESUMPTIONS)):
-        if not jobs.due_in(planned, stage):
-            return
-        champions, reasons = _champions(planned, stage)
-        unreadable |= set(reasons)
-        jobs.write(planned, stage, champions, unreadable)
-        for member in jobs.due_in(planned, stage):
-            if member.key in reasons:
-                jobs.fail(planned, member, stage, reasons[member.key])
-        if unreadable.issuperset(member.key for member in jobs.due_in(planned, stage)):
+        members = jobs.due_in(planned, stage)
+        champions, failed = _champions(members, stage)
+        if members:
+            jobs.write(planned, stage, champions, failed)
+        if len(members) == len(failed):
             return
         try:
             launch.run_module(module, planned.path, planned.launch, events.emit, logger)
@@ -335,26 +332,32 @@ def run_job(planned: jobs.PlannedJob, stage: str, logger: "logging.Logger | logg
             logger.info("%s Starting it again.", paused)
 
 
-def _champions(planned: jobs.PlannedJob, stage: str) -> tuple[dict[CustomerKey, Path], dict[CustomerKey, str]]:
-    """The champions that customers start from (`init_prefix: champion`) or are compared with; whoever has none yet is left out.
+def _champions(members: list[JobCustomer], stage: str) -> tuple[dict[CustomerKey, Path], dict[CustomerKey, str]]:
+    """The prefixes that customers with `init_prefix: champion` start from or all are compared with, and why those fail whose champion cannot
+    be had.
 
-    Returns:
-        their prefix folders, and why some could not be had.
+    Whoever has no champion yet is in neither.
     """
     from pipeline.registry import lookup, status
     from pipeline.registry.register import CHAMPION
 
-    due = jobs.due_in(planned, stage)
-    keys = [c.key for c in due if stage == "evaluate" or c.prefix.init_prefix == CHAMPION]
+    keys = [member.key for member in members if stage == "evaluate" or member.prefix.init_prefix == CHAMPION]
     found: dict[CustomerKey, Path] = {}
-    reasons: dict[CustomerKey, str] = {}
-    for known in status(keys) if keys else []:
-        if known.champion_version is not None:
-            try:
-                found[known.key] = lookup(known.key).prefix_dir
-            except PrefixFleetError as error:
-                reasons[known.key] = f"its champion, version {known.champion_version}, cannot be had: {error}"
-    return found, reasons
+    failed: dict[CustomerKey, str] = {}
+    try:
+        held = [known.key for known in status(keys) if known.champion_version is not None] if keys else []
+    except PrefixFleetError as error:  # MLflow is away: those who need nothing of it go on
+        return {}, dict.fromkeys(keys, str(error))
+    for key in held:
+        try:
+            found[key] = lookup(key).prefix_dir
+        except Exception as error:  # of whatever kind: the other customers are not to suffer
+            if not isinstance(error, PrefixFleetError):
+                log.error("looking up the champion of %s failed", key, exc_info=error)
+            failed[key] = (
+                f"its champion cannot be had: {error if isinstance(error, PrefixFleetError) else f'{type(error).__name__}: {error}'}"
+            )
+    return found, failed
 
 
 def register(member: JobCustomer, home: Home) -> Registered:

@@ -58,6 +58,10 @@ class BaseSettings(Settings):
     quantization: Literal["int8", "int4"] | None = Field(
         None, description="the linear layers of the base in 8 bit (LLM.int8) or 4 bit (NF4); needs the extra `quantization`"
     )
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = Field(
+        "auto",
+        description="what computes attention: auto and sdpa: PyTorch's kernels; eager: the model's own; flash_attention_2, flex_attention: on a GPU",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -5,20 +5,22 @@ parameter where i stands in the prefix, and the frozen LM's own activation elsew
 belongs to which row is what `ActivePrefix` holds for the forward (and backward) pass under way.
 """
 
-import sys
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from pipeline.errors import PrefixError
+from pipeline.prefix import kernels
 from pipeline.prefix.bank import PrefixBank
 
+# The hook under two names, for each form that transformers may give a mask: who sees whom, or which keys are no padding (flash attention).
 IMPLEMENTATION = "prefixfleet"
+IMPLEMENTATION_PACKED = "prefixfleet-packed"
 
 
 @dataclass
@@ -30,20 +32,32 @@ class ActivePrefix:
         rows: slot of each row of the batch, int64 [B].
         prompt_ends: for infix prefixes, the column (padding counted) of each row's last prompt token, int64 [B].
         seen: how many columns the cache holds before those of this pass; kept by the hook that shifts positions.
-        eager: whether the model's own eager function computes attention instead of SDPA.
+        kernel: what computes attention, one of `kernels.KERNELS`.
         captured: if not None, every attention module records its (key, value) here under its site's name.
+        logits_at: if not None, the positions of the flattened batch [B * T] whose logits are computed, int64 [N].
         called: with `captured`, the attention modules in the order of their calls, with the shapes of query, key and value.
-        deviations: if not None, every call is computed by hand too, and the difference noted: largest in this call / largest output.
+        check: if not None, is asked for every call behind a prefix: given what `by_hand` takes and the kernel's output, it returns what the model
+            gets instead (see `pipeline.prefix.proof`).
+        made: masks in the kernel's form that were made in this forward pass; layers share them.
     """
 
     bank: PrefixBank | None = None
     rows: torch.Tensor | None = None
     prompt_ends: torch.Tensor | None = None
     seen: int = 0
-    eager: bool = False
+    kernel: str = "sdpa"
     captured: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None
+    logits_at: torch.Tensor | None = None
     called: list[tuple[nn.Module, torch.Size, torch.Size, torch.Size]] = field(default_factory=list)
-    deviations: list[float] | None = None
+    check: "Check | None" = None
+    made: dict[Hashable, tuple[torch.Tensor | None, Any]] = field(default_factory=dict)
+
+    def once(self, mask: torch.Tensor | None, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` gives for the model's mask `mask` and `key`, made once a forward pass."""
+        whole = (id(mask), key)
+        if whole not in self.made:
+            self.made[whole] = (mask, make())  # with the mask itself, or another one might get its id
+        return self.made[whole][1]
 
     def shift(self, batch: int, length: int) -> torch.Tensor | None:
         """By how much the positions of this pass's tokens move, int64 [B, 1 or T]; None if nothing is attached.
@@ -93,6 +107,31 @@ def _repeated(values: torch.Tensor, batch: int) -> torch.Tensor:
     return values if beams == 1 else values.repeat_interleave(beams)
 
 
+@dataclass(frozen=True)
+class Call:
+    """One call of attention behind a prefix, the prefix still apart from the sequence.
+
+    Attributes:
+        query: [B, heads, T, head_dim].
+        prefix: keys and values [B, heads_kv, P, head_dim] and who sees them, bool [B, 1, T, P].
+        sequence: keys and values [B, heads_kv, K, head_dim] and the model's mask: bool [B or 1, 1, T, K], or [B, K] for packed rows, or None where
+            the model masks nothing.
+        prefix_bias: [B, heads, T, P] or None.
+        kwargs: of the attention function: scaling, softcap, position_bias [1, heads, T, K], s_aux [heads].
+    """
+
+    module: nn.Module
+    query: torch.Tensor
+    prefix: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    sequence: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+    prefix_bias: torch.Tensor | None
+    kwargs: dict[str, Any]
+
+
+# A call and the kernel's output [B, T, heads, head_dim] -> what the model gets.
+Check = Callable[[Call, torch.Tensor], torch.Tensor]
+
+
 def prefix_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -100,14 +139,15 @@ def prefix_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> kernels.Output:
     """Attention over prefix and sequence.
 
     Args:
         module: the attention module; its site says which keys and values of the bank are its own.
         query: [B, heads, T, head_dim].
         key, value: [B, heads_kv, K, head_dim], the cache included.
-        attention_mask: bool [B or 1, 1, T, K], never None for a module that masks (see `explicit_mask`).
+        attention_mask: bool [B or 1, 1, T, K], never None for a module that masks (see `explicit_mask`); for packed rows bool [B, K], see
+            `key_mask`.
     """
     active: ActivePrefix = module._prefixfleet  # type: ignore[assignment]  # set by pipeline.prefix.base.attach
     site = getattr(module, "_prefixfleet_site", None)
@@ -115,8 +155,11 @@ def prefix_attention(
         active.called.append((module, query.shape, key.shape, value.shape))
         if site is not None:
             active.captured[site] = (key, value)
+    if attention_mask is not None and attention_mask.dim() == 2:
+        # A static cache is longer than what it holds.
+        key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
     if active.bank is None or site is None or site not in active.bank.sites:
-        return _attend(active, module, query, key, value, attention_mask, kwargs)
+        return _attend(active, module, query, key, value, attention_mask, None, None, kwargs)
 
     batch, length = query.shape[0], query.shape[2]
     rows = active.rows_for(batch)
@@ -125,23 +168,18 @@ def prefix_attention(
     may_see = active.may_see(batch, length)
     if may_see is not None:
         seen = seen & may_see[:, None, :, None]
-    sequence_mask = attention_mask
-    if sequence_mask is None:  # an encoder or cross-attention without padding
-        sequence_mask = seen.new_ones(batch, 1, length, key.shape[2])
-    mask = torch.cat([seen, sequence_mask.expand(batch, -1, -1, -1)], dim=-1)
     bias = kwargs.get("position_bias")
-    prefix_bias = None
+    prefix_bias, whole_bias = None, {}
     if bias is not None:
         prefix_bias = _bias_of_prefix(module, bias, active.bank.columns[site][rows], visible.shape[-1])
-        kwargs["position_bias"] = torch.cat([prefix_bias, bias.expand(batch, -1, -1, -1)], dim=-1)
-    output, weights = _attend(
-        active, module, query, torch.cat([prefix_key, key], dim=2), torch.cat([prefix_value, value], dim=2), mask, kwargs
-    )
-    if active.deviations is not None:
-        kwargs["position_bias"] = bias
-        expected = by_hand(module, query, (prefix_key, prefix_value, seen), (key, value, attention_mask), prefix_bias, kwargs)
-        error = (output.float() - expected.float()).abs().amax() / expected.float().abs().amax().clamp(min=1e-12)
-        active.deviations.append(float(error))
+        whole_bias = {"position_bias": torch.cat([prefix_bias, bias.expand(batch, -1, -1, -1)], dim=-1)}
+    keys, values = torch.cat([prefix_key, key], dim=2), torch.cat([prefix_value, value], dim=2)
+    # Sites with the same columns in every slot share their mask.
+    layout = active.bank.layout(site)
+    output, weights = _attend(active, module, query, keys, values, attention_mask, seen, layout, {**kwargs, **whole_bias})
+    if active.check is not None:
+        call = Call(module, query, (prefix_key, prefix_value, seen), (key, value, attention_mask), prefix_bias, kwargs)
+        output = active.check(call, output)
     return output, weights
 
 
@@ -152,65 +190,48 @@ def _attend(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
+    seen: torch.Tensor | None,
+    layout: Hashable,
     kwargs: dict[str, Any],
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """SDPA, or the model's own eager function where SDPA lacks something: soft caps (Gemma 2) and attention sinks (gpt-oss)."""
-    if not active.eager and kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
-        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
-    if mask is not None:
-        # Eager functions add their mask, and take the softmax in float32 even of float64 (Gemma 2), where float64's lowest is minus infinity.
-        lowest = max(torch.finfo(query.dtype).min, torch.finfo(torch.float32).min)
-        mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, lowest)
-    eager = sys.modules[type(module).__module__].eager_attention_forward
-    return eager(module, query, key, value, mask, **{"dropout": 0.0, **kwargs})
+) -> kernels.Output:
+    """Have the kernel compute attention over keys [B, heads_kv, P + K, head_dim], P = 0 if `seen` is None; `mask` and `seen` as in `Call`."""
+    batch, length, columns = query.shape[0], query.shape[2], 0 if seen is None else seen.shape[-1]
+    sequence = key.shape[2] - columns
 
+    def who_sees_whom() -> torch.Tensor | None:
+        if seen is None:
+            return mask
+        whole = (
+            seen.new_ones(batch, 1, length, sequence) if mask is None else mask
+        )  # an encoder or cross-attention without padding
+        return torch.cat([seen, whole.expand(batch, -1, -1, -1)], dim=-1)
 
-def by_hand(
-    module: nn.Module,
-    query: torch.Tensor,
-    prefix: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    sequence: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
-    prefix_bias: torch.Tensor | None,
-    kwargs: dict[str, Any],
-) -> torch.Tensor:
-    """What `prefix_attention` must give, from the definition: scores of prefix and sequence apart, one softmax over both.
+    def blocks() -> Any:
+        whole = who_sees_whom()
+        return None if whole is None else kernels.block_mask(whole.expand(batch, -1, -1, -1))
 
-    No kernel, no concatenation, no implied alignment of a causal triangle: what the check at attach time compares with.
+    causal = kernels.is_causal(module, kwargs)
 
-    Args:
-        query: [B, heads, T, head_dim].
-        prefix: keys and values [B, heads_kv, P, head_dim] and bool [B, 1, T, P].
-        sequence: keys and values [B, heads_kv, K, head_dim] and bool [B or 1, 1, T, K], or None where the model masks nothing.
-        prefix_bias: [B, heads, T, P] or None.
-        kwargs: of the attention function: scaling, softcap, position_bias [1, heads, T, K], s_aux [heads].
+    def packing() -> kernels.Packing:
+        if mask is not None and mask.dim() != 2:
+            raise kernels.flash_refusal(
+                "would hide the prefix beyond the base's sliding window (or knows no mask like the base's)"
+            )
+        real = mask if mask is not None else torch.ones(batch, sequence, dtype=torch.bool, device=query.device)
+        # Queries are the last of the sequence. Without a triangle, it does no harm to compute padding too.
+        queries = real[:, -length:] if causal else real.new_ones(batch, length)
+        # Every query of a row sees the same columns: infixes are refused.
+        return kernels.pack(queries, real if seen is None else torch.cat([seen[:, 0, 0], real], dim=-1))
 
-    Returns:
-        [B, T, heads, head_dim].
-    """
-    work = torch.promote_types(query.dtype, torch.float32)
-    groups = query.shape[1] // prefix[0].shape[1]
-    scaling = kwargs.get("scaling")
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores, values = [], []
-    for (key, value, visible), bias in ((prefix, prefix_bias), (sequence, kwargs.get("position_bias"))):
-        heads_key, heads_value = (t.to(work).repeat_interleave(groups, dim=1) for t in (key, value))
-        score = torch.einsum("bhtd,bhkd->bhtk", query.to(work), heads_key) * scaling
-        if kwargs.get("softcap") is not None:
-            score = kwargs["softcap"] * torch.tanh(score / kwargs["softcap"])
-        if bias is not None:
-            score = score + bias
-        if visible is None and getattr(module, "is_causal", False):
-            # Nothing is masked out only if every key of the sequence stands before or at its query.
-            visible = torch.ones(score.shape[-2:], dtype=torch.bool, device=score.device).tril(score.shape[-1] - score.shape[-2])
-        scores.append(score if visible is None else score.masked_fill(~visible, -torch.inf))
-        values.append(heads_value)
-    peak = torch.maximum(scores[0].amax(-1, keepdim=True), scores[1].amax(-1, keepdim=True)).clamp(min=torch.finfo(work).min)
-    weights = [torch.exp(score - peak) for score in scores]
-    total = weights[0].sum(-1, keepdim=True) + weights[1].sum(-1, keepdim=True)
-    if kwargs.get("s_aux") is not None:
-        total = total + torch.exp(kwargs["s_aux"].to(work)[None, :, None, None] - peak)
-    mixed = sum(torch.einsum("bhtk,bhkd->bhtd", weight, value) for weight, value in zip(weights, values, strict=True))
-    return (mixed / total).transpose(1, 2)
+    choices: dict[str, tuple[Callable[..., kernels.Output], Callable[[], Any]]] = {
+        "sdpa": (kernels.sdpa, who_sees_whom),
+        "eager": (kernels.eager, who_sees_whom),
+        "flex_attention": (kernels.flex, blocks),
+        "flash_attention_2": (kernels.flash, packing),
+    }
+    computed, form = choices[active.kernel]
+    made = active.once(mask, (layout, batch, length, sequence, causal), form)
+    return computed(module, query, key, value, made, kwargs)
 
 
 def _bias_of_prefix(module: nn.Module, bias: torch.Tensor, lengths: torch.Tensor, columns: int) -> torch.Tensor:
@@ -241,5 +262,24 @@ def explicit_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     return sdpa_mask(*args, **kwargs)
 
 
-AttentionInterface.register(IMPLEMENTATION, prefix_attention)
-AttentionMaskInterface.register(IMPLEMENTATION, explicit_mask)
+def key_mask(
+    batch_size: int, q_length: int, kv_length: int, q_offset: int | torch.Tensor = 0, **kwargs: Any
+) -> torch.Tensor | None:
+    """Which keys are no padding, bool [B, K]: for flash attention, whose own triangle says the rest. The names are transformers'.
+
+    What is more than a triangle (windows, chunks) comes as `explicit_mask`, and is refused where an attention module uses it: some models make
+    masks for kinds of layers that they do not have.
+    """
+    function, mask = kwargs["mask_function"], kwargs["attention_mask"]
+    if function not in (causal_mask_function, bidirectional_mask_function):
+        return explicit_mask(batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, **kwargs)
+    # Of a static cache, which is longer, what it holds after this pass.
+    keys = kv_length if function is bidirectional_mask_function else int(q_offset) + q_length
+    if mask is None:
+        return torch.ones(batch_size, keys, dtype=torch.bool, device=kwargs["device"])
+    return nn.functional.pad(mask[:, :keys], (0, max(0, keys - mask.shape[1])))
+
+
+for _name, _mask in ((IMPLEMENTATION, explicit_mask), (IMPLEMENTATION_PACKED, key_mask)):
+    AttentionInterface.register(_name, prefix_attention)
+    AttentionMaskInterface.register(_name, _mask)

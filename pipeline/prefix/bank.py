@@ -56,6 +56,7 @@ class PrefixBank:
             for name, site in self.sites.items()
         }
         self.columns = {name: torch.zeros(slots, dtype=torch.int64, device=device) for name in self.sites}
+        self._layouts = {name: [0] * slots for name in self.sites}
         self.shifts = torch.zeros(slots, dtype=torch.int64, device=device)
         self.infix = torch.zeros(slots, dtype=torch.bool, device=device)
         self.has_infix = False
@@ -138,7 +139,7 @@ class PrefixBank:
 
     def _note(self, slot: int, columns: Mapping[str, int], infix: bool) -> None:
         for name in self.sites:
-            self.columns[name][slot] = columns.get(name, 0)
+            self.columns[name][slot] = self._layouts[name][slot] = columns.get(name, 0)
         # A prefix of the encoder or of cross-attention alone puts nothing before the decoder's sequence.
         self.shifts[slot] = max((n for name, n in columns.items() if name.startswith("decoder.self.")), default=0)
         self.infix[slot] = infix
@@ -155,6 +156,10 @@ class PrefixBank:
                 key, value = tensor[slot, :, :, :columns].detach().cpu().clone()
                 taken[name] = (key, value)
         return taken
+
+    def layout(self, site: str) -> tuple[int, ...]:
+        """`columns` of a site as numbers, without asking the device: sites of one layout have one mask."""
+        return tuple(self._layouts[site])
 
     def gather(self, site: str, rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Keys and values of each row's slot at one site.

@@ -6,7 +6,7 @@ In: a job's base. Out: a `FrozenBase` whose forward pass takes prefixes inside `
 import contextlib
 import hashlib
 import importlib.util
-import math
+import logging
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,9 +20,14 @@ from transformers.utils.logging import disable_progress_bar
 
 from pipeline.base import resolve_base
 from pipeline.errors import BaseModelError, PrefixError
-from pipeline.prefix.attention import IMPLEMENTATION, ActivePrefix
+from pipeline.prefix.attention import IMPLEMENTATION, IMPLEMENTATION_PACKED, ActivePrefix
 from pipeline.prefix.bank import PrefixBank, Site
+from pipeline.prefix.kernels import GPU_ONLY, KERNELS
+from pipeline.prefix.proof import prove
 from pipeline.training.job import JobBase
+
+# More than what a batch is padded to (`pipeline.training.batches.ROUND_TO`).
+PADDING = 16
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -65,13 +70,19 @@ class FrozenBase:
         """Run the model with row i of the batch behind the prefix of slot `rows[i]`.
 
         `backward` belongs inside too: with gradient checkpointing it runs the forward pass again. One thread at a time.
+
+        Raises:
+            PrefixError: an infix on flash attention.
         """
+        if bank.has_infix:
+            self.check_infix()
         with self.lock:
             self.active.bank, self.active.rows = bank, rows
             try:
                 yield
             finally:
-                self.active.bank, self.active.rows, self.active.prompt_ends = None, None, None
+                self.active.bank, self.active.rows, self.active.prompt_ends, self.active.logits_at = None, None, None, None
+                self.active.made.clear()
 
     def prompts_end_at(self, columns: torch.Tensor) -> None:
         """Inside `prefixes`, before the model is called: the column (padding counted) of each row's last prompt token, int64 [B].
@@ -79,6 +90,13 @@ class FrozenBase:
         Infix prefixes stand behind it; others do not ask.
         """
         self.active.prompt_ends = columns
+
+    def logits_only_at(self, positions: torch.Tensor) -> None:
+        """Inside `prefixes`, before the model is called: compute logits for some positions of the flattened batch [B * T] only, int64 [N].
+
+        The model then gives logits [1, N, vocabulary]. Logits and softmax over the vocabulary cost more than all other products of a small model.
+        """
+        self.active.logits_at = positions
 
     @contextlib.contextmanager
     def capturing(self) -> Iterator[dict[str, tuple[torch.Tensor, torch.Tensor]]]:
@@ -97,6 +115,18 @@ class FrozenBase:
             total.update(name.encode())
             total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         return total.hexdigest()
+
+    def check_infix(self) -> None:
+        """Refuse an infix on flash attention.
+
+        Raises:
+            PrefixError: the kernel is flash attention.
+        """
+        if self.active.kernel == "flash_attention_2":
+            raise PrefixError(
+                "placement: infix hides the prefix from part of the prompt, which flash_attention_2 cannot. Choose placement: prefix, or "
+                "base_model.attention: sdpa or flex_attention."
+            )
 
     def versions(self) -> list[tuple[int, int]]:
         """Where each weight lies and how often it was written to: cheap to compare, whatever the size of the base."""
@@ -137,12 +167,31 @@ class FrozenBase:
                 "Shorten the prefix, the input or the target."
             )
 
+    def check_positions(self, sequence: int, positions: torch.Tensor) -> None:
+        """Refuse a forward pass that passes the model's positions: rotary ones would go on silently, learned ones would not be found.
+
+        Args:
+            sequence: length of the sequence, cache and padding included.
+            positions: int64 [B or 1, T], shifted.
+
+        Raises:
+            PrefixError: one is too large.
+        """
+        limit, bank = self.max_positions, self.active.bank
+        # Only a sequence that may be too long is worth asking the device for.
+        if limit is not None and bank is not None and sequence + bank.length > limit and int(positions.max()) >= limit:
+            raise PrefixError(
+                f"prefix and sequence reach position {int(positions.max()) + 1} and pass the {limit} positions of the base. "
+                "Shorten the prefix, the input or the answer."
+            )
+
 
 def load_base(base: JobBase, device: torch.device | None = None) -> FrozenBase:
     """Load a base, check that it is the one the job means, freeze it and attach the prefix hook.
 
     Raises:
-        BaseModelError: not found, another digest than `base.digest`, or attention that takes no prefix.
+        BaseModelError: not found, another digest than `base.digest`, attention that takes no prefix, or a kernel that this machine or this base
+            does not have.
     """
     info = resolve_base(base.path if Path(base.path).exists() else base.id, base.revision)
     if info.digest != base.digest:
@@ -151,6 +200,10 @@ def load_base(base: JobBase, device: torch.device | None = None) -> FrozenBase:
             "Its weights or configuration were changed: run the fleet again to train prefixes for the new base."
         )
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if base.attention in GPU_ONLY and device.type != "cuda":
+        raise BaseModelError(
+            f"base_model.attention: {base.attention} needs a GPU, and this machine has none. Choose auto or sdpa."
+        )
     disable_progress_bar()  # of loading weights: noise in a log
     kind = AutoModelForSeq2SeqLM if info.is_encoder_decoder else AutoModelForCausalLM
     try:
@@ -169,7 +222,7 @@ def load_base(base: JobBase, device: torch.device | None = None) -> FrozenBase:
         # bitsandbytes (0.50) repacks 4-bit weights at the first inference on some processors, which rounds their scales: a base never changes.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    return attach(model, info.max_positions)
+    return attach(model, info.max_positions, "sdpa" if base.attention == "auto" else base.attention)
 
 
 def _quantized(quantization: str | None, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -185,6 +238,8 @@ def _quantized(quantization: str | None, dtype: torch.dtype, device: torch.devic
             f"base_model.quantization: {quantization} needs bitsandbytes: `pip install 'prefixfleet[quantization]'`, or remove the setting."
         )
     if quantization == "int8":
+        # bitsandbytes (0.50) says at every product that it casts a float32 base's activations: hundreds of lines a step.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         config = BitsAndBytesConfig(load_in_8bit=True)
     else:
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
@@ -197,13 +252,14 @@ def attach(model: Any, max_positions: int | None = None, attention: str = "sdpa"
     Args:
         model: a causal or encoder-decoder language model.
         max_positions: see `FrozenBase`.
-        attention: what computes attention behind the hook, `sdpa` or `eager`. Where SDPA lacks something that the model needs (soft caps,
-            attention sinks), the model's own eager function is taken all the same.
+        attention: what computes attention behind the hook, see `pipeline.prefix.kernels`. Where SDPA lacks something that the model needs (soft
+            caps, attention sinks), the model's own eager function is taken all the same.
 
     Raises:
-        BaseModelError: its attention does not go through transformers' attention interface, so a prefix would be ignored silently; or the
-            check found that a prefix is not seen as it must be.
+        BaseModelError: its attention does not go through transformers' attention interface, so a prefix would be ignored silently; the kernel
+            does not compute what the model needs; or the check found that a prefix is not seen as it must be.
     """
+    assert attention in KERNELS, attention
     model.requires_grad_(False)
     # Dropout would make a row depend on the random numbers its neighbours drew; and gradient checkpointing needs train() mode.
     for module in model.modules():
@@ -225,8 +281,12 @@ def attach(model: Any, max_positions: int | None = None, attention: str = "sdpa"
     model.eval()
     if not model._can_set_attn_implementation():
         raise _refusal(model)
-    active = ActivePrefix(eager=attention == "eager" or not model._supports_sdpa)
-    model.set_attn_implementation(IMPLEMENTATION)
+    active = ActivePrefix(kernel="eager" if attention == "sdpa" and not model._supports_sdpa else attention)
+    if attention == "flex_attention":
+        # PyTorch (2.13) compiles it anew for each kind of call (encoder, decoder, one token, with gradients, ...): some 6 to 12. Beyond 8 it would
+        # give up and materialise all scores, without a word.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    model.set_attn_implementation(IMPLEMENTATION_PACKED if attention == "flash_attention_2" else IMPLEMENTATION)
     for module in model.modules():
         module._prefixfleet = active
     base = FrozenBase(
@@ -238,12 +298,28 @@ def attach(model: Any, max_positions: int | None = None, attention: str = "sdpa"
         max_positions=max_positions,
         lock=threading.RLock(),
     )
-    # A slice of the last positions is not contiguous, and torch (2.13) then multiplies by a copy of the vocabulary matrix for every row.
-    model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
-    base.sites = _find_sites(base)
-    _shift_positions(base)
-    _prove(base)
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (_chosen(active, inputs[0]),))
+    try:
+        base.sites = _find_sites(base)
+        _shift_positions(base)
+        prove(base)
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        if attention not in GPU_ONLY:
+            raise
+        said = next(iter(str(error).splitlines()), type(error).__name__)  # compilers say whole programs
+        raise BaseModelError(
+            f"model type {model.config.model_type!r}: {attention} cannot compute its attention here ({said}). "
+            "Choose base_model.attention: sdpa."
+        ) from error
     return base
+
+
+def _chosen(active: ActivePrefix, hidden: torch.Tensor) -> torch.Tensor:
+    """The hidden states [B, T, hidden size] that go through the output embeddings, or those of the chosen positions, [1, N, hidden size]."""
+    if active.logits_at is not None:
+        return hidden.flatten(0, 1).index_select(0, active.logits_at)[None]
+    # A slice of the last positions is not contiguous, and torch (2.13) then multiplies by a copy of the vocabulary matrix for every row.
+    return hidden.contiguous()
 
 
 def _refusal(model: Any) -> BaseModelError:
@@ -293,46 +369,11 @@ def _find_sites(base: FrozenBase) -> dict[str, Site]:
     return sites
 
 
-# How far attention may be from the computation by hand, as a part of its largest output.
-_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-
-
-@torch.no_grad()
-def _prove(base: FrozenBase) -> None:
-    """Check that a prefix is seen rightly, with padding: every attention output, and so the logits, equals the one computed by hand from the
-    definition; every site is asked; and the logits differ from those without a prefix.
-    """
-    embeddings = base.model.get_input_embeddings()
-    ids = torch.arange(8, device=base.device).view(2, 4) % embeddings.weight.shape[0]
-    inputs = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]], device=base.device)}
-    if base.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids[:, :3]
-    bank = PrefixBank(base.sites, slots=1, length=3, device=base.device)
-    generator = torch.Generator().manual_seed(0)
-    prefix = {name: torch.randn(2, s.heads, 3, s.head_dim, generator=generator) for name, s in base.sites.items()}
-    bank.put(0, {name: (both[0], both[1]) for name, both in prefix.items()})
-    plain = base.model(**inputs, use_cache=False).logits[:, -1]
-    base.active.deviations = []
-    try:
-        with base.prefixes(bank, torch.zeros(2, dtype=torch.int64, device=base.device)):
-            found = base.model(**inputs, use_cache=False).logits[:, -1]
-        deviations = base.active.deviations
-    finally:
-        base.active.deviations = None
-    allowed = _ROUNDING.get(found.dtype, 5e-2)
-    worst = max(deviations, default=math.inf)
-    effect = float((found - plain).abs().max() / plain.abs().max().clamp(min=1e-12))
-    if len(deviations) != len(base.sites) or not worst <= allowed or not effect > 1e-4:
-        raise BaseModelError(
-            f"model type {base.model.config.model_type!r}: the check of the prefix hook failed ({len(deviations)} of {len(base.sites)} attention "
-            f"layers asked, {worst:.1e} off the computation by hand where {allowed:.0e} is allowed, logits changed by {effect:.1e}). "
-            "Prefixes on this base would be wrong: choose another base, or the version of transformers in constraints.txt."
-        )
-
-
 def _shift_positions(base: FrozenBase) -> None:
     """Make each row's decoder positions begin after its prefix, as the original code and PEFT do."""
     active = base.active
+    # Each forward pass makes its own masks. The hook of checkpointing's second pass finds those of the first.
+    base.model.register_forward_pre_hook(lambda *_: active.made.clear())
     if not base.is_encoder_decoder:
 
         def shift_ids(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -344,14 +385,19 @@ def _shift_positions(base: FrozenBase) -> None:
             shift = active.shift(batch, length)
             if shift is None:
                 return args, kwargs
-            positions = kwargs.get("position_ids")
+            positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+            if mask is None and active.bank is not None and active.bank.has_infix:
+                # transformers (5.23) would take the jump behind the prompt for the start of another sequence in the same row.
+                mask = torch.ones(batch, active.seen + length, dtype=torch.int64, device=given.device)
+                kwargs = {**kwargs, "attention_mask": mask}
             if positions is None:
-                mask = kwargs.get("attention_mask")
                 if mask is not None and mask.dim() == 2:
                     positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
                 else:
                     positions = active.columns_of_pass(length)[None, :]
-            return args, {**kwargs, "position_ids": positions + shift}
+            positions = positions + shift
+            base.check_positions(active.seen + length, positions)
+            return args, {**kwargs, "position_ids": positions}
 
         base.model.register_forward_pre_hook(shift_ids, with_kwargs=True)
         return
@@ -372,6 +418,16 @@ def _shift_positions(base: FrozenBase) -> None:
             return output
         seen = args[1] if len(args) > 1 else kwargs.get("past_key_values_length", 0)
         ids = torch.arange(seen, seen + output.shape[-2], device=output.device)[None, :] + shift
-        return nn.functional.embedding(ids + module.offset, module.weight)
+        last = module.num_embeddings - module.offset - 1
+        return nn.functional.embedding(ids.clamp(max=last) + module.offset, module.weight)
 
+    def check(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        length = args[0].shape[1]
+        shift = active.shift(args[0].shape[0], length)
+        if shift is not None:
+            last = (args[1] if len(args) > 1 else kwargs.get("past_key_values_length", 0)) + length - 1
+            # Padding behind a batch is not told from tokens here: it may pass the end, by less than PADDING. Generation adds none.
+            base.check_positions(last + 1, (shift + last - (PADDING if length > 1 else 0)).clamp(min=last))
+
+    positions.register_forward_pre_hook(check, with_kwargs=True)
     positions.register_forward_hook(shift_embeddings, with_kwargs=True)

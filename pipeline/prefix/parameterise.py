@@ -44,6 +44,8 @@ def parameterise(
         raise PrefixError(
             f"placement: infix is for decoder-only bases, and {base.model.config.model_type} is an encoder-decoder. Choose placement: prefix."
         )
+    if infix:
+        base.check_infix()
     sites = chosen_sites(base, settings.sites, settings.layers)
     text = _text(customer, tokenizer, rows)
     if settings.reparam == "embedding":

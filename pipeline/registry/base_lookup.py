@@ -60,6 +60,7 @@ def base_of(prefix: dict[str, Any]) -> JobBase:
                 digest=base["digest"],
                 dtype=base["dtype"],
                 quantization=base.get("quantization"),
+                attention="auto",  # no part of what a prefix is: every kernel gives the same up to rounding
             )
         seen.append(f"{place} has digest {found.digest[:16]} and a tokenizer with digest {found.tokenizer_digest[:16]}.")
     remedy = "correct or unset PREFIXFLEET_BASE" if chosen else "set PREFIXFLEET_BASE to the folder that has it"

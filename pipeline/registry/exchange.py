@@ -55,7 +55,7 @@ def import_adapter(
 
     kind = read_adapter_config(folder)["peft_type"]  # before seconds are spent on loading the base
     home = home or Home.current()
-    loaded = load_base(JobBase(base.id, str(base.path), base.revision, base.digest, dtype, quantization))
+    loaded = load_base(JobBase(base.id, str(base.path), base.revision, base.digest, dtype, quantization, "auto"))
     prefix = import_peft(folder, loaded)
     settings = dataclasses.asdict(prompt)
     shape = next(iter(prefix.values()))[0].shape

@@ -283,7 +283,7 @@ def _run(client: "MlflowClient", candidate: _Candidate, experiment: str) -> tupl
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
-    ours = client.search_runs([experiment], f"tags.`{TAG}fingerprint` = '{candidate.fingerprint}'", max_results=1)
+    ours = client.search_runs([experiment], _is(candidate), max_results=1)
     if ours:
         return str(ours[0].info.run_id), True
     run = client.create_run(experiment, run_name=str(candidate.key), tags=_tags(candidate))
@@ -311,8 +311,14 @@ def _logged_model(client: "MlflowClient", candidate: _Candidate, run_id: str) ->
 
 def _known_model(client: "MlflowClient", candidate: _Candidate, run_id: str) -> "LoggedModel | None":
     experiment = client.get_run(run_id).info.experiment_id
-    found = client.search_logged_models([experiment], f"tags.`{TAG}fingerprint` = '{candidate.fingerprint}'")
+    found = client.search_logged_models([experiment], _is(candidate))
     return next((model for model in found if model.source_run_id == run_id), None)
+
+
+def _is(candidate: _Candidate) -> str:
+    """What MLflow is asked to find this prefix. Two customers may hold the same one: with the same data, or the same adapter imported."""
+    known = {"fingerprint": candidate.fingerprint, "customer": candidate.key.customer, "task": candidate.key.task}
+    return " and ".join(f"tags.`{TAG}{name}` = '{value}'" for name, value in known.items())
 
 
 def _params(candidate: _Candidate) -> dict[str, str]:

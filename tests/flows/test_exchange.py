@@ -1,6 +1,8 @@
 """`prefixfleet import` and `prefixfleet export`: to and from PEFT, through the registry."""
 
 import json
+import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,10 +11,14 @@ from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from flows import work
+from flows import jobs, launch, work
 from flows.cli import main
+from pipeline import registry
+from pipeline.errors import RegistryError
 from pipeline.home import Home
+from pipeline.keys import CustomerKey
 from pipeline.prefix import load_prefix
+from pipeline.registry import lookup
 
 
 @pytest.fixture
@@ -73,18 +79,81 @@ def test_an_import_without_a_known_base_says_how_to_name_it(
     assert "--base" in capsys.readouterr().err
 
 
-def test_training_starts_from_the_champion_of_the_moment(adapter: Path, home: Home, fleet_file: Path) -> None:
-    """As `prefixfleet train` finds it when it writes the job; bolt has no champion, acme's is imported."""
-    assert main(["import", "--customer", "acme", "--format", "peft", str(adapter), "--fleet", str(fleet_file), "--champion"]) == 0
-    text = fleet_file.read_text().replace(
-        "customers:", "defaults: {prefix: {length: 3, init: prefix, init_prefix: champion}}\ncustomers:"
+def test_two_customers_who_import_one_adapter_get_a_version_each(adapter: Path, home: Home, fleet_file: Path) -> None:
+    for name in ("acme", "bolt"):
+        assert (
+            main(["import", "--customer", name, "--format", "peft", str(adapter), "--fleet", str(fleet_file), "--champion"]) == 0
+        )
+    for name in ("acme", "bolt"):
+        _, config = load_prefix(lookup(CustomerKey(name), home=home).prefix_dir)
+        assert config["customer"] == name
+
+
+def test_a_run_starts_from_the_champions_of_the_moment_and_a_champion_that_cannot_be_had_fails_its_customer_alone(
+    adapter: Path, home: Home, fleet_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To the end, with nothing faked: acme and crisp have champions in the registry, crisp's is damaged there, bolt has none yet."""
+    for name in ("acme", "crisp"):
+        command = ["import", "--customer", name, "--format", "peft", str(adapter), "--fleet", str(fleet_file), "--champion"]
+        assert main(command) == 0
+    shutil.rmtree(home.root / "cache" / "prefixes", ignore_errors=True)
+    assert lookup(CustomerKey("acme"), home=home).version == 1
+    (damaged,) = (
+        file
+        for file in home.mlflow_artifacts.rglob("prefix.safetensors")
+        if json.loads(file.with_name("prefix.json").read_text())["customer"] == "crisp"
     )
-    fleet_file.write_text(text)
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    fleet_file.write_text(
+        fleet_file.read_text().replace(
+            "customers:",
+            "defaults:\n"
+            "  prompt: {max_target_tokens: 16}\n"
+            "  prefix: {length: 3, init: prefix, init_prefix: champion, init_text: a warm welcome}\n"
+            "  training: {max_steps: 2, batch_size: 4, eval_every: 2, lr: 1.0e-4}\n"
+            "  evaluation: {max_new_tokens: 4, gate: {min_gain_over_base: -100}, bootstrap_resamples: 100}\n"
+            "customers:",
+        )
+    )
+    codes = {stage: main([stage, str(fleet_file), "--json"]) for stage in ("prepare", "train", "evaluate", "register")}
+    assert codes == {"prepare": 0, "train": 1, "evaluate": 1, "register": 1}
+    said = capsys.readouterr().err
+    assert "train crisp: failed: prefixfleet.crisp version 1 at" in said
+    assert "prefix.safetensors is not what was registered" in said
+    held = {row.key.customer: (row.version, row.champion_version) for row in registry.status()}
+    assert held == {"acme": (2, 2), "bolt": (1, 1), "crisp": (1, 1)}
+
+    first, second = (lookup(CustomerKey("acme"), version=version, home=home).prefix_dir for version in (1, 2))
+    before, after = json.loads((first / "prefix.json").read_text()), json.loads((second / "prefix.json").read_text())
+    assert after["lineage"]["parent"] == before["weights_sha256"]
+    # Two steps of 1e-4 from where it started.
+    for site, (key, value) in load_prefix(second)[0].items():
+        started = load_prefix(first)[0][site]
+        assert 0 <= (key - started[0]).abs().max() < 1e-3 and 0 <= (value - started[1]).abs().max() < 1e-3
+    from_words = json.loads((lookup(CustomerKey("bolt"), home=home).prefix_dir / "prefix.json").read_text())
+    assert from_words["lineage"]["parent"] is None
+
+
+def test_a_registry_that_is_away_fails_those_alone_who_start_from_a_champion(
+    home: Home, fleet_file: Path, fake_stages: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet_file.write_text(
+        fleet_file.read_text().replace("data: bolt.jsonl", "data: bolt.jsonl, prefix: {init: prefix, init_prefix: champion}")
+    )
     assert main(["prepare", str(fleet_file)]) == 0
-    todo = work.open_work(fleet_file, ["acme", "bolt"], home)
-    work.survey(todo)
-    (planned,) = todo.plan()
-    champions = work._champions(planned)
-    assert [str(key) for key in champions] == ["acme"]
-    prefix, config = load_prefix(champions[planned.job.customers[0].key])
-    assert config["customer"] == "acme" and next(iter(prefix.values()))[0].shape[1] == 3
+    todo, bolt = (work.open_work(fleet_file, wanted, home) for wanted in (None, ["bolt"]))
+    for each in (todo, bolt):
+        work.survey(each)
+
+    def away(keys: list[CustomerKey]) -> None:
+        raise RegistryError("MLflow does not answer.")
+
+    monkeypatch.setattr(registry, "status", away)
+    work.run_stage(todo, "train", logging.getLogger())
+    assert todo.errors == {CustomerKey("bolt"): "MLflow does not answer."}
+    assert [str(key) for key, member in todo.members.items() if jobs.is_trained(member)] == ["acme", "crisp"]
+    monkeypatch.setattr(launch, "run_module", None)  # with nobody left to train, nothing is launched
+    work.run_stage(bolt, "train", logging.getLogger())
+    assert bolt.errors == todo.errors

@@ -129,7 +129,7 @@ def make_job(tiny_base: Path, tmp_path: Path) -> Callable[..., tuple[Job, Path]]
                     ),
                 )
             )
-        job_base = JobBase(str(base), str(base), None, info.digest, "float32", quantization)
+        job_base = JobBase(str(base), str(base), None, info.digest, "float32", quantization, "auto")
         wanted_mixing = {
             "slots": 32,
             "max_tokens_per_micro_batch": 4096,

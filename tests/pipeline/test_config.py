@@ -208,7 +208,7 @@ def test_prefix_settings_of_every_kind_are_understood(tmp_path: Path) -> None:
     fleet = load(
         tmp_path,
         """
-base_model: {path: base, quantization: int4}
+base_model: {path: base, quantization: int4, attention: flex_attention}
 defaults: {prefix: {layers: 2, sites: [decoder.self, decoder.cross]}}
 customers:
   - {id: a, data: a.jsonl, prefix: {init: prefix, init_prefix: old/prefix}}
@@ -218,7 +218,7 @@ customers:
     a, b = (customer.prefix for customer in fleet.customers)
     assert (a.layers, b.layers, a.sites) == (2, "all", ("decoder.self", "decoder.cross"))
     assert (a.init_prefix, b.init_prefix) == (str(tmp_path / "old" / "prefix"), "champion")
-    assert fleet.base_model.quantization == "int4"
+    assert (fleet.base_model.quantization, fleet.base_model.attention) == ("int4", "flex_attention")
 
 
 def test_a_preset_brings_its_metrics_and_the_gate_takes_the_first(tmp_path: Path) -> None:

@@ -17,4 +17,4 @@ class Row:
 
 def job_base(folder: Path) -> JobBase:
     """A base on disk as a job names it."""
-    return JobBase(str(folder), str(folder), None, resolve_base(str(folder)).digest, "float32", None)
+    return JobBase(str(folder), str(folder), None, resolve_base(str(folder)).digest, "float32", None, "auto")

@@ -13,7 +13,7 @@ from pipeline.keys import CustomerKey
 from pipeline.training.job import Job, JobBase, JobCustomer, JobEvaluation, JobGate, JobMixing, JobPrefix, JobPrompt, JobTraining
 
 GATE = JobGate("bleu", 0.0, None, 0.0, None, None)
-BASE = JobBase(id="org/base", path="base", revision=None, digest="b" * 64, dtype="float32", quantization=None)
+BASE = JobBase(id="org/base", path="base", revision=None, digest="b" * 64, dtype="float32", quantization=None, attention="auto")
 
 
 class FakeEngine:

@@ -546,7 +546,7 @@ def test_the_real_engine_evaluates_and_sigterm_ends_with_143_leaving_nothing_hal
     from pipeline.training.job import JobBase
 
     info = resolve_base(str(example_base))
-    base = JobBase(info.id, str(info.path), None, info.digest, "float32", None)
+    base = JobBase(info.id, str(info.path), None, info.digest, "float32", None, "auto")
     records = [Record([10 + i, 20, 30], [40], f"row {i}", ["a quiet house by the river"]) for i in range(4)]
     job = dataclasses.replace(make_job("acme", records=records, max_new_tokens=6), base=base)
     prefix_dir = Path(job.customers[0].prefix_dir)

@@ -36,10 +36,22 @@ _FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {**_GEMMA, "layer_types": ["sliding_attention", "full_attention"] * 2,
                                                          "num_hidden_layers": 4}),
+    # Its full layers have heads of another size and number than its sliding ones.
+    "gemma4": (
+        "Gemma4TextConfig", "Gemma4ForCausalLM",
+        {**_ROTARY, "head_dim": 8, "global_head_dim": 16, "num_global_key_value_heads": 1, "attention_k_eq_v": True, "sliding_window": 16,
+         "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "hidden_size_per_layer_input": 0},
+    ),
     "mixtral": ("MixtralConfig", "MixtralForCausalLM", {**_ROTARY, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": (
         "Qwen3MoeConfig", "Qwen3MoeForCausalLM",
         {**_ROTARY, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    ),
+    "gpt_oss": (
+        "GptOssConfig", "GptOssForCausalLM",
+        {**_ROTARY, "head_dim": 8, "sliding_window": 16, "num_local_experts": 4, "num_experts_per_tok": 2,
+         "layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4,
+         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     ),
     "bart": (
         "BartConfig", "BartForConditionalGeneration",
@@ -54,14 +66,18 @@ _FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }  # fmt: skip
 
 ENCODER_DECODER = ["bart", "t5"]
+EXPERTS = ["mixtral", "qwen3_moe", "gpt_oss"]
 CAUSAL = [name for name in _FAMILIES if name not in ENCODER_DECODER]
-# Their own eager function is the only one that knows the soft cap.
-EAGER_ONLY = ["gemma2"]
+# PEFT knows one number and one size of heads for all layers.
+ONE_SIZE = [name for name in CAUSAL if name != "gemma4"]
+# Their own eager functions are the only ones that know soft caps and attention sinks.
+EAGER_ONLY = ["gemma2", "gpt_oss"]
 
 
-def tiny_model(family: str) -> Any:
-    """The family's model with seeded random weights, on the CPU in float32."""
+def tiny_model(family: str, **changed: Any) -> Any:
+    """The family's model with seeded random weights, on the CPU in float32; keyword arguments change its configuration."""
     config, model, settings = _FAMILIES[family]
+    settings = {**settings, **changed}
     torch.manual_seed(0)
     built = getattr(transformers, model)(getattr(transformers, config)(**settings))
     # Every key and value should matter: transformers' own initialisation (std 0.02) makes attention nearly uniform and biases zero.
@@ -78,9 +94,19 @@ def some_ids(rows: int, length: int) -> torch.Tensor:
     return torch.randint(10, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
-def tiny_double(family: str) -> Any:
+def padded(rows: list[torch.Tensor], left: bool) -> tuple[torch.Tensor, torch.Tensor, list[slice]]:
+    """Rows of token ids as one batch: ids and mask [B, T], and where each row stands."""
+    longest = max(map(len, rows))
+    ids, mask = torch.full((len(rows), longest), 1), torch.zeros(len(rows), longest, dtype=torch.int64)
+    where = [slice(longest - len(row), longest) if left else slice(0, len(row)) for row in rows]
+    for i, row in enumerate(rows):
+        ids[i, where[i]], mask[i, where[i]] = row, 1
+    return ids, mask, where
+
+
+def tiny_double(family: str, **changed: Any) -> Any:
     """As `tiny_model` in float64, so that equality means equality."""
-    model = tiny_model(family).double().eval()
+    model = tiny_model(family, **changed).double().eval()
     # The grouped matrix product of transformers 5.23 knows no float64.
     model.set_experts_implementation("eager")
     return model

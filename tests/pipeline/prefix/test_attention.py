@@ -11,10 +11,22 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import eager_mask
 
 from pipeline.errors import BaseModelError, PrefixError
-from pipeline.prefix import FrozenBase, Prefix, PrefixBank, attach, attention
+from pipeline.prefix import FrozenBase, Prefix, PrefixBank, attach, kernels
+from pipeline.prefix import base as prefix_base
 from pipeline.prefix.initialise import chosen_sites, from_random, from_text, from_zeros
 
-from .families import CAUSAL, EAGER_ONLY, ENCODER_DECODER, VOCABULARY, some_ids, tiny_double, tiny_model
+from .families import (
+    CAUSAL,
+    EAGER_ONLY,
+    ENCODER_DECODER,
+    EXPERTS,
+    ONE_SIZE,
+    VOCABULARY,
+    padded,
+    some_ids,
+    tiny_double,
+    tiny_model,
+)
 
 TEXT = [5, 6, 7, 8, 9]
 # Gemma 2's own eager attention takes its softmax in float32 even in a float64 model.
@@ -24,15 +36,6 @@ Banks = Callable[..., PrefixBank]
 
 def inputs_for(base: FrozenBase, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"input_ids": ids} | ({"decoder_input_ids": ids[:, :4]} if base.is_encoder_decoder else {})
-
-
-def padded(rows: list[torch.Tensor], left: bool) -> tuple[torch.Tensor, torch.Tensor, list[slice]]:
-    longest = max(map(len, rows))
-    ids, mask = torch.full((len(rows), longest), 1), torch.zeros(len(rows), longest, dtype=torch.int64)
-    where = [slice(longest - len(row), longest) if left else slice(0, len(row)) for row in rows]
-    for i, row in enumerate(rows):
-        ids[i, where[i]], mask[i, where[i]] = row, 1
-    return ids, mask, where
 
 
 @pytest.mark.parametrize("family", CAUSAL)
@@ -68,7 +71,7 @@ def test_rows_of_a_batch_see_their_own_prefix_only_whatever_the_padding(family: 
             torch.testing.assert_close(together[i, where[i]], alone[i], atol=TOLERANCE[family], rtol=0)
 
 
-@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("family", ONE_SIZE)
 @torch.no_grad()
 def test_logits_equal_those_of_peft_prefix_tuning(family: str) -> None:
     length = 4
@@ -165,16 +168,17 @@ def test_eager_and_sdpa_agree(family: str, bank_of_text: Banks) -> None:
     found = []
     for kind in ("sdpa", "eager"):
         base = attach(tiny_double(family), attention=kind)
-        assert base.active.eager == (kind == "eager")
+        assert base.active.kernel == kind
         with base.prefixes(bank_of_text(base, TEXT), torch.tensor([1, 2])):
             found.append(base.model(**inputs_for(base, some_ids(2, 6))).logits)
     torch.testing.assert_close(*found, atol=1e-5, rtol=0)  # eager functions take their softmax in float32
 
 
-@pytest.mark.parametrize("family", [f for f in CAUSAL + ENCODER_DECODER if f not in ("mixtral", "qwen3_moe")])
+@pytest.mark.parametrize("family", [f for f in CAUSAL + ENCODER_DECODER if f not in EXPERTS])
 @torch.no_grad()
 def test_bfloat16_is_within_three_percent_of_float32(family: str, bank_of_text: Banks) -> None:
-    # Of the largest logit. Mixtures of experts are left out: rounding sends a token to another expert now and then.
+    # Of the largest logit; gemma4, which has twice the norms of others, six. Mixtures of experts are left out: rounding sends a token to another
+    # expert now and then.
     exact, rounded = attach(tiny_model(family).eval()), attach(tiny_model(family).bfloat16().eval())
     prefix = from_text(exact, TEXT, 5)
     found = []
@@ -183,7 +187,7 @@ def test_bfloat16_is_within_three_percent_of_float32(family: str, bank_of_text: 
         bank.put(0, prefix)
         with base.prefixes(bank, torch.tensor([0, 0])):
             found.append(base.model(**inputs_for(base, some_ids(2, 6))).logits.float())
-    assert (found[0] - found[1]).abs().max() < 0.03 * found[0].abs().max()
+    assert (found[0] - found[1]).abs().max() < (0.06 if family == "gemma4" else 0.03) * found[0].abs().max()
 
 
 @pytest.mark.parametrize("family", CAUSAL + ENCODER_DECODER)
@@ -224,7 +228,7 @@ def without_end(logits: torch.Tensor, end: int) -> torch.Tensor:
     return logits
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "gemma2", "gemma3"])
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "gemma2", "gemma3", "gemma4", "gpt_oss"])
 @torch.no_grad()
 def test_a_prefix_stays_visible_beyond_a_sliding_window_and_generation_agrees(family: str) -> None:
     model = tiny_model(family).eval()
@@ -340,6 +344,13 @@ def test_an_infix_without_the_ends_of_the_prompts_is_an_error() -> None:
         base.model(input_ids=some_ids(1, 3))
 
 
+def test_heads_may_differ_in_number_and_size_from_layer_to_layer() -> None:
+    shapes = {(site.heads, site.head_dim) for site in attach(tiny_model("gemma4")).sites.values()}
+    assert shapes == {(2, 8), (1, 16)}
+    of_bart = attach(tiny_model("bart")).sites
+    assert (of_bart["encoder.self.0"].heads, of_bart["decoder.cross.0"].heads) == (2, 4)
+
+
 @pytest.mark.parametrize("kind", ["decoder.self", "encoder.self", "decoder.cross"])
 @pytest.mark.parametrize("family", ENCODER_DECODER)
 @torch.no_grad()
@@ -396,15 +407,108 @@ def test_a_model_whose_attention_takes_no_prefix_is_refused(config: str, model: 
         attach(built)
 
 
-def test_the_check_at_attach_time_finds_attention_that_sees_the_prefix_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_whose_keys_and_values_differ_in_size_is_refused() -> None:
+    # DeepSeek's latent attention: no Prefix of [heads, P, head_dim] twice can stand before it.
+    config = transformers.DeepseekV3Config(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1, kv_lora_rank=16,
+        q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=12, max_position_embeddings=64,
+    )  # fmt: skip
+    with pytest.raises(BaseModelError, match=r"deepseek_v3.*Supported are.*Llama"):
+        attach(transformers.DeepseekV3ForCausalLM(config))
+
+
+# What may go wrong in a hook, each caught by another part of the check at attach time.
+
+
+def test_the_check_finds_a_kernel_that_aligns_its_triangle_to_the_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
     # What transformers' SDPA function does when it gets no mask: a triangle aligned to the prefix, keys cropped.
     def without_mask(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _mask: Any, **kwargs: Any) -> Any:
         return sdpa(module, query, key, value, None, **kwargs)
 
-    sdpa = attention.sdpa_attention_forward
-    monkeypatch.setattr(attention, "sdpa_attention_forward", without_mask)
-    with pytest.raises(BaseModelError, match=r"llama.*check of the prefix hook failed"):
+    sdpa = kernels.sdpa_attention_forward
+    monkeypatch.setattr(kernels, "sdpa_attention_forward", without_mask)
+    with pytest.raises(BaseModelError, match=r"llama.*check of the prefix hook failed.*off the logits with attention by hand"):
         attach(tiny_model("llama"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "gemma2"])
+def test_the_check_finds_positions_that_are_not_shifted(family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefix_base, "_shift_positions", lambda base: None)
+    with pytest.raises(BaseModelError, match=rf"{family}.*failed \([^;]*off the logits with the text as a prompt\)"):
+        attach(tiny_model(family).to(dtype))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma3", "bart"])
+def test_the_check_finds_a_prefix_that_some_layers_never_see(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = prefix_base._find_sites
+
+    def one_forgotten(base: FrozenBase) -> dict[str, Any]:
+        sites = find(base)
+        del next(module for module in base.model.modules() if hasattr(module, "_prefixfleet_site"))._prefixfleet_site
+        return sites
+
+    monkeypatch.setattr(prefix_base, "_find_sites", one_forgotten)
+    with pytest.raises(BaseModelError, match=r"(\d+) of (?!\1)\d+ attention layers asked"):
+        attach(tiny_model(family))
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_the_check_finds_a_prefix_without_effect_and_columns_in_the_wrong_rows(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gather = PrefixBank.gather
+
+    def blind(self: PrefixBank, *args: Any) -> Any:
+        key, value, visible = gather(self, *args)
+        return key, value, torch.zeros_like(visible)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PrefixBank, "gather", blind)
+        with pytest.raises(BaseModelError, match=r"changes the logits by .* only"):
+            attach(tiny_model(family))
+    # A bias (T5) or a mask that slips by one column: prefix and sequence change places at the seam.
+    monkeypatch.setattr(
+        kernels, "sdpa", lambda m, q, k, v, mask, kwargs: kernels.eager(m, q, k.roll(1, 2), v.roll(1, 2), mask, kwargs)
+    )
+    with pytest.raises(BaseModelError, match=r"attention \S+ off the computation by hand"):
+        attach(tiny_model(family))
+
+
+@torch.no_grad()
+def test_an_infix_needs_no_attention_mask() -> None:
+    """transformers takes a jump in positions for the start of another sequence in the same row, unless it gets a mask."""
+    base = attach(tiny_double("llama"))
+    bank = PrefixBank(base.sites, slots=1, length=5, dtype=torch.float64)
+    bank.put(0, from_text(base, TEXT, 5), infix=True)
+    ids = some_ids(2, 7)
+    found = []
+    for given in ({}, {"attention_mask": torch.ones_like(ids)}):
+        with base.prefixes(bank, torch.tensor([0, 0])):
+            base.prompts_end_at(torch.tensor([3, 4]))
+            found.append(base.model(input_ids=ids, use_cache=False, **given).logits)
+    torch.testing.assert_close(*found, atol=1e-12, rtol=0)
+
+
+@torch.no_grad()
+def test_a_target_sees_the_keys_of_an_infix_as_far_away_as_those_of_a_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a rotary base the distance is what counts: scores of the target's queries and the columns in the first layer are equal."""
+    base = attach(tiny_double("llama"))
+    prefix = from_text(base, TEXT, 5)
+    ids, scores = some_ids(1, 8), []
+    for infix in (False, True):
+        bank = PrefixBank(base.sites, slots=1, length=5, dtype=torch.float64)
+        bank.put(0, prefix, infix=infix)
+        queries: list[torch.Tensor] = []
+        base.active.check = lambda call, output, queries=queries: queries.append(call.query) or output
+        with base.prefixes(bank, torch.tensor([0])):
+            base.prompts_end_at(torch.tensor([4]))
+            base.model(input_ids=ids)
+        target = queries[0][:, :, 5:]  # [1, heads, 3, head_dim], after rotation
+        scores.append(target @ prefix["decoder.self.0"][0].repeat_interleave(2, 0).transpose(1, 2))
+    base.active.check = None
+    torch.testing.assert_close(*scores, atol=1e-6, rtol=0)  # rotary angles are in float32
 
 
 def test_a_prefix_that_passes_the_models_positions_is_refused() -> None:
@@ -412,6 +516,36 @@ def test_a_prefix_that_passes_the_models_positions_is_refused() -> None:
     with pytest.raises(PrefixError, match="64 positions"):
         base.check_length(60, 5)
     base.check_length(60, 4)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "gemma3", "bart"])
+@torch.no_grad()
+def test_a_forward_pass_or_generation_past_the_models_positions_is_refused_with_padding_not_counted(family: str) -> None:
+    base = attach(tiny_model(family).eval(), max_positions=64)
+    bank = PrefixBank(base.sites, slots=2, length=5)
+    bank.put(1, from_text(base, TEXT, 5))
+    ids = some_ids(2, 64)
+    mask = torch.ones_like(ids)
+    mask[:, :5] = 0
+    mask[1, :20] = 0
+    for slots in ([1, 1], [0, 1]):
+        with base.prefixes(bank, torch.tensor(slots)):
+            if base.is_encoder_decoder:
+                whole = base.model(input_ids=ids, decoder_input_ids=ids)  # what batches are padded to
+                cut = base.model(input_ids=ids, decoder_input_ids=ids[:, :59]).logits
+                torch.testing.assert_close(whole.logits[:, :59], cut, atol=1e-5, rtol=0)
+            else:
+                base.model(input_ids=ids, attention_mask=mask)
+    with base.prefixes(bank, torch.tensor([1, 0])), pytest.raises(PrefixError, match=r"pass the 64 positions.*[Ss]horten"):
+        if base.is_encoder_decoder:
+            base.model.generate(ids[:, :6], max_new_tokens=90, min_new_tokens=90, do_sample=False)
+        else:
+            base.model(input_ids=ids[:, :60])
+    if not base.is_encoder_decoder:
+        with base.prefixes(bank, torch.tensor([0, 1])), pytest.raises(PrefixError, match="position 65 "):
+            base.model.generate(
+                ids[:, :50], attention_mask=mask[:, 14:], max_new_tokens=20, min_new_tokens=20, do_sample=False, pad_token_id=1
+            )
 
 
 def test_a_prefix_of_another_base_is_refused_with_both_shapes_named() -> None:

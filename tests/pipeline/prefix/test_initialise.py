@@ -206,6 +206,13 @@ def test_encoder_decoders_refuse_what_is_for_decoders_alone() -> None:
         start(base, reparam="embedding")
 
 
+def test_an_infix_on_flash_attention_is_refused_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = attach(tiny_model("llama"))
+    monkeypatch.setattr(base.active, "kernel", "flash_attention_2")
+    with pytest.raises(PrefixError, match=r"infix.*flash_attention_2 cannot.*placement: prefix"):
+        start(base, placement="infix", init="zeros")
+
+
 def test_a_bank_for_training_holds_prefixes_of_different_methods_and_lengths_side_by_side() -> None:
     """Rows gathered by slot, each with its own gradient, as with a bank of its own."""
     base = attach(tiny_double("llama"))

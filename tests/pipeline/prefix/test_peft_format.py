@@ -14,7 +14,7 @@ from pipeline.prefix import FrozenBase, Prefix, PrefixBank, attach, save_prefix
 from pipeline.prefix.initialise import from_text
 from pipeline.prefix.peft_format import export_peft, import_peft
 
-from .families import CAUSAL, ENCODER_DECODER, some_ids, tiny_model
+from .families import ENCODER_DECODER, ONE_SIZE, some_ids, tiny_model
 
 TEXT = [5, 6, 7, 8]
 
@@ -45,7 +45,7 @@ def inputs(base: FrozenBase) -> dict[str, torch.Tensor]:
     return known | ({"decoder_input_ids": ids[:, :5]} if base.is_encoder_decoder else {})
 
 
-@pytest.mark.parametrize("family", CAUSAL + ENCODER_DECODER)
+@pytest.mark.parametrize("family", ONE_SIZE + ENCODER_DECODER)
 @torch.no_grad()
 def test_an_exported_prefix_loads_in_peft_with_equal_logits(tmp_path: Path, family: str) -> None:
     base = attach(tiny_model(family).eval())
@@ -103,12 +103,13 @@ def test_an_encoder_saved_with_its_mlp_is_projected(tmp_path: Path) -> None:
 
 
 def test_what_peft_does_not_know_is_refused_with_the_reason(tmp_path: Path) -> None:
-    llama, bart = attach(tiny_model("llama")), attach(tiny_model("bart"))
+    llama, bart, gemma = (attach(tiny_model(family)) for family in ("llama", "bart", "gemma4"))
     whole, top = from_text(bart, TEXT, 4), {"decoder.self.2": from_text(llama, TEXT, 4)["decoder.self.2"]}
     for folder, reason in (
         (saved(tmp_path / "a", bart, whole), r"decoder self-attention only.*decoder\.cross, encoder\.self"),
         (saved(tmp_path / "b", llama, top, layers=1), "top layers only"),
         (saved(tmp_path / "c", llama, of_decoder(llama), placement="infix"), "no infix"),
+        (saved(tmp_path / "e", gemma, of_decoder(gemma)), "one number and one size of heads"),
     ):
         with pytest.raises(PrefixError, match=reason):
             export_peft(folder, tmp_path / "out")

@@ -18,9 +18,12 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("quantization", "kind"), [("int8", "Linear8bitLt"), ("int4", "Linear4bit")])
-def test_a_quantised_base_trains_a_prefix_and_stays_as_it_is(make_job: MakeJob, quantization: str, kind: str) -> None:
+def test_a_quantised_base_trains_a_prefix_and_stays_as_it_is(
+    make_job: MakeJob, quantization: str, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
     pytest.importorskip("bitsandbytes")
-    job, _ = make_job(max_steps=30, eval_every=10, lr=0.1, quantization=quantization)
+    job, _ = make_job(max_steps=30, eval_every=10, lr=0.1, quantization=quantization, mixing={"slots": 1})
+    caplog.clear()
     base = load_base(job.base, CPU)
     assert type(base.model.model.layers[0].self_attn.q_proj).__name__ == kind
     before = base.digest()
@@ -34,6 +37,7 @@ def test_a_quantised_base_trains_a_prefix_and_stays_as_it_is(make_job: MakeJob, 
     engine = load_engine(job.base)
     assert engine.base.digest() == before
     assert engine.generate([[5, 6, 7]], [engine.add(folder)], max_new_tokens=4)
+    assert "MatMul8bitLt" not in caplog.text  # said at every product, unless it is silenced
 
 
 def test_without_the_extra_the_error_names_it(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Every parameterisation, placement and start through a whole training run."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from pipeline.data import Record, read_split
+from pipeline.errors import BaseModelError
 from pipeline.inference import load_engine
 from pipeline.prefix import PrefixBank, is_infix, load_base, load_prefix
 from pipeline.prefix.initialise import from_text
@@ -118,6 +120,19 @@ def test_a_warm_start_goes_on_from_the_other_prefix_and_names_it_as_parent(make_
     _, warm = load_prefix(Path(second.customers[0].prefix_dir))
     assert warm["training"]["history"][0]["dev_loss"] == pytest.approx(config["training"]["best_dev_loss"], abs=1e-6)
     assert warm["lineage"]["parent"] == config["weights_sha256"] and config["lineage"]["parent"] is None
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
+def test_a_kernel_of_a_gpu_is_refused_without_one(make_job: MakeJob, attention: str) -> None:
+    job, _ = make_job()
+    with pytest.raises(BaseModelError, match=rf"attention: {attention} needs a GPU.*auto or sdpa"):
+        load_base(dataclasses.replace(job.base, attention=attention), torch.device("cpu"))
+
+
+def test_the_kernel_that_a_job_names_computes_its_attention(make_job: MakeJob) -> None:
+    job, _ = make_job()
+    for named, kernel in (("auto", "sdpa"), ("sdpa", "sdpa"), ("eager", "eager")):
+        assert load_base(dataclasses.replace(job.base, attention=named), torch.device("cpu")).active.kernel == kernel
 
 
 def test_what_the_base_cannot_have_fails_the_customer_with_a_remedy(make_job: MakeJob) -> None:

@@ -1,0 +1,228 @@
+"""What computes attention behind the hook: SDPA, the model's own eager function, flex attention, flash attention.
+
+In: queries [B, heads, T, head_dim], keys and values [B, heads_kv, K, head_dim] with the prefix already in front, and who sees whom. Out: what the
+model's attention module expects of a function of transformers' `AttentionInterface`. Knows nothing of prefixes.
+
+flash-attn and flex attention want masks in forms of their own, which are made once for all layers of a forward pass:
+- flex: a block mask made from the boolean mask; soft caps, sinks, windows and infixes all work.
+- flash: rows without padding, one behind the other, with their lengths. Its causal triangle is aligned to the last query and the last key of
+  each row, so a row whose keys are [prefix; sequence] needs no mask at all: every query sees the whole prefix. What a triangle cannot say
+  (sliding windows, infixes) or the kernel does not add (relative biases, sinks) is refused.
+"""
+
+import importlib.util
+import inspect
+import sys
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from pipeline.errors import BaseModelError
+
+KERNELS = ("sdpa", "eager", "flash_attention_2", "flex_attention")
+# Those that run on a GPU only: flex attention has no backward pass on a CPU (PyTorch 2.13).
+GPU_ONLY = ("flash_attention_2", "flex_attention")
+FLASH_DTYPES = (torch.float16, torch.bfloat16)
+
+Output = tuple[torch.Tensor, torch.Tensor | None]
+
+
+def sdpa(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> Output:
+    """PyTorch's scaled dot product attention; where it lacks something (soft caps, attention sinks), `eager`.
+
+    Args:
+        mask: bool [B or 1, 1, T, K], True where seen.
+    """
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        return eager(module, query, key, value, mask, kwargs)
+    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+
+def eager(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> Output:
+    """The model's own eager function; `mask` as for `sdpa`."""
+    if mask is not None:
+        # Eager functions add their mask, and take the softmax in float32 even of float64 (Gemma 2), where float64's lowest is minus infinity.
+        lowest = max(torch.finfo(query.dtype).min, torch.finfo(torch.float32).min)
+        mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, lowest)
+    function = sys.modules[type(module).__module__].eager_attention_forward
+    return function(module, query, key, value, mask, **{"dropout": 0.0, **kwargs})
+
+
+def block_mask(mask: torch.Tensor) -> BlockMask:
+    """The form that flex attention wants of a mask bool [B, 1, T, K]."""
+    batch, _, length, keys = mask.shape
+
+    def sees(row: torch.Tensor, _head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return mask[row, 0, query, key]
+
+    return create_block_mask(sees, B=batch, H=None, Q_LEN=length, KV_LEN=keys, device=mask.device)
+
+
+def flex(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: BlockMask | None, kwargs: dict[str, Any]
+) -> Output:
+    """Flex attention, through transformers' function.
+
+    Args:
+        mask: see `block_mask`.
+    """
+    bias = kwargs.get("position_bias")
+    if bias is not None:
+        # transformers' function (5.23) looks each row's bias up; the base is frozen, so no gradient is wanted.
+        kwargs = {**kwargs, "position_bias": bias.detach().expand(query.shape[0], -1, -1, -1)}
+    return AttentionInterface()["flex_attention"](module, query, key, value, mask, **kwargs)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the tokens that are no padding stand, for a batch whose rows are laid one behind the other.
+
+    Attributes:
+        queries, keys: their places among the [B * T] queries and [B * K] keys, row by row, int64.
+        query_ends, key_ends: int32 [B + 1], where each row begins and ends.
+        longest_query, longest_key: the longest row.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    query_ends: torch.Tensor
+    key_ends: torch.Tensor
+    longest_query: int
+    longest_key: int
+
+
+def pack(queries: torch.Tensor, keys: torch.Tensor) -> Packing:
+    """Find the places.
+
+    Args:
+        queries: bool [B, T], False for padding.
+        keys: bool [B, K], False for what no query of the row sees; under a causal triangle the last key of a row is its last query's own.
+    """
+    ends, longest = [], []
+    for real in (queries, keys):
+        lengths = real.sum(1)
+        ends.append(nn.functional.pad(lengths.cumsum(0), (1, 0)).int())
+        longest.append(int(lengths.max()))
+    return Packing(queries.flatten().nonzero()[:, 0], keys.flatten().nonzero()[:, 0], ends[0], ends[1], longest[0], longest[1])
+
+
+def flash(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, kwargs: dict[str, Any]
+) -> Output:
+    """Flash attention over rows without padding: the flash-attn package's kernel if it is installed, else the one inside PyTorch.
+
+    transformers' own function is not used, for it takes the kernel's name from the model's configuration, which names the hook.
+
+    Raises:
+        BaseModelError: the model needs what the kernel does not compute.
+    """
+    _check_flash(query, kwargs)
+    batch, heads, length, size = query.shape
+
+    def packed(tensor: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        return tensor.transpose(1, 2).flatten(0, 1).index_select(0, places)  # [tokens, heads, head_dim]
+
+    scale: float | None = kwargs.get("scaling")
+    mixed = (_of_package if _has_flash_attn() else _of_torch)(
+        packed(query, packing.queries),
+        packed(key, packing.keys),
+        packed(value, packing.keys),
+        packing,
+        is_causal(module, kwargs),
+        size**-0.5 if scale is None else scale,
+        kwargs.get("softcap"),
+    )
+    output = mixed.new_zeros(batch * length, heads, size).index_copy(0, packing.queries, mixed)
+    return output.view(batch, length, heads, size), None
+
+
+def is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether this call is causal, as transformers' functions decide it."""
+    given = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if given is None else given)
+
+
+def _check_flash(query: torch.Tensor, kwargs: dict[str, Any]) -> None:
+    reason = None
+    if query.dtype not in FLASH_DTYPES:
+        reason = f"computes in 16 bit and the base is in {query.dtype}: set base_model.dtype: bfloat16"
+    elif kwargs.get("position_bias") is not None:
+        reason = "adds no relative position bias, which the base has"
+    elif kwargs.get("s_aux") is not None:
+        reason = "has no attention sinks, which the base has"
+    elif kwargs.get("softcap") is not None and not _has_flash_attn():
+        reason = "has soft caps, which the base has, only in the package flash-attn: install that"
+    elif query.shape[-1] % 8 or query.shape[-1] > 256:
+        reason = f"takes head sizes up to 256 in steps of 8, and the base has {query.shape[-1]}"
+    if reason is not None:
+        raise flash_refusal(reason)
+
+
+def flash_refusal(reason: str) -> BaseModelError:
+    """The error for a base whose attention flash attention does not compute."""
+    return BaseModelError(f"base_model.attention: flash_attention_2 {reason}. Or choose sdpa, or flex_attention.")
+
+
+@cache
+def _has_flash_attn() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+def _of_package(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, at: Packing, causal: bool, scale: float, softcap: float | None
+) -> torch.Tensor:
+    """flash-attn 2.6 and later."""
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func(
+        query,
+        key,
+        value,
+        at.query_ends,
+        at.key_ends,
+        at.longest_query,
+        at.longest_key,
+        softmax_scale=scale,
+        causal=causal,
+        softcap=softcap or 0.0,
+    )
+
+
+def _of_torch(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, at: Packing, causal: bool, scale: float, softcap: float | None
+) -> torch.Tensor:
+    """The kernel inside PyTorch, which is flash-attn's without soft caps. Argument names changed from 2.10 to 2.13."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    assert softcap is None  # refused by `_check_flash`
+    takes = inspect.signature(varlen_attn).parameters
+    how: dict[str, Any] = {"window_size": (-1, 0) if causal else (-1, -1)} if "window_size" in takes else {"is_causal": causal}
+    groups = query.shape[1] // key.shape[1]
+    if "enable_gqa" in takes:
+        how["enable_gqa"] = groups > 1
+    elif groups > 1:
+        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    return cast(
+        torch.Tensor,
+        varlen_attn(query, key, value, at.query_ends, at.key_ends, at.longest_query, at.longest_key, scale=scale, **how),
+    )

@@ -1,0 +1,251 @@
+"""Flash and flex attention behind the hook agree with eager attention: here on a CPU, with the real kernels in test_gpu_attention.py.
+
+flex attention runs uncompiled. In place of the flash-attn package stands its `flash_attn_varlen_func` worked by hand from the package's description:
+rows one behind the other, the causal triangle aligned to each row's last query and last key.
+"""
+
+import sys
+import types
+from collections.abc import Callable, Iterator
+from importlib.machinery import ModuleSpec
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.errors import BaseModelError, PrefixError
+from pipeline.prefix import FrozenBase, PrefixBank, attach, kernels
+from pipeline.prefix.initialise import from_text, from_zeros
+
+from .families import CAUSAL, ENCODER_DECODER, padded, some_ids, tiny_double, tiny_model
+
+TEXT = [5, 6, 7, 8, 9]
+Banks = Callable[..., PrefixBank]
+# No sliding window in any layer, no relative bias, no sinks.
+FLASH = ["gpt2", "opt", "llama", "qwen3", "phi3", "gemma2", "mixtral", "qwen3_moe", "bart"]
+# What makes a family without windows of one that has them.
+NO_WINDOWS: dict[str, dict[str, Any]] = {"gemma2": {"layer_types": ["full_attention"] * 3}}
+# Sinks need the kernel's normaliser, which flex attention gives on a GPU only.
+FLEX = [family for family in CAUSAL + ENCODER_DECODER if family != "gpt_oss"]
+
+
+def flash_attn_varlen_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    causal: bool,
+    softcap: float,
+) -> torch.Tensor:
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    assert (max_seqlen_q, max_seqlen_k) == (int(cu_seqlens_q.diff().max()), int(cu_seqlens_k.diff().max()))
+    rows = []
+    for row in range(len(cu_seqlens_q) - 1):
+        query = q[cu_seqlens_q[row] : cu_seqlens_q[row + 1]].transpose(0, 1)  # [heads, T, head_dim]
+        key, value = (
+            t[cu_seqlens_k[row] : cu_seqlens_k[row + 1]].transpose(0, 1).repeat_interleave(q.shape[1] // k.shape[1], dim=0)
+            for t in (k, v)
+        )
+        scores = query @ key.transpose(1, 2) * softmax_scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        if causal:
+            queries, keys = scores.shape[1:]
+            hidden = torch.arange(keys)[None, :] > torch.arange(queries)[:, None] + keys - queries
+            scores = scores.masked_fill(hidden, -torch.inf)
+        rows.append((scores.softmax(-1) @ value).transpose(0, 1))
+    return torch.cat(rows)
+
+
+@pytest.fixture
+def flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
+    """The package, and float64 for an equality that means equality."""
+    package = types.ModuleType("flash_attn")
+    package.__spec__ = ModuleSpec("flash_attn", None)
+    package.flash_attn_varlen_func = flash_attn_varlen_func  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setattr(kernels, "FLASH_DTYPES", (torch.float64,))
+    kernels._has_flash_attn.cache_clear()
+    yield package
+    kernels._has_flash_attn.cache_clear()
+
+
+@pytest.fixture
+def flex() -> Iterator[None]:
+    """Without the compiler, which takes a minute."""
+    before = torch.compiler.set_stance("force_eager")
+    with before:
+        yield
+
+
+@pytest.fixture
+def kernel(request: pytest.FixtureRequest) -> str:
+    request.getfixturevalue("flash" if request.param == "flash_attention_2" else "flex")
+    return str(request.param)
+
+
+CASES = [(family, "flash_attention_2") for family in FLASH] + [(family, "flex_attention") for family in FLEX]
+
+
+def both(family: str, kernel: str, **changed: Any) -> tuple[FrozenBase, FrozenBase]:
+    """The same base with eager attention and with the kernel."""
+    settings = NO_WINDOWS.get(family, {}) if kernel == "flash_attention_2" else {}
+    eager, other = (attach(tiny_double(family, **settings, **changed), attention=kind) for kind in ("eager", kernel))
+    assert other.active.kernel == kernel
+    return eager, other
+
+
+@pytest.mark.parametrize(("family", "kernel"), CASES, indirect=["kernel"])
+@torch.no_grad()
+def test_logits_and_generation_equal_eager_ones_whatever_prefix_and_padding(
+    family: str, kernel: str, bank_of_text: Banks
+) -> None:
+    ids, mask, _ = padded([some_ids(1, n)[0] for n in (7, 4, 6)], left=True)
+    rows = torch.tensor([1, 2, 0])  # five columns, two, none
+    found, written = [], []
+    for base in both(family, kernel):
+        bank = bank_of_text(base, TEXT)
+        shown = []
+        for flipped in (False, True):  # padding in front, padding behind
+            inputs = {"input_ids": ids.flip(1) if flipped else ids, "attention_mask": mask.flip(1) if flipped else mask}
+            if base.is_encoder_decoder:
+                inputs["decoder_input_ids"] = some_ids(3, 5)
+            with base.prefixes(bank, rows):
+                logits = base.model(**inputs, use_cache=False).logits
+            shown.append(logits if base.is_encoder_decoder else logits[inputs["attention_mask"].bool()])
+        found.append(torch.cat([part.flatten(0, -2) for part in shown]))
+        for how in ({}, {"num_beams": 3}, {"cache_implementation": "static"}):
+            with base.prefixes(bank, rows):
+                out = base.model.generate(
+                    ids, attention_mask=mask, max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=1, **how
+                )
+            written.append(out)
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=0)  # eager functions take their softmax in float32
+    for eager, other in zip(written[:3], written[3:], strict=True):
+        assert torch.equal(eager, other)
+
+
+@pytest.mark.parametrize("family", FLASH)
+def test_gradients_of_flash_attention_equal_eager_ones_with_and_without_checkpointing(
+    family: str, flash: types.ModuleType, bank_of_text: Banks
+) -> None:
+    ids, mask, _ = padded([some_ids(1, n)[0] for n in (6, 4)], left=False)
+    gradients = []
+    for checkpointing in (False, True):
+        for base in both(family, "flash_attention_2"):
+            bank = bank_of_text(base, TEXT)
+            for tensor in bank.tensors.values():
+                tensor.requires_grad_()
+            if checkpointing:
+                base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                base.model.train()
+            inputs = {"input_ids": ids, "attention_mask": mask} | ({"decoder_input_ids": ids} if base.is_encoder_decoder else {})
+            with base.prefixes(bank, torch.tensor([1, 2])):
+                base.model(**inputs, use_cache=False).logits[mask.bool()].square().mean().backward()
+            gradients.append([tensor.grad for tensor in bank.tensors.values()])
+    for other in gradients[1:]:
+        for expected, found in zip(gradients[0], other, strict=True):
+            assert expected.abs().max() > 0
+            torch.testing.assert_close(found, expected, atol=1e-7, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "gemma2", "gemma3"])
+@torch.no_grad()
+def test_flex_attention_knows_infixes_and_sliding_windows(family: str, flex: None) -> None:
+    ids, mask, _ = padded([some_ids(1, n)[0] for n in (25, 22)], left=True)  # windows are 16 wide
+    found = []
+    for base in both(family, "flex_attention"):
+        bank = PrefixBank(base.sites, slots=2, length=5, dtype=torch.float64)
+        prefix = from_text(base, TEXT, 5)
+        bank.put(0, prefix, infix=True)
+        bank.put(1, prefix)
+        with base.prefixes(bank, torch.tensor([0, 1])):
+            base.prompts_end_at(torch.tensor([12, 20]))
+            found.append(base.model(input_ids=ids, attention_mask=mask).logits[mask.bool()])
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_top_layers_and_prefixes_of_different_sites_share_no_mask(flash: types.ModuleType) -> None:
+    found = []
+    for base in both("llama", "flash_attention_2"):
+        prefix = from_text(base, TEXT, 5)
+        bank = PrefixBank(base.sites, slots=2, length=5, dtype=torch.float64)
+        bank.put(0, {site: prefix[site] for site in list(prefix)[1:]})
+        bank.put(1, {site: (k[:, :3], v[:, :3]) for site, (k, v) in list(prefix.items())[2:]})
+        with base.prefixes(bank, torch.tensor([0, 1])):
+            found.append(base.model(input_ids=some_ids(2, 6), use_cache=False).logits)
+            assert len(base.active.made) == (3 if base.active.kernel == "flash_attention_2" else len(base.active.made))
+        assert not base.active.made
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("mistral", "sliding window"),
+        ("gemma2", "sliding window"),
+        ("gpt_oss", "sliding window|attention sinks"),
+        ("t5", "relative position bias"),
+    ],
+)
+def test_what_flash_attention_does_not_compute_is_refused_with_what_does(
+    family: str, reason: str, flash: types.ModuleType
+) -> None:
+    with pytest.raises(BaseModelError, match=rf"flash_attention_2.*({reason}).*flex_attention"):
+        attach(tiny_double(family), attention="flash_attention_2")
+
+
+def test_flash_attention_refuses_sinks_float32_odd_heads_and_soft_caps_without_the_package(
+    flash: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(reason: str, model: Any) -> None:
+        with pytest.raises(BaseModelError, match=rf"flash_attention_2.*{reason}"):
+            attach(model, attention="flash_attention_2")
+
+    refused("attention sinks", tiny_double("gpt_oss", layer_types=["full_attention"] * 4))
+    refused(r"head sizes.*has 12", tiny_double("llama", head_dim=12))
+    monkeypatch.setattr(kernels, "FLASH_DTYPES", (torch.bfloat16,))
+    refused(r"16 bit.*torch\.float32.*dtype: bfloat16", tiny_model("llama"))
+    monkeypatch.setattr(kernels, "FLASH_DTYPES", (torch.float64,))
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
+    kernels._has_flash_attn.cache_clear()
+    refused("soft caps.*install", tiny_double("gemma2", layer_types=["full_attention"] * 3))
+
+
+def test_flash_attention_refuses_an_infix_when_it_is_used(flash: types.ModuleType) -> None:
+    base = attach(tiny_double("llama"), attention="flash_attention_2")
+    bank = PrefixBank(base.sites, slots=1, length=2)
+    bank.put(0, from_zeros(base.sites, 2), infix=True)
+    with pytest.raises(PrefixError, match=r"placement: infix.*placement: prefix.*sdpa"), base.prefixes(bank, torch.tensor([0])):
+        pass
+
+
+def test_the_check_at_attach_time_finds_a_flash_kernel_with_the_triangle_of_pytorch(
+    flash: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def top_left(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *ends: Any, causal: bool, **kwargs: Any) -> torch.Tensor:
+        """Keys behind a row's length are cropped, as transformers' SDPA function does."""
+        (ends_q, ends_k, *_longest) = ends
+        kept = torch.cat([torch.arange(ends_k[i], ends_k[i] + ends_q[i + 1] - ends_q[i]) for i in range(len(ends_q) - 1)])
+        return flash_attn_varlen_func(q, k[kept], v[kept], ends_q, ends_q, ends[2], ends[2], causal=causal, **kwargs)
+
+    monkeypatch.setattr(flash, "flash_attn_varlen_func", top_left)
+    with pytest.raises(BaseModelError, match=r"llama.*flash_attention_2.*check of the prefix hook failed.*attention: eager"):
+        attach(tiny_double("llama"), attention="flash_attention_2")
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention"])
+def test_a_kernel_that_fails_is_a_refusal_with_a_remedy(
+    name: str, flash: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> torch.Tensor:
+        raise RuntimeError("CUDA error: no kernel image")
+
+    monkeypatch.setattr(kernels, "flash" if name == "flash_attention_2" else "flex", broken)
+    with pytest.raises(BaseModelError, match=rf"{name} cannot compute.*no kernel image.*attention: sdpa"):
+        attach(tiny_double("llama"), attention=name)
