@@ -24,7 +24,7 @@ from pipeline.data import Record, read_split
 from pipeline.data.prompt import load_tokenizer
 from pipeline.errors import ConfigError, TrainingError
 from pipeline.inference import PrefixEngine
-from pipeline.prefix import FrozenBase, load_base, save_prefix
+from pipeline.prefix import FrozenBase, PrefixBank, load_base, save_prefix
 from pipeline.prefix.parameterise import parameterise
 from pipeline.process import peak_memory_bytes
 from pipeline.progress import Progress
@@ -226,6 +226,7 @@ def _train_prefix(base: FrozenBase, resident: Resident, length: int, pad: int, p
 def _train_weights(base: FrozenBase, resident: Resident, pad: int, progress: Progress) -> None:
     """The same loop for weights; at its end they are those of the best step."""
     kept: list[torch.Tensor] = []
+    nothing = PrefixBank(base.sites, slots=1, length=0, device=base.device)
 
     def keep() -> dict[str, Any]:
         kept[:] = [parameter.detach().clone() for parameter in resident.parameters]
@@ -234,13 +235,13 @@ def _train_weights(base: FrozenBase, resident: Resident, pad: int, progress: Pro
     while True:
         if resident.needs_dev_loss:
             with torch.no_grad():
-                total = _passed(base, resident.dev_rows, pad, lambda losses: None)
+                total = _passed(base, nothing, resident.dev_rows, pad, lambda losses: None)
             resident.judge(total / resident.dev_tokens, keep)
         if resident.finished:
             break
         rows = resident.next_rows()
         tokens = sum(len(row.target_ids) for row in rows)
-        loss = _passed(base, rows, pad, lambda losses, tokens=tokens: (losses.sum() / tokens).backward()) / tokens  # type: ignore[misc]  # bound now
+        loss = _passed(base, nothing, rows, pad, lambda losses, tokens=tokens: (losses.sum() / tokens).backward()) / tokens  # type: ignore[misc]  # bound now
         norm = torch.nn.utils.clip_grad_norm_(resident.parameters, resident.settings.max_grad_norm)
         resident.take_step(loss, float(norm), {})
         progress.update(1, loss=loss)
@@ -250,12 +251,13 @@ def _train_weights(base: FrozenBase, resident: Resident, pad: int, progress: Pro
     progress.update(resident.settings.max_steps - resident.step)
 
 
-def _passed(base: FrozenBase, rows: Any, pad: int, act: Callable[[torch.Tensor], None]) -> float:
+def _passed(base: FrozenBase, nothing: PrefixBank, rows: Any, pad: int, act: Callable[[torch.Tensor], None]) -> float:
     """Summed loss of `rows`, micro-batch by micro-batch; `act` gets the losses of each."""
     total = 0.0
     for batch in pack(rows, _BUDGET):
-        losses = row_losses(base, [rows[i] for i in batch], pad)
-        act(losses)
+        with base.prefixes(nothing, torch.zeros(len(batch), dtype=torch.int64, device=base.device)):
+            losses = row_losses(base, [rows[i] for i in batch], pad)
+            act(losses)
         total += float(losses.detach().sum())
     return total
 

@@ -7,7 +7,7 @@ import torch
 
 from pipeline.compare import weights
 from pipeline.errors import ConfigError
-from pipeline.prefix import FrozenBase, load_base
+from pipeline.prefix import FrozenBase, PrefixBank, load_base
 from pipeline.training.batches import row_losses
 
 from .rows import Row, job_base
@@ -21,7 +21,8 @@ def base(request: pytest.FixtureRequest) -> FrozenBase:
 
 
 def losses(base: FrozenBase) -> torch.Tensor:
-    return row_losses(base, ROWS, 1)
+    with base.prefixes(PrefixBank(base.sites, slots=1, length=0), torch.zeros(len(ROWS), dtype=torch.int64)):
+        return row_losses(base, ROWS, 1)
 
 
 def count(parameters: list[torch.nn.Parameter]) -> int:
