@@ -138,6 +138,32 @@ def _parser() -> argparse.ArgumentParser:
     bring.add_argument("--template", metavar="TEXT", help=r"the prompt, such as '{input}\n' (the default); \n means a new line")
     bring.add_argument("--champion", action="store_true", help="make it champion, though nothing here has evaluated it")
 
+    text = "train other methods on a customer's data with the same budget, and put them in one table with the prefix"
+    against = command(
+        "compare",
+        _compare,
+        text,
+        [
+            f"prefixfleet compare {_FLEET} --customer bistro",
+            f"prefixfleet compare {_FLEET} --customer bistro --method full --method lora --method prefix --steps 100 --tries 1",
+        ],
+    )
+    against.add_argument("fleet", type=Path, metavar="FLEET.yaml", help="the fleet file")
+    against.add_argument("--customer", required=True, metavar="ID", help="ID, or ID/TASK for one of its tasks")
+    methods = ["prefix", "infix", "embedding", "full", "top2", "adapter", "lora"]
+    against.add_argument("--method", action="append", choices=methods, help="only this one; may be repeated (default: all)")
+    against.add_argument("--steps", type=_count, metavar="N", help="instead of training.max_steps")
+    against.add_argument(
+        "--tries",
+        type=int,
+        choices=[1, 2, 3],
+        default=3,
+        help="learning rates tried for each, the best by dev loss kept (default: 3)",
+    )
+    against.add_argument(
+        "--adapter-share", type=_share, default=0.02, metavar="S", help="of the base's parameters, for adapters (default: 0.02)"
+    )
+
     status = command(
         "status",
         _status,
@@ -450,6 +476,49 @@ def _status(arguments: argparse.Namespace) -> int:
     else:
         print(f"Nothing is registered at {shown_uri()}. `prefixfleet run FLEET.yaml` trains and registers.")
     return OK
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from flows.prefect_api import set_environment
+    from pipeline.home import Home
+
+    set_environment(Home.current(), False)
+    from flows.compare import METHODS, run_comparison
+    from flows.display import Display
+    from flows.events import listening
+
+    with Display(bars=True) as display, listening(display.event):
+        content, folder = run_comparison(
+            arguments.fleet,
+            arguments.customer,
+            arguments.method or METHODS,
+            steps=arguments.steps,
+            tries=arguments.tries,
+            adapter_share=arguments.adapter_share,
+            say=lambda text: print(text, file=sys.stderr),
+        )
+    if arguments.json:
+        _print_json({**content, "folder": folder})
+    else:
+        from pipeline.compare.report import comparison_markdown
+
+        print(comparison_markdown(content))
+        print(f"Report: {folder / 'compare.html'}")
+    return FAILED if any("error" in row for row in content["methods"]) else OK
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return number
+
+
+def _share(text: str) -> float:
+    number = float(text)
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError("must be between 0 and 1")
+    return number
 
 
 @contextlib.contextmanager

@@ -122,7 +122,7 @@ def fleet_table(rows: Iterable[Row], console: Console) -> None:
     for row in rows:
         if row.error:
             console.print(Text(f"{row.key} failed: {row.error}", style="red"), soft_wrap=True)
-        elif row.decision == "reject":
+        elif row.decision in ("keep", "reject"):
             console.print(Text(f"{row.key} was not promoted: {'; '.join(row.reasons)}", style="yellow"), soft_wrap=True)
         if row.overlap:
             said = ", ".join(f"{count:,} in {splits.replace('/', ' and ')}" for splits, count in row.overlap.items())

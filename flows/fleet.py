@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefect import flow, unmapped
+from prefect import flow, get_run_logger, unmapped
+from prefect.artifacts import create_table_artifact
 from prefect.futures import PrefectFuture, as_completed
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed, State
@@ -51,10 +52,36 @@ def bring_up_to_date(fleet_file: Path, customers: list[str] | None) -> State[wor
     with work.alone(todo):
         _work_through(todo)
         outcome = work.outcome(todo)
+    _leave_table(outcome)
     failed = [row.key for row in outcome.failed]
     if failed:
         return Failed(message=f"{len(failed)} of {len(outcome.rows)} customers failed: {', '.join(failed[:20])}", data=outcome)
     return Completed(message=f"all {len(outcome.rows)} customers are up to date", data=outcome)
+
+
+def _leave_table(outcome: work.Outcome) -> None:
+    """The table of the run as a Prefect artifact; each run of a fleet adds one under the same key."""
+    rows = [
+        {
+            "customer": row.key,
+            "result": "failed" if row.error else row.decision or row.status,
+            "metric": row.metric,
+            "base": row.base_score,
+            "champion": row.champion_score,
+            "prefix": None if row.score is None else row.score["score"],
+            "low": None if row.score is None else row.score["low"],
+            "high": None if row.score is None else row.score["high"],
+            "version": row.version,
+            "alias": row.alias,
+            "why": row.error or "; ".join(row.reasons),
+        }
+        for row in outcome.rows
+    ]
+    try:
+        # Keys hold lower-case letters, digits and dashes.
+        create_table_artifact(key=f"fleet-{jobs.readable(outcome.fleet)}", table=rows, description=f"Report: {outcome.report}")
+    except Exception as error:  # Prefect's own or its server's: the work is done and registered
+        get_run_logger().warning("the table could not be left as an artifact: %s", error)
 
 
 def _work_through(todo: work.Work) -> None:

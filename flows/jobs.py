@@ -36,7 +36,7 @@ from pipeline.training.results import EVALUATION_FILES, PREFIX_FILES, is_whole, 
 
 # Raised when the same settings and data would give another prefix, or the same prefix another score: everything is then due again.
 METHOD_VERSION = 1
-EVALUATION_VERSION = 1
+EVALUATION_VERSION = 2
 
 STAGES = ("prepare", "train", "evaluate", "register")
 # Of the launch settings: how the same work is cut, which one may change to go on with less memory.
@@ -69,6 +69,7 @@ def job_customer(
         evaluate_digest=evaluate_digest,
         prefix_dir=str(home.prefix(customer.key, train_digest)),
         evaluation_dir=str(home.evaluation(customer.key, evaluate_digest)),
+        champion_dir=None,  # which one it is changes with every promotion, and is looked up when the job is written
         prompt=JobPrompt(**prompt),
         prefix=JobPrefix(**prefix),
         training=JobTraining(**training),
@@ -146,7 +147,7 @@ def plan(
             continue
         folder = home.job(name)
         job = Job(
-            format=2,
+            format=3,
             name=name,
             folder=str(folder),
             experiment="prefixfleet",
@@ -190,11 +191,11 @@ def write(
     Args:
         planned: the job.
         stage: `train` or `evaluate`.
-        champions: the prefix folders of the champions that customers start from.
+        champions: the prefix folders of the champions that customers start from, or that they are compared with.
         failed: customers that cannot even start, and why: left out of the file, with a result that says so.
     """
     champions, failed = champions or {}, failed or {}
-    customers = [_starting_from(c, champions.get(c.key)) for c in due_in(planned, stage)]
+    customers = [_beside(c, stage, champions.get(c.key)) for c in due_in(planned, stage)]
     for customer in customers:
         result_path(planned.job, customer.key, _RESULT[stage]).unlink(missing_ok=True)
         if customer.key in failed:
@@ -203,9 +204,12 @@ def write(
     write_job(planned.path, dataclasses.replace(planned.job, customers=started))
 
 
-def _starting_from(customer: JobCustomer, champion: Path | None) -> JobCustomer:
+def _beside(customer: JobCustomer, stage: str, champion: Path | None) -> JobCustomer:
+    """The customer with its champion, as `stage` takes it."""
     if champion is None:
         return customer
+    if stage == "evaluate":
+        return dataclasses.replace(customer, champion_dir=str(champion))
     return dataclasses.replace(customer, prefix=dataclasses.replace(customer.prefix, init_prefix=str(champion)))
 
 

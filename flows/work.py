@@ -33,7 +33,7 @@ _preparing = threading.Lock()
 
 @dataclass
 class Row:
-    """One customer in the table at the end. Scores are in points (0..100) of `metric`.
+    """One customer in the table at the end. Scores are in the unit of `metric`; the champion is the one that this prefix was compared with.
 
     `status` is `done` (something was done), `unchanged` or `failed`; `seconds` are those of this run; `score` holds `score`, `low`, `high`.
     `overlap` counts the inputs that stand in two ready-made splits, as `train/test`: only those that are not zero.
@@ -44,6 +44,7 @@ class Row:
     quarantined: int | None = None
     metric: str = ""
     base_score: float | None = None
+    champion_score: float | None = None
     score: dict[str, float] | None = None
     decision: str | None = None
     reasons: list[str] = field(default_factory=list)
@@ -317,7 +318,7 @@ def run_job(planned: jobs.PlannedJob, stage: str, logger: "logging.Logger | logg
     module = "pipeline.training" if stage == "train" else "pipeline.evaluation"
     for left in reversed(range(_RESUMPTIONS)):
         members = jobs.due_in(planned, stage)
-        champions, failed = _champions(members) if stage == "train" else ({}, {})
+        champions, failed = _champions(members, stage)
         if members:
             jobs.write(planned, stage, champions, failed)
         if len(members) == len(failed):
@@ -331,15 +332,16 @@ def run_job(planned: jobs.PlannedJob, stage: str, logger: "logging.Logger | logg
             logger.info("%s Starting it again.", paused)
 
 
-def _champions(members: list[JobCustomer]) -> tuple[dict[CustomerKey, Path], dict[CustomerKey, str]]:
-    """The prefixes that customers with `init_prefix: champion` start from, and why those fail whose champion cannot be had.
+def _champions(members: list[JobCustomer], stage: str) -> tuple[dict[CustomerKey, Path], dict[CustomerKey, str]]:
+    """The prefixes that customers with `init_prefix: champion` start from or all are compared with, and why those fail whose champion cannot
+    be had.
 
     Whoever has no champion yet is in neither.
     """
     from pipeline.registry import lookup, status
     from pipeline.registry.register import CHAMPION
 
-    keys = [member.key for member in members if member.prefix.init_prefix == CHAMPION]
+    keys = [member.key for member in members if stage == "evaluate" or member.prefix.init_prefix == CHAMPION]
     found: dict[CustomerKey, Path] = {}
     failed: dict[CustomerKey, str] = {}
     try:
@@ -352,7 +354,9 @@ def _champions(members: list[JobCustomer]) -> tuple[dict[CustomerKey, Path], dic
         except Exception as error:  # of whatever kind: the other customers are not to suffer
             if not isinstance(error, PrefixFleetError):
                 log.error("looking up the champion of %s failed", key, exc_info=error)
-            failed[key] = str(error) if isinstance(error, PrefixFleetError) else f"{type(error).__name__}: {error}"
+            failed[key] = (
+                f"its champion cannot be had: {error if isinstance(error, PrefixFleetError) else f'{type(error).__name__}: {error}'}"
+            )
     return found, failed
 
 
@@ -451,5 +455,7 @@ def _judge(row: Row, folder: Path) -> None:
     """Put the scores and the decision of the evaluation in `folder` into `row`."""
     metrics, decision = read_json(folder / "metrics.json", 1), read_json(folder / "decision.json", 1)
     base, score = metrics["scores"]["base"][row.metric]["score"], metrics["scores"]["prefix"][row.metric]
+    champion = metrics["scores"].get("champion")
+    row.champion_score = None if champion is None else champion[row.metric]["score"]
     row.base_score, row.score = base, {name: score[name] for name in ("score", "low", "high")}
     row.decision, row.reasons, row.report = decision["decision"], list(decision["reasons"]), folder / "report.html"

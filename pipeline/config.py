@@ -20,7 +20,17 @@ from pipeline.keys import DEFAULT_TASK, CustomerKey, validate_id
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 SITES = ("decoder.self", "encoder.self", "decoder.cross")
-METRICS = ("bleu", "chrf", "rouge1", "rouge2", "rougeL")
+METRICS = (
+    "bleu", "nist", "rougeL_coco", "cider", "chrf", "ter", "meteor", "rouge1", "rouge2", "rougeL", "exact_match", "slot_error_rate",
+    "perplexity", "distinct1", "distinct2",
+)  # fmt: skip
+# What each convention computes by default; what it does to texts is in `pipeline.evaluation.presets`.
+PRESETS = {
+    "default": ("bleu", "rougeL", "chrf"),
+    "e2e": ("bleu", "nist", "rougeL_coco", "cider"),
+    "webnlg": ("bleu", "chrf", "ter"),
+    "summarization": ("rouge1", "rouge2", "rougeL"),
+}
 
 
 class Settings(BaseModel):
@@ -177,28 +187,79 @@ class TrainingSettings(Settings):
 
 
 class GateSettings(Settings):
-    """What a prefix must reach to become champion."""
+    """What a prefix must reach to become champion. Gains count in the direction that is better for the metric, in its own unit."""
 
-    metric: Literal[METRICS] = Field("bleu", description="the score that decides")  # type: ignore[valid-type]  # a tuple of literals, unpacked by typing at run time
-    min_gain_over_base: float = Field(0.0, description="the score must be greater than the base's by more than this (in points)")
-    min_score: float | None = Field(None, description="the score must be at least this (in points)")
+    metric: Literal[METRICS] = Field("bleu", description="the score that decides; by default the first of metrics")  # type: ignore[valid-type]  # a tuple of literals, unpacked by typing at run time
+    min_gain_over_base: float = Field(0.0, description="it must be better than the base by more than this")
+    min_score: float | None = Field(None, description="the score must be at least this (at most, where lower is better)")
+    min_gain_over_champion: float | None = Field(
+        0.0,
+        description="it must be better than the champion by more than this, or the champion is kept; null: the champion is not asked",
+    )
+    max_regression_on_slice: float | None = Field(
+        None,
+        ge=0,
+        description="no slice of 10 records or more may be worse than with the champion (the base, while there is none) by more than this",
+    )
+    significance: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="gains count only with a p-value below this (paired bootstrap); null: they count as they are",
+    )
 
 
 class EvaluationSettings(Settings):
-    """Generation for the test split, and scores."""
+    """Generation for the test split, and scores. docs/evaluation.md explains them."""
 
+    preset: Literal[tuple(PRESETS)] = Field(  # type: ignore[valid-type]
+        "default", description="how texts are compared: tokenisation, case, references, as the published tasks have it"
+    )
     metrics: tuple[Literal[METRICS], ...] = Field(  # type: ignore[valid-type]
-        ("bleu", "rougeL", "chrf"), min_length=1, description="scores to compute, in points from 0 to 100"
+        PRESETS["default"], min_length=1, description="scores to compute; by default those of the preset"
     )
     gate: GateSettings = Field(GateSettings(), description="what makes a champion")
-    num_beams: int = Field(1, ge=1, le=64, description="1: greedy")
+    num_beams: int = Field(1, ge=1, le=64, description="1: greedy; the paper takes 5 for table-to-text, 6 for summaries")
     max_new_tokens: int | None = Field(None, ge=1, description="by default the prompt's max_target_tokens")
-    bootstrap_resamples: int = Field(1000, ge=100, le=100_000, description="for the 95 % intervals")
+    bootstrap_resamples: int = Field(1000, ge=100, le=100_000, description="for 95 % intervals and p-values")
+    slices: tuple[str, ...] = Field(
+        ("input_length",),
+        description="scores of parts of the test split: names of the records' fields, or input_length (thirds by tokens)",
+    )
+    prompt_baseline: bool = Field(
+        True, description="also generate with the base and the instruction (or some training rows) as text in front"
+    )
+    instruction: str | None = Field(
+        None, description="that instruction; by default prefix.init_text, and without one training rows as examples"
+    )
+    prompt_examples: int = Field(3, ge=1, le=64, description="how many training rows stand in for a missing instruction, at most")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_preset(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        value = dict(value)
+        known = PRESETS.get(value.get("preset", "default")) if isinstance(value.get("preset", "default"), str) else None
+        if known is not None:
+            value.setdefault("metrics", known)
+        metrics, gate = value.get("metrics"), value.get("gate", {})
+        # Whatever is wrong with either is said by their own checks.
+        if isinstance(metrics, list | tuple) and metrics and isinstance(gate, dict) and isinstance(metrics[0], str):
+            value["gate"] = {"metric": metrics[0] if metrics[0] in METRICS else "bleu", **gate}
+        return value
 
     @model_validator(mode="after")
-    def _gate_metric_is_computed(self) -> "EvaluationSettings":
+    def _fits_together(self) -> "EvaluationSettings":
         if self.gate.metric not in self.metrics:
             raise ValueError(f"gate.metric is {self.gate.metric!r} but metrics are {list(self.metrics)}; add it to metrics")
+        for name, values in (("metrics", self.metrics), ("slices", self.slices)):
+            if len(set(values)) != len(values):
+                raise ValueError(f"{name} names one thing twice")
+        if self.gate.max_regression_on_slice is not None and not self.slices:
+            raise ValueError("gate.max_regression_on_slice needs slices; name some, or remove it")
+        if self.instruction is not None and not self.instruction.strip():
+            raise ValueError("instruction is empty; remove it to use training rows as examples")
         return self
 
 

@@ -77,6 +77,13 @@ class Progress:
         else:
             self._emit(info, force=self.done >= self.total)
 
+    def expect(self, total: int) -> None:
+        """Correct the number of units, once it is known."""
+        self.total = total
+        if self._bar is not None:
+            self._bar.total = total
+            self._bar.refresh()
+
     def skip(self, n: int) -> None:
         """Note that `n` units, counted or about to be, were or will be no work of this process: they say nothing about the time that is left."""
         self._skipped += n

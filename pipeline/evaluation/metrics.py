@@ -1,184 +1,280 @@
-"""Corpus scores with 95 % bootstrap intervals: BLEU, chrF, ROUGE-1/2/L.
+"""The metrics: what each is called, which way is better, and how it is computed.
 
-In: the outputs of one or more systems and the references of each record, as text. Out: points from 0 to 100, an interval, and for
-each metric the signature that says how it was computed. Knows nothing of models, customers or files.
-
-A metric is reduced once to sufficient statistics, one row a record. The corpus score is a function of their sum, so a bootstrap
-resample costs one matrix product instead of reading all texts again, and all metrics and systems see the same resamples.
+In: references, and for some metrics the inputs. Out: a `Metric`, which turns outputs into sufficient statistics, one row a record,
+and sums of such rows into corpus scores. So a bootstrap resample costs one matrix product instead of reading all texts again.
+Knows nothing of models, customers or files.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import cast
+from typing import Literal, cast
 
 import numpy as np
 from rouge_score import rouge_scorer, tokenizers
 from rouge_score import tokenize as rouge_tokenize
 from sacrebleu.metrics.bleu import BLEU, MAX_NGRAM_ORDER
 from sacrebleu.metrics.chrf import CHRF
+from sacrebleu.metrics.ter import TER
+from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
 from pipeline.errors import EvaluationError
-
-# sacrebleu's own default: `sacrebleu --confidence` on the same texts gives the same resamples.
-SEED = 12345
-
-_ROUGE = ("rouge1", "rouge2", "rougeL")
-# The index matrix of a block of resamples stays below this many numbers (16 MB as float64).
-_BLOCK = 2_000_000
+from pipeline.evaluation import coco
+from pipeline.evaluation.meteor import Meteor, check_meteor
+from pipeline.evaluation.nist import nist, nist_score
+from pipeline.evaluation.presets import Preset
+from pipeline.evaluation.slots import slot_errors
 
 
 @dataclass(frozen=True)
-class Score:
-    """A corpus score in points (0..100) and its 95 % bootstrap interval."""
-
-    score: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What `score_systems` found.
+class Kind:
+    """What a reader must know of a metric.
 
     Attributes:
-        systems: system name to metric name to score.
-        signatures: metric name to the settings it was computed with.
-        notes: metric name to a warning, where the metric cannot judge these texts.
+        better: which way is better.
+        top: the end of its scale, None if it has none. With 100 it is in points.
     """
 
-    systems: dict[str, dict[str, Score]]
-    signatures: dict[str, str]
-    notes: dict[str, str]
+    better: Literal["higher", "lower"]
+    top: float | None
+
+
+METRICS = {
+    "bleu": Kind("higher", 100),
+    "nist": Kind("higher", None),
+    "rougeL_coco": Kind("higher", 100),
+    "cider": Kind("higher", 10),
+    "chrf": Kind("higher", 100),
+    "ter": Kind("lower", None),
+    "meteor": Kind("higher", 100),
+    "rouge1": Kind("higher", 100),
+    "rouge2": Kind("higher", 100),
+    "rougeL": Kind("higher", 100),
+    "exact_match": Kind("higher", 100),
+    "slot_error_rate": Kind("lower", None),
+    "perplexity": Kind("lower", None),
+    "distinct1": Kind("higher", 100),
+    "distinct2": Kind("higher", 100),
+}
+_ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
 @dataclass(frozen=True)
-class _Metric:
+class Metric:
     """One metric prepared for a set of references.
 
     Attributes:
-        statistics: outputs -> array [records, k], one row of sufficient statistics a record.
-        score_of: a sum of such rows [k] -> points.
+        statistics: outputs -> [N, k], one row of sufficient statistics a record.
+        score_of: sums of such rows [R, k] -> [R].
         signature: settings in sacrebleu's notation.
-        note: why the metric says nothing about these texts, or None.
+        note: what a reader must know before believing it on these texts, or None.
+        of_parts: whether the rows of some records make the score of these records; distinct-n is of all outputs together.
     """
 
     statistics: Callable[[Sequence[str]], np.ndarray]
-    score_of: Callable[[np.ndarray], float]
+    score_of: Callable[[np.ndarray], np.ndarray]
     signature: str
-    note: str | None
+    note: str | None = None
+    of_parts: bool = True
 
 
-def score_systems(
-    systems: Mapping[str, Sequence[str]],
-    references: Sequence[Sequence[str]],
-    metrics: Sequence[str],
-    *,
-    resamples: int = 1000,
-    seed: int = SEED,
-    lowercase: bool = False,
-) -> Scores:
-    """Score the outputs of several systems on the same records.
+def check_metrics(names: Sequence[str], inputs: Sequence[str]) -> None:
+    """Refuse at once what could not be computed after minutes of generation.
+
+    Raises:
+        EvaluationError: METEOR without its program, or the slot error rate of inputs without slots.
+    """
+    if "meteor" in names:
+        check_meteor()
+    if "slot_error_rate" in names and slot_errors(inputs) is None:
+        raise _no_slots()
+
+
+def prepare(
+    name: str, references: Sequence[Sequence[str]], inputs: Sequence[str] | None, preset: Preset, stack: ExitStack
+) -> Metric:
+    """A metric for these references.
 
     Args:
-        systems: name of a system (`base`, `prefix`) to its outputs, one a record. An output may be empty.
+        name: of `METRICS`; `perplexity` is of losses, not of texts, and prepared by `perplexity()`.
         references: of each record, one or more.
-        metrics: of `bleu`, `chrf`, `rouge1`, `rouge2`, `rougeL`.
-        resamples: bootstrap resamples for the interval; the same for all metrics and systems.
-        seed: of the resamples.
-        lowercase: compare BLEU and chrF without case. ROUGE never sees case.
+        inputs: what slot errors are found by.
+        preset: see there.
+        stack: ends the programs that the metric starts.
 
     Raises:
-        EvaluationError: no records, numbers of outputs and references that differ, a record without reference, or an unknown
-            metric.
+        EvaluationError: unknown, or not to be computed here.
     """
-    _check(systems, references)
-    prepared = {name: _prepare(name, references, lowercase) for name in metrics}
-    statistics = {
-        (system, name): metric.statistics(outputs) for system, outputs in systems.items() for name, metric in prepared.items()
-    }
-    scores: dict[str, dict[str, Score]] = {system: {} for system in systems}
-    for (system, name), (values, sums) in _with_resampled_sums(statistics, resamples, seed).items():
-        score_of = prepared[name].score_of
-        scores[system][name] = _score(score_of(values.sum(axis=0)), [score_of(row) for row in sums])
-    return Scores(
-        systems=scores,
-        signatures={name: f"{metric.signature}|bs:{resamples}|seed:{seed}" for name, metric in prepared.items()},
-        notes={name: metric.note for name, metric in prepared.items() if metric.note is not None},
-    )
-
-
-def sentence_chrf(systems: Mapping[str, Sequence[str]], references: Sequence[Sequence[str]]) -> dict[str, list[float]]:
-    """chrF of each output by itself, in points, for each system: what samples are ordered by.
-
-    Raises:
-        EvaluationError: as `score_systems`.
-    """
-    _check(systems, references)
-    metric = _prepare("chrf", references, lowercase=False)
-    return {name: [metric.score_of(row) for row in metric.statistics(outputs)] for name, outputs in systems.items()}
-
-
-def _check(systems: Mapping[str, Sequence[str]], references: Sequence[Sequence[str]]) -> None:
-    for name, outputs in systems.items():
-        if len(outputs) != len(references):
-            raise EvaluationError(
-                f"{name}: {len(outputs)} outputs for {len(references)} records. Generate for every record, in their order."
-            )
-    if not references:
-        raise EvaluationError("there is no record to score. Give a test split with at least one row.")
-    for number, of_record in enumerate(references, start=1):
-        if not of_record:
-            raise EvaluationError(f"record {number} has no reference. Give it at least one, or leave it out.")
-
-
-def _prepare(name: str, references: Sequence[Sequence[str]], lowercase: bool) -> _Metric:
+    shortened = [own[: preset.max_references] for own in references]
     if name == "bleu":
-        bleu = BLEU(lowercase=lowercase, force=True, references=_streams(references))
-        judges = any(len(bleu.tokenizer(text).split()) >= MAX_NGRAM_ORDER for own in references for text in own)
-        return _from_sacrebleu(
-            bleu, None if judges else "BLEU counts runs of four words and no reference holds one; use chrf for such texts."
-        )
+        return _bleu(shortened, preset)
+    if name == "nist":
+        return _nist(shortened, preset)
     if name == "chrf":
-        return _from_sacrebleu(CHRF(lowercase=lowercase, references=_streams(references)), None)
+        chrf = CHRF(lowercase=preset.lowercase, references=_streams(references))
+        return Metric(_extract(chrf), _chrf_scores, chrf.get_signature().format())
+    if name == "ter":
+        prepared = [[preset.prepared(text) for text in own] for own in shortened]
+        ter = TER(references=_streams(prepared))
+        extract = _extract(ter)
+        return Metric(
+            lambda outputs: extract([preset.prepared(text) for text in outputs]),
+            lambda sums: 100 * _shares(sums[:, 0], sums[:, 1], empty=(sums[:, 0] > 0).astype(float)),
+            ter.get_signature().format() + preset.signature,
+        )
+    if name == "meteor":
+        program = stack.enter_context(Meteor())
+        prepared = [[preset.prepared(text) for text in own] for own in shortened]
+        of = program.statistics(prepared)
+        return Metric(
+            lambda outputs: of([preset.prepared(text) for text in outputs]),
+            lambda sums: 100 * program.scores(sums),
+            f"meteor|{_counted(shortened)}|lang:en|norm:yes|tok:ptb|jar:1.5{preset.signature}",
+        )
     if name in _ROUGE:
         return _rouge(name, references)
-    raise EvaluationError(f"unknown metric {name!r}. Known: {', '.join(('bleu', 'chrf', *_ROUGE))}.")
+    if name == "rougeL_coco":
+        return _mean(
+            lambda outputs: 100 * coco.rouge_l(outputs, references),
+            f"rougeL_coco|{_counted(references)}|beta:1.2|tok:ptb|case:lc",
+        )
+    if name == "cider":
+        alone = "CIDEr weighs words by how few records have them, so it is 0 where there is one record; use chrf."
+        signature = f"cider|{_counted(references)}|n:4|sigma:6|df:test|tok:ptb|case:lc"
+        return _mean(coco.cider(references), signature, alone if len(references) == 1 else None)
+    if name == "exact_match":
+        wanted = [{_same(text) for text in own} for own in references]
+        return _mean(
+            lambda outputs: np.array([100.0 * (_same(text) in own) for text, own in zip(outputs, wanted, strict=True)]),
+            f"exact_match|{_counted(references)}|case:mixed|norm:NFC+blanks",
+        )
+    if name == "slot_error_rate":
+        return _slot_error_rate(references, inputs or [])
+    if name in ("distinct1", "distinct2"):
+        n = int(name[-1])
+        return Metric(
+            lambda outputs: _distinct(outputs, n),
+            lambda sums: _shares(sums[:, 0], sums[:, 1]),
+            f"{name}|tok:13a|case:lc|interval:jackknife",
+            of_parts=False,
+        )
+    raise EvaluationError(f"unknown metric {name!r}. Known: {', '.join(METRICS)}.")
 
 
-def _streams(references: Sequence[Sequence[str]]) -> list[list[str]]:
-    """References record by record -> sacrebleu's layout, stream by stream; None where a record has fewer than the others."""
-    streams = [[own[i] if i < len(own) else None for own in references] for i in range(max(map(len, references)))]
+def perplexity() -> Metric:
+    """Perplexity from losses: rows of (nats, tokens), summed over a record's references."""
+
+    def no_texts(outputs: Sequence[str]) -> np.ndarray:
+        raise NotImplementedError("perplexity is computed of losses")
+
+    def scores(sums: np.ndarray) -> np.ndarray:
+        # Beyond 50 nats a token the figure means nothing, and infinity cannot be subtracted or written as JSON.
+        found: np.ndarray = np.exp(np.minimum(_shares(sums[:, 0], sums[:, 1]), 50))
+        return found
+
+    return Metric(no_texts, scores, "perplexity|refs:all|per:token|tok:base")
+
+
+def _mean(of_records: Callable[[Sequence[str]], np.ndarray], signature: str, note: str | None = None) -> Metric:
+    """A metric whose corpus score is the mean over the records."""
+
+    def statistics(outputs: Sequence[str]) -> np.ndarray:
+        values = of_records(outputs)
+        return np.stack([values, np.ones(len(values))], axis=1)
+
+    return Metric(statistics, lambda sums: _shares(sums[:, 0], sums[:, 1]), signature, note)
+
+
+def _shares(parts: np.ndarray, wholes: np.ndarray, empty: np.ndarray | float = 0.0) -> np.ndarray:
+    """parts / wholes, and `empty` where there is nothing to divide by."""
+    found: np.ndarray = np.where(wholes > 0, parts / np.where(wholes > 0, wholes, 1), empty)
+    return found
+
+
+def _counted(references: Sequence[Sequence[str]]) -> str:
+    counts = {len(own) for own in references}
+    return f"nrefs:{counts.pop() if len(counts) == 1 else 'var'}"
+
+
+def _streams(references: Sequence[Sequence[str]], padding: str | None = None) -> list[list[str]]:
+    """References record by record -> sacrebleu's layout, stream by stream; `padding` where a record has fewer than the others."""
+    streams = [[own[i] if i < len(own) else padding for own in references] for i in range(max(map(len, references)))]
     return cast(list[list[str]], streams)  # sacrebleu takes None and says so in its documentation, not in its type hints
 
 
-def _from_sacrebleu(metric: BLEU | CHRF, note: str | None) -> _Metric:
-    # The statistics have no public name in sacrebleu 2.6.0, but its own bootstrap (`sacrebleu.significance`) goes through these
-    # two methods. `references` were given to the constructor: they are read once for all systems.
-    return _Metric(
-        statistics=lambda outputs: np.array(metric._extract_corpus_statistics(outputs, None), dtype=np.float64),
-        score_of=lambda row: float(metric._compute_score_from_stats(row).score),  # type: ignore[arg-type]  # annotated list, takes arrays
-        signature=metric.get_signature().format(),
-        note=note,
+def _extract(metric: BLEU | CHRF | TER) -> Callable[[Sequence[str]], np.ndarray]:
+    # The statistics have no public name in sacrebleu 2.6.0, but its own bootstrap (`sacrebleu.significance`) goes through this
+    # method. `references` were given to the constructor: they are read once for all systems.
+    return lambda outputs: np.array(metric._extract_corpus_statistics(outputs, None), dtype=np.float64)
+
+
+def _bleu(references: Sequence[Sequence[str]], preset: Preset) -> Metric:
+    prepared = [[preset.prepared(text) for text in own] for own in references]
+    streams = _streams(prepared, "" if preset.pad_references else None)
+    bleu = BLEU(lowercase=preset.lowercase, tokenize=preset.tokenize, smooth_method=preset.smooth, force=True, references=streams)
+    extract = _extract(bleu)
+    judges = any(len(bleu.tokenizer(text).split()) >= MAX_NGRAM_ORDER for own in prepared for text in own)
+    return Metric(
+        statistics=lambda outputs: extract([preset.prepared(text) for text in outputs]),
+        score_of=lambda sums: _bleu_scores(sums, smooth=preset.smooth == "exp"),
+        signature=bleu.get_signature().format() + preset.signature,
+        note=None if judges else "BLEU counts runs of four words and no reference holds one; use chrf for such texts.",
     )
 
 
-def _rouge(name: str, references: Sequence[Sequence[str]]) -> _Metric:
+def _bleu_scores(sums: np.ndarray, smooth: bool) -> np.ndarray:
+    """sacrebleu's `compute_bleu` for many sums at once: [R, 10] -> [R]. Its loop takes longer than all else of a bootstrap."""
+    length, wanted = sums[:, 0], sums[:, 1]
+    correct, total = sums[:, 2:6], sums[:, 6:10]
+    missed = np.cumsum((correct == 0) & (total > 0), axis=1)
+    instead = 2.0**-missed if smooth else np.zeros_like(total)
+    precisions = _shares(np.where(correct > 0, correct, instead), total)
+    with np.errstate(divide="ignore"):
+        mean = np.exp(np.log(precisions).mean(axis=1))
+    brevity = np.exp(np.minimum(0.0, 1 - _shares(wanted, length)))
+    scores: np.ndarray = np.where(correct.any(axis=1), 100 * brevity * mean, 0.0)
+    return scores
+
+
+def _chrf_scores(sums: np.ndarray) -> np.ndarray:
+    """sacrebleu's chrF (beta 2) for many sums at once: [R, 18] -> [R], columns (output, reference, matched) of each order."""
+    output, reference, matched = (sums[:, i::3] for i in range(3))
+    used = (output > 0) & (reference > 0)
+    orders = used.sum(axis=1)
+    precision, recall = (_shares((_shares(matched, whole) * used).sum(axis=1), orders) for whole in (output, reference))
+    return 100 * _shares(5 * precision * recall, 4 * precision + recall)
+
+
+def _nist(references: Sequence[Sequence[str]], preset: Preset) -> Metric:
+    tokenise = Tokenizer13a()
+
+    def words(text: str) -> list[str]:
+        return str(tokenise(preset.prepared(text).lower())).split()
+
+    of = nist([[words(text) for text in own] for own in references])
+    return Metric(
+        statistics=lambda outputs: of([words(text) for text in outputs]),
+        score_of=lambda sums: np.array([nist_score(row) for row in sums]),
+        signature=f"nist|{_counted(references)}|case:lc|n:5|tok:13a|as:mteval-v13a{preset.signature}",
+    )
+
+
+def _rouge(name: str, references: Sequence[Sequence[str]]) -> Metric:
     scorer = rouge_scorer.RougeScorer([name], tokenizer=_StemmingTokenizer())
 
-    def statistics(outputs: Sequence[str]) -> np.ndarray:
-        best = (scorer.score_multi(own, output)[name].fmeasure for output, own in zip(outputs, references, strict=True))
-        return np.array([[100 * value, 1.0] for value in best])
+    def best(outputs: Sequence[str]) -> np.ndarray:
+        found = (scorer.score_multi(own, output)[name].fmeasure for output, own in zip(outputs, references, strict=True))
+        return np.array([100 * value for value in found])
 
     judges = any(_rouge_tokens(text) for own in references for text in own)
-    counts = {len(own) for own in references}
-    nrefs = str(counts.pop()) if len(counts) == 1 else "var"
-    return _Metric(
-        statistics=statistics,
-        score_of=lambda row: float(row[0] / row[1]),
-        signature=f"{name}|nrefs:{nrefs}|refs:best|stem:yes|package:rouge-score|version:{version('rouge-score')}",
-        note=None if judges else f"{name} sees only a-z and digits and no reference holds any; use chrf for such texts.",
+    return _mean(
+        best,
+        f"{name}|{_counted(references)}|refs:best|stem:yes|package:rouge-score|version:{version('rouge-score')}",
+        None if judges else f"{name} sees only a-z and digits and no reference holds any; use chrf for such texts.",
     )
 
 
@@ -204,29 +300,51 @@ def _rouge_tokens(text: str) -> list[str]:
     return list(rouge_tokenize.tokenize(text, _stemmer))
 
 
-def _with_resampled_sums(
-    statistics: Mapping[tuple[str, str], np.ndarray], resamples: int, seed: int
-) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
-    """Each [records, k] of `statistics` with its sums over every resample, [resamples, k]."""
-    values = np.concatenate(list(statistics.values()), axis=1)
-    sums = np.concatenate([counts @ values for counts in _resample_counts(len(values), resamples, seed)])
-    edges = np.cumsum([own.shape[1] for own in statistics.values()])[:-1]
-    return {
-        key: (own, resampled) for (key, own), resampled in zip(statistics.items(), np.split(sums, edges, axis=1), strict=True)
-    }
+def _same(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
-def _resample_counts(records: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each record was drawn, in blocks [resamples, records]. The draws are those of sacrebleu's bootstrap."""
-    generator = np.random.default_rng(seed)
-    for start in range(0, resamples, block := max(1, _BLOCK // records)):
-        rows = min(block, resamples - start)
-        drawn = generator.integers(0, records, size=(rows, records)) + records * np.arange(rows)[:, None]
-        yield np.bincount(drawn.ravel(), minlength=rows * records).reshape(rows, records).astype(np.float64)
+def _no_slots() -> EvaluationError:
+    return EvaluationError(
+        "slot_error_rate: no input of the test split has slots, as `name : value | name : value`. Remove it from evaluation.metrics."
+    )
 
 
-def _score(score: float, resampled: list[float]) -> Score:
-    # The percentiles of sacrebleu's `estimate_ci`. Six digits: beyond them sums differ with the order of addition.
-    ordered = sorted(resampled)
-    cut = len(ordered) // 40
-    return Score(round(score, 6), round(ordered[cut], 6), round(ordered[-1 - cut], 6))
+def _slot_error_rate(references: Sequence[Sequence[str]], inputs: Sequence[str]) -> Metric:
+    errors = slot_errors(inputs)
+    if errors is None:
+        raise _no_slots()
+
+    def scores(sums: np.ndarray) -> np.ndarray:
+        return 100 * _shares(sums[:, :3].sum(axis=1), sums[:, 3])
+
+    own = float(scores(errors([texts[0] for texts in references]).sum(axis=0, keepdims=True))[0])
+    return Metric(
+        statistics=errors,
+        score_of=scores,
+        signature="slot_error_rate|errors:missing+added+repeated|match:words|case:lc|yes/no:left-out",
+        note=f"Values are looked for word by word. The first references themselves have a slot error rate of {own:.1f}.",
+    )
+
+
+def _distinct(outputs: Sequence[str], n: int) -> np.ndarray:
+    """Statistics [N, 2] of distinct-n (Li et al. 2016): different n-grams of all outputs as a share of all n-grams, in points.
+
+    A resample holds outputs twice, which alone makes it less varied; so the rows are the jackknife's pseudo-values, whose mean is the
+    score and whose spread is its variance.
+    """
+    tokenise = Tokenizer13a()
+    counted = []
+    for text in outputs:
+        words = str(tokenise(text.lower())).split()
+        counted.append(Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1)))
+    everywhere = Counter(ngram for counts in counted for ngram in counts)
+    total = sum(sum(counts.values()) for counts in counted)
+    score = 100 * len(everywhere) / total if total else 0.0
+    without = []
+    for counts in counted:
+        left = total - sum(counts.values())
+        only_here = sum(everywhere[ngram] == 1 for ngram in counts)
+        without.append(100 * (len(everywhere) - only_here) / left if left else score)
+    pseudo = len(outputs) * score - (len(outputs) - 1) * np.array(without)
+    return np.stack([pseudo - pseudo.mean() + score, np.ones(len(outputs))], axis=1)

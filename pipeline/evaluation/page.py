@@ -14,9 +14,9 @@ from typing import Any
 
 _STYLE = """
 :root{color-scheme:light dark;--bg:#f6f6f3;--card:#fff;--ink:#1b1d20;--soft:#5b626b;--line:#e1e2de;--accent:#1361cf;
---accent-soft:#7fb0f5;--base:#868d96;--good:#11713f;--good-bg:#e0f3e8;--bad:#ab3016;--bad-bg:#fbe8e2}
+--accent-soft:#7fb0f5;--base:#868d96;--champion:#b26a00;--champion-soft:#e0b36d;--good:#11713f;--good-bg:#e0f3e8;--bad:#ab3016;--bad-bg:#fbe8e2}
 @media (prefers-color-scheme:dark){:root{--bg:#131518;--card:#1b1e22;--ink:#e8eaed;--soft:#a0a7b0;--line:#30343a;
---accent:#6aa9ff;--accent-soft:#33598f;--base:#8b929b;--good:#6fd39d;--good-bg:#15342440;--bad:#ff9a80;--bad-bg:#4a1d1340}}
+--accent:#6aa9ff;--accent-soft:#33598f;--base:#8b929b;--champion:#f0a742;--champion-soft:#7a571f;--good:#6fd39d;--good-bg:#15342440;--bad:#ff9a80;--bad-bg:#4a1d1340}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--ink);
 font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif;-webkit-text-size-adjust:100%}
@@ -27,6 +27,9 @@ h2{font-size:18px;margin:0 0 14px}
 h3{font-size:15px;margin:22px 0 8px}
 h3:first-of-type{margin-top:0}
 p{margin:0 0 10px}
+.more{margin-top:20px}
+.more p{margin:8px 0 0}
+tbody th .small{font-weight:400;display:block}
 .eyebrow{color:var(--soft);font-size:14px;margin:0 0 4px}
 .soft{color:var(--soft)}
 .small{font-size:14px}
@@ -59,7 +62,11 @@ tbody th{font-weight:600}
 .key i.base{background:none;border:2px solid var(--base)}
 .key i.line{height:2px;width:16px;background:var(--accent-soft);vertical-align:4px;border-radius:0}
 .key i.dev{height:3px;width:16px;vertical-align:4px;border-radius:0}
+.key i.champion{background:var(--champion);border-radius:0;transform:rotate(45deg) scale(.85)}
+.key i.prompt{background:var(--base);width:3px;height:13px;border-radius:0;vertical-align:-2px}
 .plot{display:block;width:100%;height:22px;overflow:visible}
+.plot.tall{height:28px}
+.badge.keep{color:var(--champion);border-color:var(--champion)}
 .rows{display:grid;grid-template-columns:fit-content(34%) minmax(0,1fr) auto;gap:2px 14px;align-items:center}
 .rows>:first-child,.rows>*{min-width:0;overflow-wrap:anywhere}
 .axis{height:18px;overflow:visible;width:100%;display:block}
@@ -72,8 +79,9 @@ dd{margin:0;overflow-wrap:anywhere;white-space:pre-wrap;font-variant-numeric:tab
 .sample:last-child{padding-bottom:0}
 .text{white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate}
 .input{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,"Noto Sans Mono",monospace;font-size:13.5px;margin-bottom:10px}
-.answers{display:grid;grid-template-columns:repeat(3,minmax(0,1fr));gap:16px;font-size:15px}
+.answers{display:grid;grid-template-columns:repeat(auto-fit,minmax(200px,1fr));gap:16px;font-size:15px}
 .answers h4{margin:0 0 3px;font-size:13px;font-weight:500;color:var(--soft)}
+.answers>*{min-width:0}
 .answers .ours{box-shadow:inset 3px 0 0 var(--accent);padding-left:12px}
 .note{border-left:3px solid var(--bad);padding-left:12px}
 footer{color:var(--soft);font-size:14px;margin-top:24px}
@@ -177,19 +185,37 @@ def table(head: Sequence[str], rows: Iterable[str], style: str = "") -> str:
     )
 
 
-def score_cell(score: Mapping[str, float] | None, of: str) -> str:
+def score_cell(score: Mapping[str, float] | None, of: str, places: int = 1) -> str:
     """A table cell with a score and its interval below; `of` is the column's name where a phone shows no head."""
     if score is None:
         return f'<td class="number soft" data-of="{text(of)}">none</td>'
-    interval = f'<span class="interval">{score["low"]:.1f} to {score["high"]:.1f}</span>' if "low" in score else ""
-    return f'<td class="number" data-of="{text(of)}">{score["score"]:.1f}{interval}</td>'
+    interval = f'<span class="interval">{score["low"]:.{places}f} to {score["high"]:.{places}f}</span>' if "low" in score else ""
+    return f'<td class="number" data-of="{text(of)}">{score["score"]:.{places}f}{interval}</td>'
 
 
-def gain_cell(base: float | None, score: float | None) -> str:
-    """A table cell with the signed difference."""
+def gain_cell(base: float | None, score: float | None, better: str = "higher") -> str:
+    """A table cell with the signed difference, positive where it is better."""
     if base is None or score is None:
         return '<td class="number soft" data-of="gain">none</td>'
-    return f'<td class="number {_colour(score - base)}" data-of="gain">{signed(score - base)}</td>'
+    gain = score - base if better == "higher" else base - score
+    return f'<td class="number {_colour(gain)}" data-of="gain">{signed(gain)}</td>'
+
+
+def compared_cell(compared: Mapping[str, float] | None, of: str) -> str:
+    """A table cell with a gain, its interval and its p-value."""
+    if compared is None:
+        return f'<td class="number soft" data-of="{text(of)}">none</td>'
+    low, high = signed(compared["low"]), signed(compared["high"])
+    certain = compared["low"] > 0 or compared["high"] < 0
+    return (
+        f'<td class="number {_colour(compared["gain"]) if certain else "soft"}" data-of="{text(of)}">{signed(compared["gain"])}'
+        f'<span class="interval">{low} to {high}, p {p_value(compared["p"])}</span></td>'
+    )
+
+
+def p_value(p: float) -> str:
+    """A p-value as people write it."""
+    return f"{p:.3f}" if p >= 0.001 else "&lt; 0.001"
 
 
 def signed(gain: float) -> str:
@@ -201,29 +227,51 @@ def _colour(gain: float) -> str:
     return "good" if gain > 0 else "bad" if gain < 0 else "soft"
 
 
-def score_plot(base: Mapping[str, float], prefix: Mapping[str, float], top: float) -> str:
+def score_plot(
+    base: Mapping[str, float], prefix: Mapping[str, float], top: float, others: Mapping[str, Mapping[str, float]] | None = None
+) -> str:
     """One row of a score plot on a scale from 0 to `top`: a ring at the base's score, a dot at the prefix's, whiskers for 95 %.
 
-    Places are percentages, so the row is as wide as its place allows while dots and strokes keep their size.
+    Of `others`, `champion` is a diamond with whiskers, and `prompt` a small bar. Places are percentages, so the row is as wide as its place
+    allows while dots and strokes keep their size.
     """
 
     def at(value: float) -> str:
         return f"{100 * min(max(value / top, 0.0), 1.0):.2f}%"
 
-    def whisker(score: Mapping[str, float], colour: str) -> str:
+    def whisker(score: Mapping[str, float], colour: str, y: float = 11) -> str:
         if "low" not in score:
             return ""
         ends = f'x1="{at(score["low"])}" x2="{at(score["high"])}"'
-        return f'<line {ends} y1="11" y2="11" stroke="{colour}" stroke-width="3" stroke-linecap="round"/>'
+        return f'<line {ends} y1="{y:g}" y2="{y:g}" stroke="{colour}" stroke-width="3" stroke-linecap="round"/>'
 
-    label = f"base {base['score']:.1f}, prefix {prefix['score']:.1f}"
+    shown = dict(others or {})
+    label = ", ".join(
+        f"{name} {score['score']:.{digits(top)}f}" for name, score in {"base": base, **shown, "prefix": prefix}.items()
+    )
+    marks = ""
+    if "prompt" in shown:
+        x = at(shown["prompt"]["score"])
+        marks += f'<line x1="{x}" x2="{x}" y1="4" y2="18" stroke="var(--base)" stroke-width="2.5"/>'
+    if "champion" in shown:
+        champion = shown["champion"]
+        # A nested picture brings the diamond to a place in percent.
+        marks += (
+            whisker(champion, "var(--champion-soft)", 18)
+            + f'<svg x="{at(champion["score"])}" y="18" overflow="visible"><path d="M0-5.5 5.5 0 0 5.5-5.5 0Z" fill="var(--champion)"/></svg>'
+        )
     return (
-        f'<svg class="plot" role="img" aria-label="{label}"><title>{label}</title>'
+        f'<svg class="plot{" tall" if "champion" in shown else ""}" role="img" aria-label="{label}"><title>{label}</title>'
         '<line x1="0" x2="100%" y1="11" y2="11" stroke="var(--line)"/>'
-        f"{whisker(base, 'var(--base)')}{whisker(prefix, 'var(--accent-soft)')}"
+        f"{whisker(base, 'var(--base)')}{whisker(prefix, 'var(--accent-soft)')}{marks}"
         f'<circle cx="{at(base["score"])}" cy="11" r="4.5" fill="var(--card)" stroke="var(--base)" stroke-width="2"/>'
         f'<circle cx="{at(prefix["score"])}" cy="11" r="5.5" fill="var(--accent)"/></svg>'
     )
+
+
+def digits(top: float | None) -> int:
+    """Decimal places of a score on a scale that ends at `top`: one in points of 100, three on short scales."""
+    return 1 if top is not None and top >= 20 else 3
 
 
 def score_axis(top: float) -> str:

@@ -6,13 +6,16 @@ opens from disk and loads nothing. Knows nothing of how scores are made.
 
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from pipeline.evaluation.metrics import sentence_chrf
+from pipeline.evaluation.markdown import fleet_markdown
+from pipeline.evaluation.metrics import METRICS
 from pipeline.evaluation.page import (
+    compared_cell,
+    digits,
     facts,
     gain_cell,
     long_text,
@@ -27,16 +30,24 @@ from pipeline.evaluation.page import (
     tiles,
     top_of_scale,
 )
-from pipeline.files import write_text
+from pipeline.evaluation.scores import sentence_chrf
+from pipeline.files import write_json, write_text
 from pipeline.keys import CustomerKey
 
 # Wins and losses shown, of each at most.
 _SAMPLES = 8
 
-_SCORE_KEY = (
-    '<div class="key"><span><i class="base"></i>base without prefix</span><span><i></i>with the prefix</span>'
-    "<span>bars: 95 % bootstrap interval</span></div>"
-)
+_BADGES = {"promote": "good", "keep": "keep", "reject": "bad"}
+_KEY = {
+    "base": '<span><i class="base"></i>base without prefix</span>',
+    "prompt": '<span><i class="prompt"></i>base told in words</span>',
+    "champion": '<span><i class="champion"></i>champion</span>',
+    "prefix": "<span><i></i>with the prefix</span>",
+}
+
+
+def _score_key(systems: Iterable[str]) -> str:
+    return f'<div class="key">{"".join(_KEY[name] for name in systems)}<span>bars: 95 % bootstrap interval</span></div>'
 
 
 def customer_report(
@@ -53,51 +64,138 @@ def customer_report(
     key = str(CustomerKey(metrics["customer"], metrics["task"]))
     counts = prefix["lineage"]["counts"]
     gate_metric = decision["gate"]["metric"]
-    base, ours = (metrics["scores"][system][gate_metric] for system in ("base", "prefix"))
-    promoted = decision["decision"] == "promote"
+    of_gate = {system: scores[gate_metric] for system, scores in metrics["scores"].items()}
+    places = digits(METRICS[gate_metric].top or max(score["high"] for score in of_gate.values()))
+    shown = [
+        (f"{gate_metric} with the prefix", f"{of_gate['prefix']['score']:.{places}f}"),
+        (f"{gate_metric} of the base", f"{of_gate['base']['score']:.{places}f}"),
+        ("gain over the base", signed(metrics["comparisons"]["base"][gate_metric]["gain"])),
+    ]
+    if "champion" in of_gate:
+        shown.append(("gain over the champion", signed(metrics["comparisons"]["champion"][gate_metric]["gain"])))
+    shown += [
+        ("test records", f"{metrics['records']:,}"),
+        ("rows used", f"{counts['used']:,}"),
+        ("rows quarantined", f"{counts['quarantined']:,}"),
+    ]
     body = [
         "<header>",
         '<p class="eyebrow">PrefixFleet evaluation</p>',
         f'<div class="title"><h1>{text(key)}</h1>'
-        f'<span class="badge {"good" if promoted else "bad"}">{text(decision["decision"])}</span></div>',
+        f'<span class="badge {_BADGES.get(decision["decision"], "")}">{text(decision["decision"])}</span></div>',
         f'<ul class="lead">{"".join(f"<li>{text(reason)}</li>" for reason in decision["reasons"])}</ul>',
-        tiles(
-            [
-                (f"{gate_metric} with the prefix", f"{ours['score']:.1f}"),
-                (f"{gate_metric} of the base", f"{base['score']:.1f}"),
-                ("gain, in points", signed(ours["score"] - base["score"])),
-                ("test records", f"{metrics['records']:,}"),
-                ("rows used", f"{counts['used']:,}"),
-                ("rows quarantined", f"{counts['quarantined']:,}"),
-            ]
-        ),
+        tiles(shown),
         "</header>",
         _scores(metrics),
+        _gains(metrics),
+        _slices(metrics, gate_metric),
         _training(prefix["training"]),
-        _samples(generations),
+        _samples(generations, list(metrics["scores"])),
+        _contamination(metrics),
         '<div class="two">',
         f"<section><h2>Data</h2>{facts(counts)}</section>",
         f"<section><h2>Lineage</h2>{facts(_lineage(prefix, metrics))}</section>",
         "</div>",
         _settings(prefix, metrics, decision),
-        "<footer>All outputs are in generations.jsonl beside this page, all figures in metrics.json and decision.json.</footer>",
+        "<footer>All outputs are in generations.jsonl beside this page, all figures in metrics.json and decision.json, and as text in "
+        "report.md.</footer>",
     ]
     return page(f"{key}: {decision['decision']} - PrefixFleet", "\n".join(body))
 
 
 def _scores(metrics: Mapping[str, Any]) -> str:
-    base, ours = metrics["scores"]["base"], metrics["scores"]["prefix"]
-    top = top_of_scale(scores[name]["high"] for scores in (base, ours) for name in scores)
-    rows = [
-        f"<tr><th>{text(name)}</th>{score_cell(base[name], 'base')}{score_cell(ours[name], 'prefix')}"
-        f"{gain_cell(base[name]['score'], ours[name]['score'])}"
-        f'<td class="wide" style="width:45%">{score_plot(base[name], ours[name], top)}</td></tr>'
-        for name in ours
-    ]
-    rows.append(f'<tr class="scale"><td colspan="4"></td><td class="wide">{score_axis(top)}</td></tr>')
+    systems = metrics["scores"]
+    names = list(systems["prefix"])
+    in_points = [name for name in names if METRICS[name].top == 100]
+    top = top_of_scale(systems[system][name]["high"] for system in systems for name in in_points)
+    rows = []
+    for name in sorted(names, key=lambda name: name not in in_points):
+        own_top = top if name in in_points else max(1e-9, *(of[name]["high"] for of in systems.values())) * 1.05
+        places = digits(own_top)
+        arrow = "" if metrics["better"][name] == "higher" else ' <span class="soft small">lower is better</span>'
+        cells = "".join(score_cell(systems[system][name], system, places) for system in systems)
+        rows.append(
+            f'<tr><th>{text(name)}{arrow}</th>{cells}<td class="wide" style="width:38%">{_plot(systems, name, own_top)}</td></tr>'
+        )
+        if in_points and name == [n for n in names if n in in_points][-1]:
+            rows.append(f'<tr class="scale"><td colspan="{1 + len(systems)}"></td><td class="wide">{score_axis(top)}</td></tr>')
     notes = "".join(f'<p class="note small">{text(note)}</p>' for note in metrics["notes"].values())
-    shown = table(["metric", "#base", "#prefix", "#gain", ""], rows, "scores")
-    return f"<section><h2>Scores, in points of 100</h2>{notes}{shown}{_SCORE_KEY}</section>"
+    what = facts({name: of["what"] for name, of in metrics["systems"].items()})
+    remarks = "".join(f'<p class="soft small">{text(remark)}</p>' for remark in metrics["remarks"])
+    shown = table(["metric", *(f"#{system}" for system in systems), ""], rows, "scores")
+    units = "in points of 100" if len(in_points) == len(names) else "in points of 100; those below the scale in their own units"
+    if not in_points:
+        units = "each in its own unit"
+    return (
+        f"<section><h2>Scores, {units}</h2>{notes}{shown}{_score_key(systems)}"
+        f'<div class="more"><h3>What is compared</h3>{what}{remarks}</div></section>'
+    )
+
+
+def _plot(systems: Mapping[str, Any], name: str, top: float) -> str:
+    others = {system: systems[system][name] for system in ("prompt", "champion") if system in systems}
+    return score_plot(systems["base"][name], systems["prefix"][name], top, others)
+
+
+def _gains(metrics: Mapping[str, Any]) -> str:
+    """The table of paired comparisons."""
+    compared = metrics["comparisons"]
+    rows = [
+        f"<tr><th>{text(name)}</th>"
+        + "".join(compared_cell(own.get(name), f"over the {other}") for other, own in compared.items())
+        + "</tr>"
+        for name in metrics["scores"]["prefix"]
+    ]
+    shown = table(["metric", *(f"#over the {other}" for other in compared)], rows, "scores")
+    return (
+        f"<section><h2>Gains of the prefix</h2>{shown}"
+        '<p class="soft small">Positive is better. 95 % interval and p-value of a paired bootstrap over the test records; a gain whose interval '
+        "holds 0 is grey.</p></section>"
+    )
+
+
+def _slices(metrics: Mapping[str, Any], name: str) -> str:
+    """The gate's metric by slice, in a table for each."""
+    parts = []
+    for title, values in metrics["slices"].items():
+        if any(name not in part["scores"]["prefix"] for part in values.values()):
+            continue
+        highest = [of[name]["high"] for part in values.values() for of in part["scores"].values()]
+        in_points = METRICS[name].top == 100
+        top = top_of_scale(highest) if in_points else max(1e-9, *highest) * 1.05
+        systems = list(metrics["scores"])
+        rows = [
+            f'<tr><th>{text(value)}</th><td class="number" data-of="records">{part["records"]:,}</td>'
+            + "".join(score_cell(part["scores"][system][name], system, digits(top)) for system in systems)
+            + "".join(
+                compared_cell(own[name], f"over the {other}") for other, own in part["comparisons"].items() if other != "prompt"
+            )
+            + f'<td class="wide" style="width:26%">{_plot(part["scores"], name, top)}</td></tr>'
+            for value, part in values.items()
+        ]
+        others = [f"#over the {other}" for other in metrics["comparisons"] if other != "prompt"]
+        head = [title.replace("_", " "), "#records", *(f"#{system}" for system in systems), *others, ""]
+        parts.append(f"<h3>{text(title.replace('_', ' '))}</h3>{table(head, rows, 'scores')}")
+    if not parts:
+        return ""
+    return f"<section><h2>{text(name)} by slice</h2>{''.join(parts)}{_score_key(metrics['scores'])}</section>"
+
+
+def _contamination(metrics: Mapping[str, Any]) -> str:
+    found = metrics["contamination"]
+    repeated, overlapping = found["inputs_in_train"], found["references_overlapping"]
+    sentences = (
+        f"{repeated:,} of {metrics['records']:,} test inputs stand in the training split too. {overlapping:,} of the "
+        f"{found['references_judged']:,} test records with a reference of {found['words']} words or more share {found['words']} words in a row with "
+        "it."
+    )
+    rows = (
+        f"<tr><td>{text(example['kind'])}</td><td>{long_text(example['input'])}</td><td>{long_text(example['shared'])}</td></tr>"
+        for example in found["examples"]
+    )
+    shown = table(["what", "test input", "shared with train"], rows) if found["examples"] else ""
+    style = "note" if repeated else "soft"
+    return f'<section><h2>Does the test split repeat the training split?</h2><p class="{style}">{sentences}</p>{shown}</section>'
 
 
 def _training(training: Mapping[str, Any]) -> str:
@@ -114,16 +212,17 @@ def _training(training: Mapping[str, Any]) -> str:
     return f'<section><h2>Training</h2><div class="two middle"><div>{drawn}</div><div>{facts(shown)}</div></div></section>'
 
 
-def _samples(generations: Sequence[Mapping[str, Any]]) -> str:
+def _samples(generations: Sequence[Mapping[str, Any]], systems: Sequence[str]) -> str:
     references = [record["references"] for record in generations]
-    chrf = sentence_chrf({system: [record[system] for record in generations] for system in ("base", "prefix")}, references)
-    base, ours = chrf["base"], chrf["prefix"]
-    gains = [after - before for before, after in zip(base, ours, strict=True)]
+    chrf = sentence_chrf({system: [record[system] for record in generations] for system in systems}, references)
+    # What is in use is what a change is measured by.
+    other = "champion" if "champion" in systems else "base"
+    gains = [after - before for before, after in zip(chrf[other], chrf["prefix"], strict=True)]
     order = sorted(range(len(gains)), key=lambda i: gains[i])
     wins = [i for i in reversed(order) if gains[i] > 0]
     losses = [i for i in order if gains[i] < 0]
     summary = (
-        f"By chrF of each output, {len(wins):,} of {len(gains):,} are better with the prefix, {len(losses):,} worse, "
+        f"By chrF of each output, compared with the {other}: {len(wins):,} of {len(gains):,} are better with the prefix, {len(losses):,} worse, "
         f"{len(gains) - len(wins) - len(losses):,} equal."
     )
     parts = [f'<section><h2>Samples</h2><p class="soft">{summary}</p>']
@@ -132,18 +231,22 @@ def _samples(generations: Sequence[Mapping[str, Any]]) -> str:
         ("Largest losses", losses, "No output is worse."),
     ):
         parts.append(f"<h3>{title}</h3>")
-        parts += [_sample(generations[i], base[i], ours[i]) for i in chosen[:_SAMPLES]] or [f'<p class="soft">{none}</p>']
+        parts += [_sample(generations[i], {system: chrf[system][i] for system in systems}) for i in chosen[:_SAMPLES]] or [
+            f'<p class="soft">{none}</p>'
+        ]
     return "".join(parts) + "</section>"
 
 
-def _sample(record: Mapping[str, Any], base: float, ours: float) -> str:
+def _sample(record: Mapping[str, Any], chrf: Mapping[str, float]) -> str:
     references = record["references"]
     more = f" (first of {len(references)})" if len(references) > 1 else ""
+    answers = "".join(
+        f"<div{' class=ours' if system == 'prefix' else ''}><h4>{system}, chrF {own:.1f}</h4>{long_text(record[system])}</div>"
+        for system, own in chrf.items()
+    )
     return (
         f'<div class="sample">{long_text(record["input"], "input soft")}<div class="answers">'
-        f"<div><h4>reference{more}</h4>{long_text(references[0])}</div>"
-        f"<div><h4>base, chrF {base:.1f}</h4>{long_text(record['base'])}</div>"
-        f'<div class="ours"><h4>prefix, chrF {ours:.1f}</h4>{long_text(record["prefix"])}</div></div></div>'
+        f"<div><h4>reference{more}</h4>{long_text(references[0])}</div>{answers}</div></div>"
     )
 
 
@@ -174,16 +277,17 @@ def _settings(prefix: Mapping[str, Any], metrics: Mapping[str, Any], decision: M
     shown = "".join(f"<div><h3>{title}</h3>{facts(content)}</div>" for title, content in groups.items())
     return (
         f'<section><h2>Settings</h2><div class="two" style="row-gap:18px">{shown}</div>'
-        f"<h3>Metric signatures</h3>{facts(metrics['signatures'])}</section>"
+        f"<h3>Metric signatures</h3>{facts(metrics['signatures'])}"
+        f"<h3>Seconds for each metric, all systems and intervals</h3>{facts(metrics['metric_seconds'])}</section>"
     )
 
 
 def fleet_report(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write the page of a fleet's run to `path`; its title is the file's stem.
+    """Write the page of a fleet's run to `path`, and the same as JSON and Markdown beside it; its title is the file's stem.
 
     Args:
         rows: one mapping a customer: `key`, `status` (`failed` or another word) and, as far as known, `rows_used`, `quarantined`,
-            `metric`, `base_score` (points), `score` (`{score, low, high}`), `decision`, `reasons`, `version`, `alias`, `seconds`,
+            `metric`, `base_score`, `champion_score`, `score` (`{score, low, high}`), `decision`, `reasons`, `version`, `alias`, `seconds`,
             `error` and `report`, the path of the customer's own page, linked relative to `path`. Whatever is None or absent is
             left blank.
         path: the HTML file, replaced as a whole.
@@ -196,8 +300,7 @@ def fleet_report(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     gains = [_gain(row) for row in scored]
     summary = [
         ("customers", f"{len(rows):,}"),
-        ("promote", f"{sum(row.get('decision') == 'promote' for row in rows):,}"),
-        ("reject", f"{sum(row.get('decision') == 'reject' for row in rows):,}"),
+        *((verdict, f"{sum(row.get('decision') == verdict for row in rows):,}") for verdict in ("promote", "keep", "reject")),
         ("failed", f"{len(failed):,}"),
         ("median gain over the base", signed(statistics.median(gains)) if gains else "none"),
     ]
@@ -211,13 +314,24 @@ def fleet_report(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         _failures(failed, path),
         _overview(sorted(scored, key=_gain, reverse=True), path),
         _customers(rows, path),
-        "<footer>Scores are of the metric that the customer's gate uses, in points of 100, with its 95 % interval.</footer>",
+        "<footer>Scores are of the metric that the customer's gate uses, with its 95 % interval. The same as JSON and Markdown: "
+        f"{text(path.stem)}.json, {text(path.stem)}.md.</footer>",
     ]
     write_text(path, page(f"{path.stem} - PrefixFleet", "\n".join(body)))
+    plain = [{name: str(value) if isinstance(value, Path) else value for name, value in row.items()} for row in rows]
+    write_json(path.with_suffix(".json"), {"format": 1, "fleet": path.stem, "customers": plain})
+    write_text(path.with_suffix(".md"), fleet_markdown(path.stem, rows, summary))
 
 
 def _gain(row: Mapping[str, Any]) -> float:
-    return float(row["score"]["score"] - row["base_score"])
+    """How much better the prefix is, in the metric's unit."""
+    gain = float(row["score"]["score"] - row["base_score"])
+    return gain if _better(row) == "higher" else -gain
+
+
+def _better(row: Mapping[str, Any]) -> str:
+    known = METRICS.get(str(row.get("metric")))
+    return "higher" if known is None else known.better
 
 
 def _link(row: Mapping[str, Any], path: Path) -> str:
@@ -236,23 +350,50 @@ def _failures(failed: Sequence[Mapping[str, Any]], path: Path) -> str:
 
 
 def _overview(scored: Sequence[Mapping[str, Any]], path: Path) -> str:
-    if not scored:
-        return ""
-    top = top_of_scale(value for row in scored for value in (row["base_score"], row["score"].get("high", row["score"]["score"])))
-    metrics = sorted({str(row.get("metric")) for row in scored})
-    lines = "".join(
-        f"<div>{_link(row, path)}</div>{score_plot({'score': row['base_score']}, row['score'], top)}"
-        f'<div class="number {"good" if _gain(row) > 0 else "bad"}">{signed(_gain(row))}</div>'
-        for row in scored
-    )
-    return (
-        f"<section><h2>From base to prefix, by gain ({text(', '.join(metrics))})</h2>"
-        f'<div class="rows">{lines}<div></div>{score_axis(top)}<div></div></div>{_SCORE_KEY}</section>'
-    )
+    """One dot a customer, a plot for each metric that gates ask for."""
+    parts = []
+    for metric in sorted({str(row.get("metric")) for row in scored}):
+        of = [row for row in scored if str(row.get("metric")) == metric]
+        highest = [value for row in of for value in (row["base_score"], row["score"].get("high", row["score"]["score"]))]
+        in_points = metric not in METRICS or METRICS[metric].top == 100
+        top = top_of_scale(highest) if in_points else max(1e-9, *highest) * 1.05
+        lines = "".join(
+            f"<div>{_link(row, path)}</div>"
+            f"{score_plot({'score': row['base_score']}, row['score'], top, _champion(row))}"
+            f'<div class="number {"good" if _gain(row) > 0 else "bad"}">{signed(_gain(row))}</div>'
+            for row in of
+        )
+        axis = f"<div></div>{score_axis(top)}<div></div>" if in_points else ""
+        parts.append(
+            f"<section><h2>From base to prefix, by gain ({text(metric)})</h2>"
+            f'<div class="rows">{lines}{axis}</div>{_score_key(_shown(of))}</section>'
+        )
+    return "".join(parts)
+
+
+def _champion(row: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
+    score = row.get("champion_score")
+    return {} if score is None else {"champion": {"score": score}}
+
+
+def _shown(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return ["base", *(["champion"] if any(_champion(row) for row in rows) else []), "prefix"]
 
 
 def _customers(rows: Sequence[Mapping[str, Any]], path: Path) -> str:
-    head = ["customer", "result", "#rows used", "#quarantined", "metric", "#base", "#prefix", "#gain", "version", "#seconds"]
+    head = [
+        "customer",
+        "result",
+        "#rows used",
+        "#quarantined",
+        "metric",
+        "#base",
+        "#champion",
+        "#prefix",
+        "#gain",
+        "version",
+        "#seconds",
+    ]
     return f"<section><h2>Customers</h2>{table(head, (_customer(row, path) for row in rows), 'scores')}</section>"
 
 
@@ -261,9 +402,11 @@ def _customer(row: Mapping[str, Any], path: Path) -> str:
         return f'<td class="number" data-of="{of}">{"" if row.get(name) is None else format(row[name], pattern)}</td>'
 
     result = "failed" if row.get("status") == "failed" else row.get("decision") or row.get("status") or ""
-    colour = {"promote": "good", "reject": "bad", "failed": "bad"}.get(result, "soft")
+    colour = {"promote": "good", "reject": "bad", "failed": "bad", "keep": "soft"}.get(result, "soft")
     base, score = row.get("base_score"), row.get("score")
     version = "" if row.get("version") is None else " ".join(filter(None, (f"v{row['version']}", row.get("alias"))))
+    known = METRICS.get(str(row.get("metric")))
+    places = 1 if known is None else digits(known.top)
     reasons = text(" ".join(row.get("reasons") or []))
     cells = [
         f"<th>{_link(row, path)}</th>",
@@ -271,9 +414,10 @@ def _customer(row: Mapping[str, Any], path: Path) -> str:
         number("rows_used", "rows used", ","),
         number("quarantined", "quarantined", ","),
         f'<td data-of="metric">{text(row.get("metric") or "")}</td>',
-        score_cell(None if base is None else {"score": base}, "base"),
-        score_cell(score, "prefix"),
-        gain_cell(base, score["score"] if score else None),
+        score_cell(None if base is None else {"score": base}, "base", places),
+        score_cell(_champion(row).get("champion"), "champion", places),
+        score_cell(score, "prefix", places),
+        gain_cell(base, score["score"] if score else None, _better(row)),
         f'<td data-of="version">{text(version)}</td>',
         number("seconds", "seconds", ",.0f"),
     ]

@@ -1,9 +1,9 @@
-"""Evaluates every customer of a job: generate for the test split with and without the prefix, score, decide, report.
+"""Evaluates every customer of a job: generate for the test split, score, compare, decide, report.
 
 In: a job, the prepared data and the prefix folders that it names. Out: for each customer an evaluation folder, whole or not at
 all, and `eval_result.json` below the job's folder. The base is loaded once, and customers are generated for in mixed batches,
-each row with its own customer's prefix or none. Whatever goes wrong with one customer is that customer's result; the others go
-on.
+each row with its own customer's prefix, its champion's, or none. Outputs are kept as they come, so that an evaluation which was
+stopped goes on. Whatever goes wrong with one customer is that customer's result; the others go on.
 """
 
 import contextlib
@@ -13,26 +13,34 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby, islice
+from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from pipeline.data import Record, read_card, read_split
+from pipeline.data.prompt import encode_prompts, encode_targets
 from pipeline.errors import EvaluationError, PrefixFleetError
-from pipeline.evaluation.gate import decide
-from pipeline.evaluation.metrics import SEED, score_systems
+from pipeline.evaluation.candidates import System, described, earlier_outputs, open_partial, prefix_digest, read_partial
+from pipeline.evaluation.contamination import contamination
+from pipeline.evaluation.gate import Decision, decide
+from pipeline.evaluation.markdown import customer_markdown
+from pipeline.evaluation.metrics import METRICS, check_metrics
+from pipeline.evaluation.prompting import Text, conversation, text_in_front, with_text
 from pipeline.evaluation.report import customer_report
+from pipeline.evaluation.scores import SEED, Scores, score_systems
+from pipeline.evaluation.slices import slices_of
 from pipeline.evaluation.tracking import log_evaluation
 from pipeline.files import digest_of, read_json, whole_folder, write_json
 from pipeline.progress import Progress
-from pipeline.training.job import Job, JobBase, JobCustomer
+from pipeline.training.job import Job, JobBase, JobCustomer, JobPrompt
 from pipeline.training.results import EVALUATION_FILES, is_whole, result_path, write_result
 
 FORMAT = 1
 
-# Rows of one call of the engine: enough for full mixed batches, few enough that a crash costs minutes, for folders are written
-# after each call.
+# Rows of one call of the engine: enough for full mixed batches, few enough that folders come every few minutes.
 _ROWS_PER_CALL = 4096
 
 # The engine's slot of "no prefix".
@@ -41,6 +49,8 @@ _NO_PREFIX = 0
 
 class Engine(Protocol):
     """What evaluation needs of `pipeline.inference.PrefixEngine`."""
+
+    tokenizer: Any
 
     def add(self, prefix_dir: Path) -> int:
         """Load a prefix and return its slot."""
@@ -52,9 +62,18 @@ class Engine(Protocol):
         *,
         max_new_tokens: int,
         num_beams: int = 1,
-        progress: Callable[[int], None] | None = None,
+        finished: Callable[[list[int], list[str]], None] | None = None,
     ) -> list[str]:
         """Texts in the order of `prompts`, each with the prefix in its slot."""
+
+    def losses(self, prompts: list[list[int]], targets: list[list[int]], slots: list[int]) -> list[float]:
+        """Nats of each target behind its prompt and prefix."""
+
+    def longest_prompt(self, max_new_tokens: int) -> int | None:
+        """Tokens that a prompt without prefix may have."""
+
+    def longest_answer(self, slot: int, prompt: int) -> int | None:
+        """Tokens that an answer may have behind a prefix and a prompt."""
 
 
 @dataclass
@@ -63,26 +82,34 @@ class _Candidate:
 
     Attributes:
         prefix: content of prefix.json.
-        base_digest: names everything that the base's outputs depend on.
-        base_outputs: the base's outputs where an earlier evaluation has the same `base_digest`, else None.
+        card: of the prepared data.
+        records, train: the test split and the training split.
+        generation: names what all outputs depend on but prompt and prefix: base, decoding, tokenizer.
+        systems: whose outputs are compared, `base` and `prefix` among them.
+        remarks: system -> why it is not among them; other names -> what else to tell.
+        losses: system -> nats and tokens of each record's references, where perplexity is asked for.
         seconds: spent on this customer so far.
     """
 
     customer: JobCustomer
     prefix: dict[str, Any]
+    card: dict[str, Any]
     records: list[Record]
-    base_digest: str
-    base_outputs: list[str] | None
+    train: list[Record]
+    generation: list[Any]
     seconds: float
+    systems: dict[str, System] = field(default_factory=dict)
+    remarks: dict[str, str] = field(default_factory=dict)
+    losses: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
-    def rows(self) -> int:
+    def missing(self) -> int:
         """Rows to generate."""
-        return len(self.records) * (1 if self.base_outputs is not None else 2)
+        return sum(text is None for system in self.systems.values() for text in system.outputs)
 
-
-# A candidate, the base's outputs and the prefix's, in the order of its records.
-_Generated = tuple[_Candidate, list[str], list[str]]
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return bool(self.prefix["base"].get("is_encoder_decoder"))
 
 
 def evaluate_job(job: Job, load_engine: Callable[[JobBase], Engine]) -> None:
@@ -90,7 +117,7 @@ def evaluate_job(job: Job, load_engine: Callable[[JobBase], Engine]) -> None:
 
     Args:
         job: what to do.
-        load_engine: called once, and only if there is something to generate.
+        load_engine: called once, and only if there is something to evaluate.
 
     Raises:
         BaseModelError: the base is missing or not the one that the job names.
@@ -106,27 +133,37 @@ def evaluate_job(job: Job, load_engine: Callable[[JobBase], Engine]) -> None:
             due.append(customer)
     if not due:
         return
-    candidates: list[_Candidate] = []
+    opened: list[_Candidate] = []
     unusable: list[tuple[JobCustomer, Exception]] = []
     for customer in due:
         try:
-            candidates.append(_open(customer, job.base))
+            opened.append(_open(customer, job.base))
         except Exception as found:
             unusable.append((customer, found))
-    with Progress("evaluate", sum(candidate.rows for candidate in candidates), "rows") as progress:
+    with Progress("evaluate", sum(2 * len(candidate.records) for candidate in opened), "rows") as progress:
         for customer, error in unusable:
             _fail(job, customer, error, progress)
-        if not candidates:
+        if not opened:
             return
         engine = load_engine(job.base)
+        candidates = []
+        for candidate in opened:
+            with _own_failure(job, candidate.customer, progress):
+                _find_systems(job, candidate, engine)
+                candidates.append(candidate)
+        every = sum(len(system.outputs) for candidate in candidates for system in candidate.systems.values())
+        progress.expect(every)
+        if kept := every - sum(candidate.missing for candidate in candidates):
+            progress.skip(kept)
         store_answers = bool(os.environ.get("MLFLOW_TRACKING_URI"))
         for batch in _batches(candidates):
-            for candidate, base, ours in _generate(job, engine, batch, progress):
+            for candidate in _generate(job, engine, batch, progress):
                 with _own_failure(job, candidate.customer, progress):
-                    metrics = _finish(candidate, base, ours)
+                    metrics = _finish(candidate)
                     if store_answers and candidate.prefix["run_id"] is not None:
                         store_answers = _logged(candidate, metrics, progress)
                     write_result(job, candidate.customer, "eval", time.monotonic() - candidate.seconds)
+                    _partial(job, candidate).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -158,52 +195,121 @@ def _open(customer: JobCustomer, base: JobBase) -> _Candidate:
         raise EvaluationError(
             f"{customer.prefix_dir}: holds another prefix than the job names. Delete the folder and train again."
         )
-    card = read_card(Path(customer.prepared))
+    prepared = Path(customer.prepared)
+    card = read_card(prepared)
     if card["fingerprint"] != customer.data_fingerprint:
         raise EvaluationError(
             f"{customer.prepared}: was prepared anew since the job was written. Run the fleet again: it writes a new job."
         )
-    records = read_split(Path(customer.prepared), "test")
+    records = read_split(prepared, "test")
     if not records:
         raise EvaluationError(
             f"{customer.prepared}: the test split is empty. Give the customer a `test` file, or more rows to split from."
         )
     settings = customer.evaluation
-    base_digest = digest_of(
-        [
-            base.digest,
-            base.dtype,
-            base.quantization,
-            settings.num_beams,
-            settings.max_new_tokens,
-            card["tokenizer_digest"],
-            [record.prompt_ids for record in records],
-        ]
-    )
+    check_metrics(settings.metrics, [record.input for record in records])
+    generation = [
+        base.digest,
+        base.dtype,
+        base.quantization,
+        settings.num_beams,
+        settings.max_new_tokens,
+        card["tokenizer_digest"],
+    ]
     return _Candidate(
-        customer,
-        prefix,
-        records,
-        base_digest,
-        _earlier_base_outputs(customer, base_digest, len(records)),
-        time.monotonic() - started,
+        customer, prefix, card, records, read_split(prepared, "train"), generation, seconds=time.monotonic() - started
     )
 
 
-def _earlier_base_outputs(customer: JobCustomer, base_digest: str, records: int) -> list[str] | None:
-    """The base's outputs from an earlier evaluation of this customer, if it was the same base, test split and settings."""
-    folder = Path(customer.evaluation_dir).parent
-    for earlier in sorted(folder.glob("[0-9a-f]*/metrics.json")):
-        try:
-            if read_json(earlier, FORMAT).get("base_generation_digest") != base_digest:
-                continue
-            lines = (earlier.parent / "generations.jsonl").read_text(encoding="utf-8").split("\n")
-            outputs = [json.loads(line)["base"] for line in lines if line]
-        except (PrefixFleetError, OSError, ValueError, KeyError):
-            continue  # only a saving: a damaged earlier evaluation means generating again
-        if len(outputs) == records:
-            return outputs
-    return None
+def _find_systems(job: Job, candidate: _Candidate, engine: Engine) -> None:
+    """Decide what the prefix is compared with, and take whatever outputs are known from earlier evaluations of this customer."""
+    started = time.monotonic()
+    customer, settings = candidate.customer, candidate.customer.evaluation
+    prompts = [record.prompt_ids for record in candidate.records]
+
+    def add(name: str, told: str, slot: int, own: list[list[int]], weights: str | None) -> None:
+        digest = digest_of([*candidate.generation, weights, own])
+        candidate.systems[name] = System(name, told, slot, own, digest, [None] * len(own))
+
+    add("base", "the base without prefix", _NO_PREFIX, prompts, None)
+    if settings.prompt_baseline:
+        text = text_in_front(customer, candidate.train)
+        if text.instruction is None and not text.examples:
+            candidate.remarks["prompt"] = "There is no prompt baseline: neither an instruction nor training rows."
+        else:
+            add("prompt", f"the base, told in words ({text.described})", _NO_PREFIX, _told(candidate, text, engine), None)
+    else:
+        candidate.remarks["prompt"] = "The prompt baseline is switched off (evaluation.prompt_baseline)."
+    _add_champion(candidate, engine, add)
+    add(
+        "prefix",
+        "the new prefix",
+        engine.add(Path(customer.prefix_dir)),
+        prompts,
+        prefix_digest(candidate.prefix),
+    )
+    earlier_outputs(candidate.systems.values(), Path(customer.evaluation_dir).parent)
+    read_partial(candidate.systems.values(), _partial(job, candidate))
+    candidate.seconds += time.monotonic() - started
+
+
+def _told(candidate: _Candidate, text: Text, engine: Engine) -> list[list[int]]:
+    """The prompts of the prompt baseline."""
+    customer = candidate.customer
+    prompts, plain = with_text(
+        text,
+        candidate.records,
+        customer.prompt,
+        candidate.prefix["chat"],
+        engine.tokenizer,
+        candidate.is_encoder_decoder,
+        engine.longest_prompt(customer.evaluation.max_new_tokens),
+    )
+    if plain:
+        candidate.remarks["prompt_text"] = (
+            f"The text in front of the prompt baseline did not fit the base's context for {plain} of {len(prompts)} records; they have none."
+        )
+    return prompts
+
+
+def _add_champion(
+    candidate: _Candidate, engine: Engine, add: Callable[[str, str, int, list[list[int]], str | None], None]
+) -> None:
+    """The customer's champion, if there is one that can be compared with. It is decoded as the new prefix is, behind its own prompts."""
+    customer = candidate.customer
+    if customer.champion_dir is None:
+        candidate.remarks["champion"] = "There is no champion to compare with."
+        return
+    folder = Path(customer.champion_dir)
+    champion = read_json(folder / "prefix.json", FORMAT)
+    if champion["weights_sha256"] == candidate.prefix["weights_sha256"]:
+        candidate.remarks["champion"] = "The prefix is the champion already."
+        return
+    if champion["base"]["digest"] != candidate.prefix["base"]["digest"]:
+        candidate.remarks["champion"] = "The champion was trained on another base and cannot be compared."
+        return
+    prompts = [record.prompt_ids for record in candidate.records]
+    if (champion["prompt"], champion["chat"]) != (candidate.prefix["prompt"], candidate.prefix["chat"]):
+        inputs = [conversation(record, champion["chat"]) for record in candidate.records]
+        texts = [
+            own if champion["chat"] or isinstance(own, str) else record.input
+            for own, record in zip(inputs, candidate.records, strict=True)
+        ]
+        prompts = encode_prompts(
+            engine.tokenizer, JobPrompt(**champion["prompt"]), champion["chat"], texts, candidate.is_encoder_decoder
+        )
+    slot = engine.add(folder)
+    if any(engine.longest_answer(slot, len(prompt)) == 0 for prompt in prompts):
+        candidate.remarks["champion"] = (
+            "The champion's prefix and some test inputs pass the base's context, so it cannot be compared."
+        )
+        return
+    add("champion", "the champion", slot, prompts, prefix_digest(champion))
+
+
+def _partial(job: Job, candidate: _Candidate) -> Path:
+    """Where outputs are kept as they come."""
+    return candidate.customer.key.below(Path(job.folder)) / "generations.partial.jsonl"
 
 
 def _batches(candidates: Sequence[_Candidate]) -> Iterator[list[_Candidate]]:
@@ -215,117 +321,197 @@ def _batches(candidates: Sequence[_Candidate]) -> Iterator[list[_Candidate]]:
     for _, alike in groupby(sorted(candidates, key=settings), key=settings):
         batch: list[_Candidate] = []
         for candidate in alike:
-            if batch and sum(c.rows for c in [*batch, candidate]) > _ROWS_PER_CALL:
+            if batch and sum(c.missing for c in [*batch, candidate]) > _ROWS_PER_CALL:
                 yield batch
                 batch = []
             batch.append(candidate)
         yield batch
 
 
-def _generate(job: Job, engine: Engine, batch: Sequence[_Candidate], progress: Progress) -> Iterator[_Generated]:
-    """The outputs for all of `batch` that can be generated for."""
-    ready: list[tuple[_Candidate, int]] = []
-    for candidate in batch:
-        with _own_failure(job, candidate.customer, progress):
-            ready.append((candidate, engine.add(Path(candidate.customer.prefix_dir))))
-    if len(ready) > 1:
-        before = progress.done
+def _generate(job: Job, engine: Engine, batch: Sequence[_Candidate], progress: Progress) -> Iterator[_Candidate]:
+    """All of `batch` whose outputs are complete, one after another."""
+    if len(batch) > 1:
         try:
-            together = _generate_together(engine, ready, progress)
+            _generate_together(job, engine, batch, progress)
         except Exception as error:
-            # Somebody's rows cannot be generated for. Alone, each customer's failure is its own.
+            # Somebody's rows cannot be generated for. Alone, each customer's failure is its own; what is there is kept.
             progress.message(
-                "all", "warning", f"generating for {len(ready)} customers at once failed, trying each alone: {_in_words(error)}"
+                "all", "warning", f"generating for {len(batch)} customers at once failed, trying each alone: {_in_words(error)}"
             )
-            progress.update(before - progress.done)
         else:
-            yield from together
+            yield from batch
             return
-    for candidate, slot in ready:
-        alone: list[_Generated] = []
+    for candidate in batch:
+        finished = False
         with _own_failure(job, candidate.customer, progress):
-            alone = _generate_together(engine, [(candidate, slot)], progress)
-        yield from alone
+            _generate_together(job, engine, [candidate], progress)
+            finished = True
+        if finished:
+            yield candidate
 
 
-def _generate_together(engine: Engine, ready: Sequence[tuple[_Candidate, int]], progress: Progress) -> list[_Generated]:
-    """One call of the engine for the test records of all candidates, with their prefixes and, where it is not known, without."""
+def _generate_together(job: Job, engine: Engine, candidates: Sequence[_Candidate], progress: Progress) -> None:
+    """One call of the engine for the missing outputs of all systems of all candidates; then the losses where they are asked for."""
     started = time.monotonic()
-    prompts: list[list[int]] = []
-    slots: list[int] = []
-    for candidate, slot in ready:
-        own = [record.prompt_ids for record in candidate.records]
-        for of_rows in [slot] if candidate.base_outputs is not None else [slot, _NO_PREFIX]:
-            prompts += own
-            slots += [of_rows] * len(own)
-    settings = ready[0][0].customer.evaluation
-    texts = iter(
-        engine.generate(
-            prompts, slots, max_new_tokens=settings.max_new_tokens, num_beams=settings.num_beams, progress=progress.update
-        )
-    )
+    rows = [
+        (candidate, system, i)
+        for candidate in candidates
+        for system in candidate.systems.values()
+        for i, text in enumerate(system.outputs)
+        if text is None
+    ]
+    if rows:
+        settings = candidates[0].customer.evaluation
+        with contextlib.ExitStack() as stack:
+            kept = {c.customer.key: stack.enter_context(open_partial(_partial(job, c))) for c in candidates if c.missing}
+
+            def finished(places: list[int], texts: list[str]) -> None:
+                for place, text in zip(places, texts, strict=True):
+                    candidate, system, i = rows[place]
+                    system.outputs[i] = text
+                    kept[candidate.customer.key].add(system.digest, i, text)
+                progress.update(len(places))
+
+            engine.generate(
+                [system.prompts[i] for _, system, i in rows],
+                [system.slot for _, system, _ in rows],
+                max_new_tokens=settings.max_new_tokens,
+                num_beams=settings.num_beams,
+                finished=finished,
+            )
     seconds = time.monotonic() - started
-    generated = []
-    for candidate, _ in ready:
-        candidate.seconds += seconds * candidate.rows / len(prompts)
-        ours = list(islice(texts, len(candidate.records)))
-        base = candidate.base_outputs if candidate.base_outputs is not None else list(islice(texts, len(candidate.records)))
-        generated.append((candidate, base, ours))
-    return generated
+    for candidate in candidates:
+        candidate.seconds += seconds * sum(own is candidate for own, _, _ in rows) / max(1, len(rows))
+        _find_losses(candidate, engine)
 
 
-def _finish(candidate: _Candidate, base: list[str], ours: list[str]) -> dict[str, Any]:
+def _find_losses(candidate: _Candidate, engine: Engine) -> None:
+    """Nats and tokens of every record's references, for each system. A reference that the context has no room for is judged as far as it goes."""
+    if "perplexity" not in candidate.customer.evaluation.metrics or candidate.losses:
+        return
+    started = time.monotonic()
+    of = [i for i, record in enumerate(candidate.records) for _ in record.references]
+    targets = encode_targets(
+        engine.tokenizer,
+        candidate.customer.prompt,
+        [text for record in candidate.records for text in record.references],
+        candidate.is_encoder_decoder,
+    )
+    shortened = 0
+    found = {}
+    for system in candidate.systems.values():
+        prompts = [system.prompts[i] for i in of]
+        rooms = [engine.longest_answer(system.slot, len(prompt)) for prompt in prompts]
+        fitting = [ids if room is None else ids[:room] for ids, room in zip(targets, rooms, strict=True)]
+        shortened = max(shortened, sum(len(ids) < len(whole) for ids, whole in zip(fitting, targets, strict=True)))
+        used = [k for k, ids in enumerate(fitting) if ids]
+        losses = engine.losses([prompts[k] for k in used], [fitting[k] for k in used], [system.slot] * len(used))
+        rows = np.zeros((len(candidate.records), 2))
+        for k, loss in zip(used, losses, strict=True):
+            rows[of[k]] += loss, len(fitting[k])
+        found[system.name] = rows
+    if shortened:
+        candidate.remarks["perplexity"] = (
+            f"{shortened} of {len(of)} references are longer than the context; their beginnings are judged."
+        )
+    candidate.losses = found
+    candidate.seconds += time.monotonic() - started
+
+
+def _finish(candidate: _Candidate) -> dict[str, Any]:
     """Score, decide and write the evaluation folder. Returns the content of metrics.json."""
     started = time.monotonic()
-    customer, settings = candidate.customer, candidate.customer.evaluation
+    customer, settings, records = candidate.customer, candidate.customer.evaluation, candidate.records
+    outputs = {name: [text or "" for text in system.outputs] for name, system in candidate.systems.items()}
+    slices, uncut = slices_of(records, settings.slices)
     scores = score_systems(
-        {"base": base, "prefix": ours},
-        [record.references for record in candidate.records],
+        outputs,
+        [record.references for record in records],
         settings.metrics,
+        ours="prefix",
+        inputs=[record.input for record in records],
+        losses=candidate.losses or None,
+        slices=slices,
+        preset=settings.preset,
         resamples=settings.bootstrap_resamples,
     )
-    outcome = decide(scores.systems, settings.gate)
+    outcome = decide(scores, settings.gate, candidate.remarks)
     generations = [
-        {"input": record.input, "references": record.references, "base": without, "prefix": own, "fields": record.fields}
-        for record, without, own in zip(candidate.records, base, ours, strict=True)
+        {
+            "input": record.input,
+            "references": record.references,
+            **{name: texts[i] for name, texts in outputs.items()},
+            "fields": record.fields,
+        }
+        for i, record in enumerate(records)
     ]
-    metrics = {
-        "format": FORMAT,
-        "customer": customer.customer,
-        "task": customer.task,
-        "digest": customer.evaluate_digest,
-        "prefix_digest": customer.train_digest,
-        "base_generation_digest": candidate.base_digest,
-        "records": len(candidate.records),
-        "settings": {
-            "num_beams": settings.num_beams,
-            "max_new_tokens": settings.max_new_tokens,
-            "bootstrap_resamples": settings.bootstrap_resamples,
-            "seed": SEED,
-        },
-        "signatures": scores.signatures,
-        "notes": scores.notes,
-        "scores": {
-            system: {name: dataclasses.asdict(score) for name, score in own.items()} for system, own in scores.systems.items()
-        },
-        "seconds": round(candidate.seconds + time.monotonic() - started, 3),
-    }
-    # A gate on a metric that cannot judge these texts is worth a word where the decision is read.
-    remarks = [scores.notes[settings.gate.metric]] if settings.gate.metric in scores.notes else []
-    decision = {
-        "format": FORMAT,
-        "decision": outcome.decision,
-        "reasons": outcome.reasons + remarks,
-        "gate": dataclasses.asdict(settings.gate),
-    }
+    metrics = _metrics(candidate, scores, uncut)
+    metrics["seconds"] = round(candidate.seconds + time.monotonic() - started, 3)
+    decision = _decision(outcome, scores, settings.gate)
     with whole_folder(Path(customer.evaluation_dir)) as folder:
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in generations)
         (folder / "generations.jsonl").write_text(lines, encoding="utf-8")
         write_json(folder / "metrics.json", metrics)
         write_json(folder / "decision.json", decision)
         (folder / "report.html").write_text(customer_report(candidate.prefix, metrics, decision, generations), encoding="utf-8")
+        (folder / "report.md").write_text(customer_markdown(candidate.prefix, metrics, decision), encoding="utf-8")
     candidate.seconds += time.monotonic() - started
     return metrics
+
+
+def _metrics(candidate: _Candidate, scores: Scores, uncut: Sequence[str]) -> dict[str, Any]:
+    """The content of metrics.json, but for the time."""
+    customer, settings = candidate.customer, candidate.customer.evaluation
+    return {
+        "format": FORMAT,
+        "customer": customer.customer,
+        "task": customer.task,
+        "digest": customer.evaluate_digest,
+        "prefix_digest": customer.train_digest,
+        "systems": {name: described(system) for name, system in candidate.systems.items()},
+        "records": len(candidate.records),
+        "settings": {
+            "preset": settings.preset,
+            "num_beams": settings.num_beams,
+            "max_new_tokens": settings.max_new_tokens,
+            "bootstrap_resamples": settings.bootstrap_resamples,
+            "seed": SEED,
+        },
+        "better": {name: METRICS[name].better for name in settings.metrics},
+        "signatures": scores.signatures,
+        "notes": scores.notes,
+        "remarks": [*candidate.remarks.values(), *uncut],
+        "scores": _plain(scores.systems),
+        "comparisons": _plain(scores.comparisons),
+        "slices": {
+            name: {
+                value: {"records": part.records, "scores": _plain(part.systems), "comparisons": _plain(part.comparisons)}
+                for value, part in values.items()
+            }
+            for name, values in scores.slices.items()
+        },
+        "contamination": contamination(candidate.records, candidate.train),
+        "metric_seconds": scores.seconds,
+    }
+
+
+def _plain(content: Any) -> Any:
+    """Mappings of dataclasses as plain mappings."""
+    if dataclasses.is_dataclass(content) and not isinstance(content, type):
+        return dataclasses.asdict(content)
+    return {name: _plain(value) for name, value in content.items()}
+
+
+def _decision(outcome: Decision, scores: Scores, gate: Any) -> dict[str, Any]:
+    """The content of decision.json."""
+    # A gate on a metric that cannot judge these texts is worth a word where the decision is read.
+    remarks = [scores.notes[gate.metric]] if gate.metric in scores.notes else []
+    return {
+        "format": FORMAT,
+        "decision": outcome.decision,
+        "reasons": outcome.reasons + remarks,
+        "gate": dataclasses.asdict(gate),
+    }
 
 
 def _logged(candidate: _Candidate, metrics: dict[str, Any], progress: Progress) -> bool:

@@ -8,10 +8,12 @@ from typing import Any
 from pipeline.errors import EvaluationError
 from pipeline.registry.store import connect, ensure_store, translated
 
+_ARTIFACTS = ("report.html", "report.md", "metrics.json", "decision.json")
+
 
 def log_evaluation(run_id: str, metrics: Mapping[str, Any], folder: Path) -> None:
-    """Add scores and the report to an MLflow run: `bleu`, `bleu_low`, `bleu_high`, the same with `base_` before them, and
-    `evaluation/report.html`.
+    """Add scores and reports to an MLflow run: `bleu`, `bleu_low`, `bleu_high`; the same with `base_`, `prompt_` and `champion_` before them;
+    `bleu_gain_over_base` and `bleu_p_over_base`, and so for the others; and below `evaluation/` the report as HTML, Markdown and JSON.
 
     The store is the one that `MLFLOW_TRACKING_URI` names.
 
@@ -32,8 +34,9 @@ def log_evaluation(run_id: str, metrics: Mapping[str, Any], folder: Path) -> Non
     with translated("logging an evaluation"):
         client = connect()
         try:
-            client.log_batch(run_id, metrics=[Metric(name, value, now, 0) for name, value in _flat(metrics["scores"]).items()])
-            client.log_artifact(run_id, str(folder / "report.html"), artifact_path="evaluation")
+            client.log_batch(run_id, metrics=[Metric(name, value, now, 0) for name, value in _flat(metrics).items()])
+            for name in _ARTIFACTS:
+                client.log_artifact(run_id, str(folder / name), artifact_path="evaluation")
         except MlflowException as error:
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise
@@ -42,10 +45,14 @@ def log_evaluation(run_id: str, metrics: Mapping[str, Any], folder: Path) -> Non
             ) from error
 
 
-def _flat(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, float]:
+def _flat(metrics: Mapping[str, Any]) -> dict[str, float]:
     flat = {}
-    for system, before in (("prefix", ""), ("base", "base_")):
-        for metric, score in scores[system].items():
+    for system, scores in metrics["scores"].items():
+        before = "" if system == "prefix" else f"{system}_"
+        for metric, score in scores.items():
             flat[f"{before}{metric}"] = score["score"]
             flat |= {f"{before}{metric}_{end}": score[end] for end in ("low", "high")}
+    for other, compared in metrics["comparisons"].items():
+        for metric, gain in compared.items():
+            flat |= {f"{metric}_gain_over_{other}": gain["gain"], f"{metric}_p_over_{other}": gain["p"]}
     return flat

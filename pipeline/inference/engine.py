@@ -4,6 +4,7 @@ In: prompts as token ids, a slot for each (slot 0: no prefix). Out: texts. Knows
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,19 @@ from transformers import GenerationConfig
 from pipeline.data.prompt import encode_prompt, load_tokenizer
 from pipeline.errors import BaseModelError
 from pipeline.prefix import FrozenBase, Prefix, PrefixBank, is_infix, load_base, load_prefix
-from pipeline.training.batches import left_padded, right_padded
+from pipeline.training.batches import left_padded, pack, right_padded, row_losses
 from pipeline.training.job import JobBase, JobPrompt
 
 TOKENS_PER_BATCH = 8192  # prompt and answer tokens of all rows together
 ROWS_PER_BATCH = 64
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A prompt and a target to judge."""
+
+    prompt_ids: list[int]
+    target_ids: list[int]
 
 
 class PrefixEngine:
@@ -61,7 +70,7 @@ class PrefixEngine:
         *,
         max_new_tokens: int,
         num_beams: int = 1,
-        progress: Callable[[int], None] | None = None,
+        finished: Callable[[list[int], list[str]], None] | None = None,
     ) -> list[str]:
         """Greedy (or beam) search for each prompt behind its slot's prefix.
 
@@ -69,7 +78,7 @@ class PrefixEngine:
             prompts: token ids, as `pipeline.data.prompt.encode_prompt` makes them.
             slots: the slot of each prompt; 0 for the base without prefix.
             max_new_tokens: the longest answer in tokens; shorter where the positions of the base end before.
-            progress: called with the number of rows finished since its last call.
+            finished: called after every batch with the places of its prompts and their answers.
 
         Returns:
             the answers without special tokens, in the order of the prompts.
@@ -101,11 +110,46 @@ class PrefixEngine:
                 out = self.base.model.generate(tokens, attention_mask=mask, generation_config=config)
             if not self.base.is_encoder_decoder:
                 out = out[:, tokens.shape[1] :]
-            for i, text in zip(batch, self.tokenizer.batch_decode(out, skip_special_tokens=True), strict=True):
-                texts[i] = text.strip()
-            if progress is not None:
-                progress(len(batch))
+            answers = [text.strip() for text in self.tokenizer.batch_decode(out, skip_special_tokens=True)]
+            for i, text in zip(batch, answers, strict=True):
+                texts[i] = text
+            if finished is not None:
+                finished(batch, answers)
         return texts
+
+    @torch.inference_mode()
+    def losses(self, prompts: Sequence[list[int]], targets: Sequence[list[int]], slots: Sequence[int]) -> list[float]:
+        """Cross-entropy in nats, summed over the tokens of each target behind its prompt and its slot's prefix.
+
+        Raises:
+            PrefixError: prefix, prompt and target pass the positions of the base.
+        """
+        bank = self._filled_bank()
+        lengths = bank.shifts.tolist()
+        rows = [_Row(prompt, target) for prompt, target in zip(prompts, targets, strict=True)]
+        for row, slot in zip(rows, slots, strict=True):
+            own = 0 if self.base.is_encoder_decoder else len(row.prompt_ids)
+            self.base.check_length(lengths[slot], own + len(row.target_ids))
+        found = [0.0] * len(rows)
+        for batch in pack(rows, TOKENS_PER_BATCH):
+            with self.base.prefixes(bank, torch.tensor([slots[i] for i in batch], device=self.base.device)):
+                losses = row_losses(self.base, [rows[i] for i in batch], self._pad)
+            for i, loss in zip(batch, losses.tolist(), strict=True):
+                found[i] = loss
+        return found
+
+    def longest_prompt(self, max_new_tokens: int) -> int | None:
+        """The tokens that a prompt without prefix may have before an answer of `max_new_tokens`; None: any number."""
+        limit = self.base.max_positions
+        return limit if limit is None or self.base.is_encoder_decoder else limit - max_new_tokens
+
+    def longest_answer(self, slot: int, prompt: int) -> int | None:
+        """The tokens that an answer may have behind the prefix of a slot and a prompt of so many tokens; None: any number."""
+        limit = self.base.max_positions
+        if limit is None:
+            return None
+        length = 0 if slot == 0 else _length(self._prefixes[slot - 1])
+        return max(0, limit - length - (0 if self.base.is_encoder_decoder else prompt))
 
     def answer(self, inputs: Sequence[str | list[dict[str, str]]], slot: int) -> list[str]:
         """Answer texts (or chats) of one customer, prompted and decoded as the prefix was when it was judged.

@@ -176,8 +176,10 @@ def _read(prefix_dir: Path, evaluation_dir: Path) -> _Candidate:
     weights = prefix_dir / "prefix.safetensors"
     if not weights.exists() or file_digest(weights) != prefix["weights_sha256"]:
         raise RegistryError(f"{weights}: is missing or not what was trained for {key}. Delete {prefix_dir} and train again.")
-    if decision["decision"] not in ("promote", "reject"):
-        raise RegistryError(f"{evaluation_dir}: its decision is {decision['decision']!r}, not promote or reject. Evaluate again.")
+    if decision["decision"] not in ("promote", "keep", "reject"):
+        raise RegistryError(
+            f"{evaluation_dir}: its decision is {decision['decision']!r}, not promote, keep or reject. Evaluate again."
+        )
     return _Candidate(key, prefix_dir, evaluation_dir, prefix, metrics, decision)
 
 

@@ -17,7 +17,7 @@ from pipeline.errors import ConfigError
 from pipeline.files import write_text
 from pipeline.keys import CustomerKey
 
-FORMAT = 2
+FORMAT = 3
 SCHEDULES = ("linear", "cosine", "constant")
 
 
@@ -94,17 +94,25 @@ class JobGate:
     metric: str
     min_gain_over_base: float
     min_score: float | None
+    min_gain_over_champion: float | None
+    max_regression_on_slice: float | None
+    significance: float | None
 
 
 @dataclass(frozen=True)
 class JobEvaluation:
     """See `pipeline.config.EvaluationSettings`; `max_new_tokens` is resolved."""
 
+    preset: str
     metrics: list[str]
     gate: JobGate
     num_beams: int
     max_new_tokens: int
     bootstrap_resamples: int
+    slices: list[str]
+    prompt_baseline: bool
+    instruction: str | None
+    prompt_examples: int
 
 
 @dataclass(frozen=True)
@@ -117,6 +125,7 @@ class JobCustomer:
         train_digest: names the prefix; `prefix_dir` is where it goes.
         config_digest: digest of the settings alone (prompt, prefix, training).
         evaluate_digest: names the evaluation; `evaluation_dir` is where it goes.
+        champion_dir: the prefix folder of the champion when the job was written, for evaluation; None if there is none.
     """
 
     customer: str
@@ -128,6 +137,7 @@ class JobCustomer:
     evaluate_digest: str
     prefix_dir: str
     evaluation_dir: str
+    champion_dir: str | None
     prompt: JobPrompt
     prefix: JobPrefix
     training: JobTraining
@@ -148,7 +158,7 @@ class Job:
         experiment: MLflow experiment that runs are logged to, when a tracking store is configured.
     """
 
-    format: Literal[2]
+    format: Literal[3]
     name: str
     folder: str
     experiment: str

@@ -9,7 +9,7 @@ from pipeline.training.job import Job, JobCustomer
 
 FORMAT = 1
 PREFIX_FILES = ("prefix.json", "prefix.safetensors")
-EVALUATION_FILES = ("generations.jsonl", "metrics.json", "decision.json", "report.html")
+EVALUATION_FILES = ("generations.jsonl", "metrics.json", "decision.json", "report.html", "report.md")
 
 
 def is_whole(folder: Path, files: tuple[str, ...]) -> bool:

@@ -86,7 +86,8 @@ def write_evaluation(customer: JobCustomer) -> None:
         promoted = (customer.evaluation.gate.min_score or 0.0) <= 40.0
         decision, reason = ("promote", "40 is more than 5") if promoted else ("reject", "40 is too little")
         write_json(folder / "decision.json", {"format": 1, "decision": decision, "reasons": [reason], "gate": {}})
-        (folder / "report.html").write_text("<p>report</p>")
+        for name in ("report.html", "report.md"):
+            (folder / name).write_text("<p>report</p>")
         record = {"input": "a", "references": ["b"], "base": "c", "prefix": "d", "fields": {}}
         (folder / "generations.jsonl").write_text(json.dumps(record) + "\n")
 

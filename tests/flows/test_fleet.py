@@ -70,6 +70,60 @@ def test_every_customer_is_prepared_trained_evaluated_and_registered_in_one_run(
     assert "train works on acme" in {log.message for log in logs if log.flow_run_id == flow_run.id}
 
 
+def test_the_table_of_a_run_is_a_prefect_artifact_and_the_report_is_html_json_and_markdown(home: Home, fleet_file: Path) -> None:
+    from prefect.client.orchestration import get_client
+
+    _, outcome = run(fleet_file)
+    with get_client(sync_client=True) as client:
+        artifacts = client.read_artifacts()
+    newest = max((a for a in artifacts if a.key == "fleet-fleet"), key=lambda a: a.created)
+    rows = json.loads(newest.data)
+    assert [(row["customer"], row["result"], row["base"], row["prefix"]) for row in rows] == [
+        (name, "promote", 5.0, 40.0) for name in ("acme", "bolt", "crisp")
+    ]
+    assert outcome.report is not None
+    content = json.loads(outcome.report.with_suffix(".json").read_text(encoding="utf-8"))
+    assert [row["key"] for row in content["customers"]] == ["acme", "bolt", "crisp"]
+    assert "| acme | promote |" in outcome.report.with_suffix(".md").read_text(encoding="utf-8")
+
+
+def test_a_new_prefix_is_evaluated_beside_the_champion_of_that_moment(home: Home, fleet_file: Path) -> None:
+    from pipeline.registry import lookup
+    from pipeline.training.job import read_job
+
+    def champions_given() -> list[str | None]:
+        newest = max(home.root.glob("jobs/*/job.yaml"), key=lambda path: path.stat().st_mtime)
+        return [customer.champion_dir for customer in read_job(newest).customers]
+
+    run(fleet_file)
+    assert champions_given() == [None] * 3
+    text = fleet_file.read_text(encoding="utf-8")
+    fleet_file.write_text(text + "defaults: {training: {lr: 0.05}}\n", encoding="utf-8")
+    run(fleet_file)
+    assert champions_given() == [str(lookup(CustomerKey(name), version=1).prefix_dir) for name in ("acme", "bolt", "crisp")]
+
+
+def test_a_champion_that_cannot_be_had_fails_that_customer_alone(
+    home: Home, fleet_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pipeline.registry
+
+    run(fleet_file)
+    real = pipeline.registry.lookup
+
+    def lookup(key: CustomerKey, *rest: Any, **more: Any) -> Any:
+        if key.customer == "bolt":
+            raise RegistryError("the store has lost it")
+        return real(key, *rest, **more)
+
+    monkeypatch.setattr(pipeline.registry, "lookup", lookup)
+    text = fleet_file.read_text(encoding="utf-8")
+    fleet_file.write_text(text + "defaults: {training: {lr: 0.05}}\n", encoding="utf-8")
+    _, outcome = run(fleet_file)
+    assert [row.status for row in outcome.rows] == ["done", "failed", "done"]
+    assert "its champion cannot be had: the store has lost it" in str(outcome.rows[1].error)
+
+
 def test_second_run_with_nothing_changed_starts_no_child(home: Home, fleet_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(fleet_file)
     started = children(monkeypatch)

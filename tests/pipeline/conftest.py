@@ -123,7 +123,10 @@ def make_job(tiny_base: Path, tmp_path: Path) -> Callable[..., tuple[Job, Path]]
                     prompt=JobPrompt("{input}\n", True, "none", 40, 16),
                     prefix=JobPrefix(**wanted),
                     training=JobTraining(**settings),
-                    evaluation=JobEvaluation(["bleu"], JobGate("bleu", 0.0, None), 1, 16, 100),
+                    champion_dir=None,
+                    evaluation=JobEvaluation(
+                        "default", ["bleu"], JobGate("bleu", 0.0, None, 0.0, None, None), 1, 16, 100, [], False, None, 3
+                    ),
                 )
             )
         job_base = JobBase(str(base), str(base), None, info.digest, "float32", quantization, "auto")
@@ -133,7 +136,7 @@ def make_job(tiny_base: Path, tmp_path: Path) -> Callable[..., tuple[Job, Path]]
             "gradient_checkpointing": False,
             "checkpoint_every_seconds": 60.0,
         }
-        job = Job(2, name, str(tmp_path / name), "test", job_base, JobMixing(**{**wanted_mixing, **(mixing or {})}), listed)
+        job = Job(3, name, str(tmp_path / name), "test", job_base, JobMixing(**{**wanted_mixing, **(mixing or {})}), listed)
         path = tmp_path / name / "job.yaml"
         write_job(path, job)
         return job, path

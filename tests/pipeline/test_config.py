@@ -84,7 +84,17 @@ HEAD = "base_model: base\n"
         (HEAD + "customers:\n  - {id: a, data: a.csv, training: 3}", "training: must be a section of keys and values"),
         (HEAD + "customers:", ":2: customers: is empty; it must be a list"),
         (HEAD + "customers:\n  - {id: a, data: a.csv, prompt: {template: hello}}", r"must contain \{input\}"),
-        (HEAD + "customers:\n  - {id: a, data: a.csv, evaluation: {metrics: [chrf]}}", "gate.metric is 'bleu'"),
+        (HEAD + "customers:\n  - {id: a, data: a.csv, evaluation: {metrics: [bleu, bleu]}}", "names one thing twice"),
+        (HEAD + "customers:\n  - {id: a, data: a.csv, evaluation: {preset: e3e}}", "must be 'default'"),
+        (
+            HEAD + "customers:\n  - {id: a, data: a.csv, evaluation: {slices: [], gate: {max_regression_on_slice: 1}}}",
+            "max_regression_on_slice needs slices",
+        ),
+        (HEAD + "customers:\n  - {id: a, data: a.csv, evaluation: {instruction: ' '}}", "instruction is empty"),
+        (
+            HEAD + "customers:\n  - {id: a, data: a.csv, evaluation: {metrics: [chrf], gate: {metric: bleu}}}",
+            "gate.metric is 'bleu'",
+        ),
         ("customers: [{id: a, data: a.csv}]", "base_model: is missing"),
         ("- a\n- b", "no mapping"),
         ("", "is empty"),
@@ -209,3 +219,30 @@ customers:
     assert (a.layers, b.layers, a.sites) == (2, "all", ("decoder.self", "decoder.cross"))
     assert (a.init_prefix, b.init_prefix) == (str(tmp_path / "old" / "prefix"), "champion")
     assert (fleet.base_model.quantization, fleet.base_model.attention) == ("int4", "flex_attention")
+
+
+def test_a_preset_brings_its_metrics_and_the_gate_takes_the_first(tmp_path: Path) -> None:
+    fleet = load(
+        tmp_path,
+        """
+base_model: base
+defaults: {evaluation: {preset: summarization}}
+customers:
+  - {id: a, data: a.jsonl}
+  - {id: b, data: b.jsonl, evaluation: {preset: e2e, gate: {min_score: 3}}}
+  - {id: c, data: c.jsonl, evaluation: {metrics: [ter, bleu]}}
+  - {id: d, data: d.jsonl, evaluation: {metrics: [ter, bleu], gate: {metric: bleu}}}
+""",
+    )
+    found = [(c.evaluation.metrics[0], len(c.evaluation.metrics), c.evaluation.gate.metric) for c in fleet.customers]
+    assert found == [("rouge1", 3, "rouge1"), ("bleu", 4, "bleu"), ("ter", 2, "ter"), ("ter", 2, "bleu")]
+    assert fleet.customers[1].evaluation.gate.min_score == 3
+    assert fleet.customers[0].evaluation.gate.min_gain_over_champion == 0
+
+
+def test_metrics_and_presets_of_the_fleet_file_are_those_that_evaluation_knows() -> None:
+    from pipeline import config
+    from pipeline.evaluation import metrics, presets
+
+    assert set(config.METRICS) == set(metrics.METRICS)
+    assert set(config.PRESETS) == set(presets.PRESETS)

@@ -12,6 +12,7 @@ from pipeline.files import whole_folder, write_json
 from pipeline.keys import CustomerKey
 from pipeline.training.job import Job, JobBase, JobCustomer, JobEvaluation, JobGate, JobMixing, JobPrefix, JobPrompt, JobTraining
 
+GATE = JobGate("bleu", 0.0, None, 0.0, None, None)
 BASE = JobBase(id="org/base", path="base", revision=None, digest="b" * 64, dtype="float32", quantization=None, attention="auto")
 
 
@@ -23,6 +24,9 @@ class FakeEngine:
         self.slots: list[str | None] = [None]
         self.calls: list[tuple[int, int, int]] = []  # rows, max_new_tokens, num_beams
         self.loads = 0
+        self.tokenizer = FakeTokenizer()
+        self.limit: int | None = None  # positions of the base
+        self.asked: list[tuple[list[int], int]] = []  # prompt and slot of every row
 
     def load(self, base: JobBase) -> "FakeEngine":
         self.loads += 1
@@ -39,15 +43,38 @@ class FakeEngine:
         *,
         max_new_tokens: int,
         num_beams: int = 1,
-        progress: Callable[[int], None] | None = None,
+        finished: Callable[[list[int], list[str]], None] | None = None,
     ) -> list[str]:
         self.calls.append((len(prompts), max_new_tokens, num_beams))
         texts = []
-        for prompt, slot in zip(prompts, slots, strict=True):
+        for i, (prompt, slot) in enumerate(zip(prompts, slots, strict=True)):
+            self.asked.append((prompt, slot))
             texts.append(self.answers[self.slots[slot]](prompt))
-            if progress is not None:
-                progress(1)
+            if finished is not None:
+                finished([i], texts[-1:])
         return texts
+
+    def losses(self, prompts: Sequence[list[int]], targets: Sequence[list[int]], slots: Sequence[int]) -> list[float]:
+        """A nat a token without prefix, half with one."""
+        return [len(target) / (2 if slot else 1) for target, slot in zip(targets, slots, strict=True)]
+
+    def longest_prompt(self, max_new_tokens: int) -> int | None:
+        return None if self.limit is None else self.limit - max_new_tokens
+
+    def longest_answer(self, slot: int, prompt: int) -> int | None:
+        return None if self.limit is None else max(0, self.limit - prompt)
+
+
+class FakeTokenizer:
+    """A token for each word, numbered by its length; 900 begins, 901 ends."""
+
+    bos_token_id, eos_token_id, unk_token_id = 900, 901, 902
+    chat_template = None
+
+    def __call__(self, texts: str | list[str], **_: Any) -> dict[str, Any]:
+        if isinstance(texts, str):
+            return {"input_ids": [len(word) for word in texts.split()]}
+        return {"input_ids": [[len(word) for word in text.split()] for text in texts]}
 
 
 @pytest.fixture
@@ -61,7 +88,7 @@ def make_job(tmp_path: Path) -> Callable[..., Job]:
 
     def make(*names: str, records: list[Record] | None = None, run_id: str | None = None, max_new_tokens: int = 32) -> Job:
         customers = [_customer(tmp_path, n, records, run_id, max_new_tokens) for n in names]
-        return Job(2, "test", str(tmp_path / "job"), "x", BASE, JobMixing(32, 4096, False, 60.0), customers)
+        return Job(3, "test", str(tmp_path / "job"), "x", BASE, JobMixing(32, 4096, False, 60.0), customers)
 
     return make
 
@@ -78,6 +105,9 @@ def _customer(home: Path, name: str, records: list[Record] | None, run_id: str |
     prepared = key.below(home / "prepared")
     with whole_folder(prepared) as folder:
         write_split(folder, "test", records)
+        write_split(
+            folder, "train", [Record([100 + i], [i, 901], f"name: spot {i}", [f"Spot {i} is by the sea."]) for i in range(6)]
+        )
         write_json(
             folder / "card.json",
             {"format": 1, "fingerprint": fingerprint, "tokenizer_digest": "t" * 64, "counts": counts},
@@ -95,7 +125,10 @@ def _customer(home: Path, name: str, records: list[Record] | None, run_id: str |
         prompt=JobPrompt("{input}\n", True, "none", 384, 128),
         prefix=JobPrefix(10, "all", "all", "prefix", "none", 512, "text", None, None),
         training=JobTraining(400, 10, 1, 5e-3, "linear", 0, 0.0, 1.0, 50, 3, 0),
-        evaluation=JobEvaluation(["bleu", "rougeL", "chrf"], JobGate("bleu", 0.0, None), 1, max_new_tokens, 200),
+        champion_dir=None,
+        evaluation=JobEvaluation(
+            "default", ["bleu", "rougeL", "chrf"], GATE, 1, max_new_tokens, 200, ["input_length"], False, None, 3
+        ),
     )
     with whole_folder(Path(customer.prefix_dir)) as folder:
         write_json(folder / "prefix.json", prefix_config(customer, counts, run_id))
@@ -109,7 +142,7 @@ def prefix_config(customer: JobCustomer, counts: dict[str, Any], run_id: str | N
         "customer": customer.customer,
         "task": customer.task,
         "digest": customer.train_digest,
-        "weights_sha256": "w" * 64,
+        "weights_sha256": customer.train_digest,
         "prefix": {"length": 10, "layers": "all", "init": "text", "sites": {}, "parameters": 25_600},
         "prompt": {
             "template": "{input}\n",

@@ -4,19 +4,29 @@ import pytest
 
 from pipeline.errors import EvaluationError
 from pipeline.evaluation.gate import Decision, decide
-from pipeline.evaluation.metrics import Score
+from pipeline.evaluation.scores import Comparison, Part, Score, Scores
 from pipeline.training.job import JobGate
 
 
+def scores(**systems: float) -> Scores:
+    """Scores of `systems`, and `prefix` compared with the others; p is 0.04 throughout."""
+    found = {name: {"bleu": Score(value, value - 1, value + 1), "ter": Score(value, 0, 0)} for name, value in systems.items()}
+    compared = {
+        other: {name: Comparison(sign * (systems["prefix"] - value), 0, 0, 0.04) for name, sign in (("bleu", 1), ("ter", -1))}
+        for other, value in systems.items()
+        if other != "prefix"
+    }
+    return Scores(found, compared, {}, {}, {}, {})
+
+
 def outcome(base: float, prefix: float, gain: float = 0.0, least: float | None = None) -> Decision:
-    scores = {system: {"bleu": Score(value, value - 1, value + 1)} for system, value in (("base", base), ("prefix", prefix))}
-    return decide(scores, JobGate("bleu", gain, least))
+    return decide(scores(base=base, prefix=prefix), JobGate("bleu", gain, least, None, None, None))
 
 
 def test_more_than_the_base_is_promoted() -> None:
     assert outcome(10, 10.01).decision == "promote"
     assert outcome(10, 30).reasons == [
-        "bleu is 30.00 with the prefix, 20.00 above the base's 10.00; the gate asks for more than the base."
+        "bleu is 30.00 with the prefix, 20.00 above the base's 10.00; the gate asks for better than the base."
     ]
 
 
@@ -46,4 +56,67 @@ def test_the_least_score_is_enough_and_the_condition_that_fails_stands_first() -
 
 def test_a_metric_that_was_not_computed_is_an_error() -> None:
     with pytest.raises(EvaluationError, match=r"asks for chrf.*evaluation\.metrics"):
-        decide({"base": {}, "prefix": {}}, JobGate("chrf", 0.0, None))
+        decide(scores(base=1, prefix=2), JobGate("chrf", 0.0, None, None, None, None))
+
+
+def test_a_champion_that_is_not_beaten_is_kept() -> None:
+    gate = JobGate("bleu", 0.0, None, 0.5, None, None)
+    assert decide(scores(base=10, champion=20, prefix=20.6), gate).decision == "promote"
+    found = decide(scores(base=10, champion=20, prefix=20.5), gate)
+    assert found.decision == "keep"
+    assert found.reasons[0] == (
+        "bleu is 20.50 with the prefix, 0.50 above the champion's 20.00; the gate asks for a gain of more than 0.5, so this fails."
+    )
+
+
+def test_worse_than_the_base_is_a_rejection_whatever_the_champion_does() -> None:
+    found = decide(scores(base=10, champion=20, prefix=9), JobGate("bleu", 0.0, None, 0.0, None, None))
+    assert found.decision == "reject"
+    assert "the base's" in found.reasons[0]
+    assert "the champion's" in found.reasons[1]
+
+
+def test_without_a_champion_the_gate_says_why_it_did_not_ask() -> None:
+    gate = JobGate("bleu", 0.0, None, 0.0, None, None)
+    found = decide(scores(base=10, prefix=20), gate, {"champion": "The champion was trained on another base."})
+    assert (found.decision, found.reasons[-1]) == ("promote", "The champion was trained on another base.")
+    assert decide(scores(base=10, champion=99, prefix=20), JobGate("bleu", 0.0, None, None, None, None)).decision == "promote"
+
+
+@pytest.mark.parametrize(("level", "decision"), [(0.05, "promote"), (0.04, "reject")])
+def test_with_a_significance_level_a_gain_counts_only_below_it(level, decision) -> None:
+    found = decide(scores(base=10, prefix=20), JobGate("bleu", 0.0, None, None, None, level))
+    assert found.decision == decision
+    assert f"(p = 0.04); the gate asks for better than the base with p below {level:g}" in found.reasons[0]
+
+
+def test_where_lower_is_better_gains_and_least_scores_turn_round() -> None:
+    gate = JobGate("ter", 0.0, 50, None, None, None)
+    assert decide(scores(base=60, prefix=45), gate).decision == "promote"
+    assert "15.00 below the base's 60.00" in decide(scores(base=60, prefix=45), gate).reasons[0]
+    found = decide(scores(base=60, prefix=55), gate)
+    assert found.decision == "reject"
+    assert "asks for at most 50, so this fails" in found.reasons[0]
+
+
+def sliced(records: int, loss: float, other: str) -> Scores:
+    found = scores(**{"base": 10, "champion": 12, "prefix": 20} if other == "champion" else {"base": 10, "prefix": 20})
+    part = Part(records, found.systems, {other: {"bleu": Comparison(-loss, 0, 0, 0.5)}})
+    fine = Part(50, found.systems, {other: {"bleu": Comparison(5, 0, 0, 0.5)}})
+    found.slices["category"] = {"Airport": part, "City": fine}
+    return found
+
+
+def test_a_slice_that_loses_too_much_keeps_the_champion_or_rejects() -> None:
+    gate = JobGate("bleu", 0.0, None, 0.0, 2.0, None)
+    assert decide(sliced(10, 2.0, "champion"), gate).decision == "promote"
+    found = decide(sliced(10, 2.1, "champion"), gate)
+    assert found.decision == "keep"
+    assert "category Airport (10 records): bleu is 2.10 worse than with the champion" in found.reasons[0]
+    assert decide(sliced(10, 2.1, "base"), gate).decision == "reject"
+
+
+def test_a_slice_of_few_records_is_not_judged() -> None:
+    assert decide(sliced(9, 50, "champion"), JobGate("bleu", 0.0, None, 0.0, 2.0, None)).decision == "promote"
+    alone = scores(base=10, prefix=20)
+    assert "No slice has 10 records" in decide(alone, JobGate("bleu", 0.0, None, None, 2.0, None)).reasons[1]

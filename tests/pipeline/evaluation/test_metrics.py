@@ -10,17 +10,25 @@ import pytest
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
+from sacrebleu.metrics.ter import TER
 
 from pipeline.errors import EvaluationError
-from pipeline.evaluation.metrics import SEED, Score, score_systems, sentence_chrf
+from pipeline.evaluation.meteor import Meteor, check_meteor
+from pipeline.evaluation.metrics import METRICS as KINDS
+from pipeline.evaluation.metrics import check_metrics
+from pipeline.evaluation.ptb import ptb_tokens
+from pipeline.evaluation.scores import SEED, Score, score_systems, sentence_chrf
 
 METRICS = ["bleu", "chrf", "rouge1", "rouge2", "rougeL"]
+# Those whose scale ends at 100 and which are 100 only for outputs equal to a reference.
+SIMILARITIES = [*METRICS, "rougeL_coco"]
+TEXTUAL = [name for name in KINDS if name not in ("meteor", "slot_error_rate", "perplexity")]
 
 
 def score(
-    outputs: list[str], references: list[list[str]], metric: str, *, resamples: int = 100, lowercase: bool = False
+    outputs: list[str], references: list[list[str]], metric: str, *, resamples: int = 100, preset: str = "default"
 ) -> Score:
-    return score_systems({"x": outputs}, references, [metric], resamples=resamples, lowercase=lowercase).systems["x"][metric]
+    return score_systems({"x": outputs}, references, [metric], resamples=resamples, preset=preset).systems["x"][metric]
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +52,38 @@ def streams(references: list[list[str]]) -> list[list[str | None]]:
 
 def test_bleu_equals_the_official_e2e_scores_to_four_digits(e2e) -> None:
     systems, references = e2e
-    scores = score_systems(systems, references, ["bleu"], lowercase=True)
+    scores = score_systems(systems, references, ["bleu"], preset="e2e")
     assert round(scores.systems["tgen"]["bleu"].score / 100, 4) == 0.6593
     assert round(scores.systems["slug"]["bleu"].score / 100, 4) == 0.6619
     assert scores.signatures["bleu"] == f"nrefs:var|case:lc|eff:no|tok:13a|smooth:exp|version:2.6.0|bs:1000|seed:{SEED}"
+
+
+@pytest.mark.parametrize(
+    ("metric", "tgen", "slug"), [("nist", 8.6094, 8.6130), ("rougeL_coco", 68.50, 67.72), ("cider", 2.2338, 2.2615)]
+)
+def test_nist_rouge_l_and_cider_equal_the_official_e2e_scores_to_four_digits(e2e, metric, tgen, slug) -> None:
+    systems, references = e2e
+    scores = score_systems(systems, references, [metric], preset="e2e", resamples=100).systems
+    digits = 2 if metric == "rougeL_coco" else 4  # in points of 100
+    assert [round(scores[system][metric].score, digits) for system in ("tgen", "slug")] == [tgen, slug]
+
+
+@pytest.mark.slow
+def test_meteor_equals_the_official_e2e_scores_to_four_digits(e2e) -> None:
+    needs_meteor()
+    systems, references = e2e
+    scores = score_systems(systems, references, ["meteor"], resamples=100).systems
+    assert [round(scores[system]["meteor"].score, 2) for system in ("tgen", "slug")] == [44.83, 44.54]
+    assert scores["tgen"]["meteor"].low < 44.83 < scores["tgen"]["meteor"].high
+
+
+def test_paired_bootstrap_gives_sacrebleus_p_value(e2e) -> None:
+    systems, references = e2e
+    found = score_systems(systems, references, ["bleu"], preset="e2e", ours="slug")
+    assert round(found.comparisons["tgen"]["bleu"].p, 3) == 0.256
+    gain = found.comparisons["tgen"]["bleu"]
+    assert gain.low < 0 < gain.gain < gain.high
+    assert gain.gain == pytest.approx(found.systems["slug"]["bleu"].score - found.systems["tgen"]["bleu"].score, abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", [BLEU, CHRF])
@@ -91,7 +127,7 @@ def test_bleu_worked_by_hand() -> None:
 def test_case_counts_unless_lowercase_is_asked_for() -> None:
     output, reference = ["THE QUIET HOUSE BY THE RIVER"], [["the quiet house by the river"]]
     assert score(output, reference, "bleu").score == 0
-    assert score(output, reference, "bleu", lowercase=True).score == pytest.approx(100)
+    assert score(output, reference, "bleu", preset="e2e").score == pytest.approx(100)
 
 
 def test_a_further_reference_can_only_help_and_may_be_missing_for_some_records() -> None:
@@ -102,13 +138,13 @@ def test_a_further_reference_can_only_help_and_may_be_missing_for_some_records()
         assert score(outputs, two, metric).score > score(outputs, one, metric).score
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", SIMILARITIES)
 def test_outputs_equal_to_the_references_get_100_with_no_spread(metric) -> None:
     outputs = [f"house number {i} stands by the river" for i in range(20)]
     assert score(outputs, [[o] for o in outputs], metric) == Score(100, 100, 100)
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", SIMILARITIES)
 def test_empty_outputs_get_0_and_do_not_stop_anything(metric) -> None:
     references = [["a quiet house by the river"], ["a loud bar in the town"]]
     assert score(["", "  "], references, metric) == Score(0, 0, 0)
@@ -116,13 +152,13 @@ def test_empty_outputs_get_0_and_do_not_stop_anything(metric) -> None:
     assert 0 < half.score < 100
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", SIMILARITIES)
 def test_one_record_has_an_interval_of_no_width(metric) -> None:
     only = score(["a quiet house by a river"], [["a quiet house by the river"]], metric)
     assert 0 < only.low == only.score == only.high < 100
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", SIMILARITIES)
 def test_one_and_the_same_output_for_every_record_is_scored(metric) -> None:
     outputs = ["a quiet house by the river"] * 30
     found = score(outputs, [[f"a quiet house number {i} by the river"] for i in range(30)], metric)
@@ -150,7 +186,7 @@ def test_same_seed_same_interval_other_seed_other_interval() -> None:
 def test_intervals_do_not_depend_on_how_resamples_are_cut_into_blocks(monkeypatch) -> None:
     outputs, references = [f"a b {i} c" for i in range(30)], [[f"a b {i % 4} c d"] for i in range(30)]
     whole = score(outputs, references, "chrf", resamples=150)
-    monkeypatch.setattr("pipeline.evaluation.metrics._BLOCK", 7 * 30)
+    monkeypatch.setattr("pipeline.evaluation.scores._BLOCK", 7 * 30)
     assert score(outputs, references, "chrf", resamples=150) == whole
 
 
@@ -213,6 +249,164 @@ def test_sentence_chrf_is_sacrebleus() -> None:
     theirs = [CHRF().sentence_score(o, r).score for o, r in zip(outputs, references, strict=True)]
     assert sentence_chrf({"x": outputs}, references)["x"] == pytest.approx(theirs)
     assert math.isclose(theirs[1], 0)
+
+
+def needs_meteor() -> None:
+    try:
+        check_meteor()
+    except EvaluationError as error:
+        pytest.skip(str(error))
+
+
+def test_meteor_of_sums_is_the_programs_own_score_of_the_set() -> None:
+    needs_meteor()
+    outputs = ["a quiet house by the river", "loud bars in town", "a house", ""]
+    references = [["a quiet house by the river"], ["a loud bar in the town"], ["the house", "one home"], ["a bar"]]
+    with Meteor() as program:
+        rows = program.statistics(references)(outputs)
+        program._say(" ||| ".join(("EVAL", *(" ".join(map(str, row)) for row in rows))))
+        theirs = [float(program._hear()) for _ in range(len(rows) + 1)]
+        assert program.scores(rows.sum(axis=0, keepdims=True))[0] == pytest.approx(theirs[-1], abs=1e-9)
+    assert theirs[0] == 1
+    assert theirs[3] == 0
+
+
+def test_meteor_without_its_program_says_what_to_install(monkeypatch) -> None:
+    monkeypatch.setattr("pipeline.evaluation.meteor.find_spec", lambda name: None)
+    with pytest.raises(EvaluationError, match=r"prefixfleet\[meteor\]"):
+        score(["a"], [["a"]], "meteor")
+
+
+def test_ter_is_sacrebleus_and_lower_is_better(e2e) -> None:
+    systems, references = e2e
+    outputs, references = systems["tgen"][:40], references[:40]
+    found = score_systems({"tgen": outputs, "worse": ["nothing"] * 40}, references, ["ter"], ours="tgen", resamples=100)
+    assert found.systems["tgen"]["ter"].score == pytest.approx(TER().corpus_score(outputs, streams(references)).score, abs=1e-5)
+    assert found.systems["worse"]["ter"].score > found.systems["tgen"]["ter"].score
+    assert found.comparisons["worse"]["ter"].gain > 0
+
+
+def test_nist_worked_by_hand() -> None:
+    # Four words, each once: log2 4 for each; "a b" is known once "a" is: log2 1 = 0. Two of the two words of the output match: 4 / 2.
+    # Two words against four: the penalty exp(beta log(1/2) ** 2).
+    beta = math.log(0.5) / math.log(1.5) ** 2
+    assert score(["a b"], [["a b c d"]], "nist").score == pytest.approx(2 * math.exp(beta * math.log(0.5) ** 2), abs=1e-5)
+
+
+def test_coco_rouge_takes_best_precision_and_best_recall_apart() -> None:
+    # Against "a b c d": precision 2/2, recall 2/4; against "a x": 1/2 and 1/2.
+    p, r = 1.0, 0.5
+    expected = 100 * (1 + 1.44) * p * r / (r + 1.44 * p)
+    assert score(["a b"], [["a b c d", "a x"]], "rougeL_coco").score == pytest.approx(expected, abs=1e-5)
+
+
+def test_cider_worked_by_hand() -> None:
+    # Two records with nothing in common: all n-grams weigh log 2, and the cosine of equal texts is 1 for the orders that they have.
+    texts = ["a b", "c d e"]
+    assert score(texts, [[t] for t in texts], "cider").score == pytest.approx(10 * (2 / 4 + 3 / 4) / 2, abs=1e-5)
+    assert score(["c d e", "a b"], [[t] for t in texts], "cider").score == 0
+
+
+def test_exact_match_counts_outputs_equal_to_any_reference_but_for_blanks_and_composition() -> None:
+    outputs = ["a  house ", "A house", "cafe\u0301", ""]
+    references = [["a bar", "a house"], ["a house"], ["caf\u00e9"], ["x"]]
+    assert score(outputs, references, "exact_match").score == 50
+
+
+def test_slot_errors_are_missing_added_and_repeated_values() -> None:
+    inputs = [
+        "name : The Rice Boat | food : Thai | area : riverside | familyFriendly : yes",
+        "name : Zizzi | food : Italian | price : £20-25",
+        "Alan_Bean : nationality : United_States",
+        "no slots here",
+    ]
+    outputs = [
+        "The Rice Boat, the rice boat, serves Thai and Italian food.",  # area missing, name repeated, Italian added
+        "Zizzi is Italian, for £20-25.",
+        "Alan Bean comes from the united states.",
+        "x",
+    ]
+    found = score_systems({"x": outputs}, [[o] for o in outputs], ["slot_error_rate"], inputs=inputs, resamples=100)
+    assert found.systems["x"]["slot_error_rate"].score == pytest.approx(100 * 3 / 8)
+    assert "first references themselves" in found.notes["slot_error_rate"]
+    with pytest.raises(EvaluationError, match="no input of the test split has slots"):
+        check_metrics(["slot_error_rate"], ["plain text"])
+
+
+def test_distinct_counts_different_words_of_all_outputs_together() -> None:
+    outputs = ["a b a", "a c", ""]
+    assert score(outputs, [["x"]] * 3, "distinct1").score == pytest.approx(100 * 3 / 5)
+    assert score(outputs, [["x"]] * 3, "distinct2").score == pytest.approx(100 * 3 / 3)
+    assert score(["", ""], [["x"]] * 2, "distinct1") == Score(0, 0, 0)
+
+
+def test_perplexity_is_of_all_tokens_and_never_infinite() -> None:
+    losses = {"x": np.array([[2.0, 1.0], [4.0, 3.0]]), "bad": np.array([[9e9, 1.0], [9e9, 1.0]])}
+    found = score_systems(
+        {"x": ["", ""], "bad": ["", ""]}, [["a"], ["b"]], ["perplexity"], losses=losses, ours="x", resamples=100
+    )
+    assert found.systems["x"]["perplexity"].score == pytest.approx(math.exp(6 / 4), abs=1e-5)
+    assert math.isfinite(found.systems["bad"]["perplexity"].high)
+    assert found.comparisons["bad"]["perplexity"].gain > 0
+
+
+def test_webnlg_preset_is_the_challenges_tokenisation() -> None:
+    outputs = ["Aarhus Airport\u2019s runway is 2702.0 m long.", "\u00c5rhus is big"]
+    references = [["Aarhus Airport's runway has 2,702.0 m.", "It is 2702.0 m long.", "x", "never seen"], ["Arhus is quite big"]]
+    tokens = ["aarhus airport ' s runway is 2702 . 0 m long .", "arhus is big"]
+    firsts = [["aarhus airport ' s runway has 2 , 702 . 0 m .", "arhus is quite big"], ["it is 2702 . 0 m long .", ""], ["x", ""]]
+    theirs = BLEU(tokenize="none", smooth_method="none", force=True).corpus_score(tokens, firsts).score
+    assert score(outputs, references, "bleu", preset="webnlg").score == pytest.approx(theirs, abs=1e-5)
+    found = score_systems({"x": outputs}, references, ["bleu"], preset="webnlg")
+    assert "|prep:webnlg|refs:first3|" in found.signatures["bleu"]
+
+
+def test_every_metric_has_a_signature_and_bears_empty_references() -> None:
+    found = score_systems({"x": ["a house", ""]}, [[""], ["", "a house"]], TEXTUAL, resamples=100)
+    assert set(found.signatures) == set(TEXTUAL)
+    for name, value in found.systems["x"].items():
+        assert math.isfinite(value.score) and value.low <= value.high, name
+        assert name.partition("L")[0].rstrip("12") in found.signatures[name] or "nrefs" in found.signatures[name]
+
+
+@pytest.mark.parametrize("outputs", [["", ""], ["same", "same"], ["\U0001f3e0", "\u9759\u304b"]])
+def test_every_metric_bears_empty_identical_and_foreign_outputs(outputs) -> None:
+    found = score_systems({"x": outputs, "y": ["a b", "c"]}, [["a b c d"], ["\u9759"]], TEXTUAL, ours="x", resamples=100)
+    assert all(math.isfinite(v.score + v.low + v.high) for own in found.systems.values() for v in own.values())
+    assert all(math.isfinite(c.gain + c.low + c.high) and 0 < c.p <= 1 for c in found.comparisons["y"].values())
+
+
+def test_a_system_compared_with_itself_gains_nothing_with_p_1() -> None:
+    texts = [f"house {i} by the river" for i in range(9)]
+    found = score_systems({"x": texts, "y": texts}, [["a house by the river"]] * 9, TEXTUAL, ours="x", resamples=100)
+    assert {(c.gain, c.low, c.high, c.p) for c in found.comparisons["y"].values()} == {(0, 0, 0, 1)}
+
+
+def test_a_slice_has_the_scores_of_its_records_alone() -> None:
+    outputs = [f"a house {i % 7} by the {'river' if i % 3 else 'sea'}" for i in range(20)]
+    references = [[f"a house {i % 5} by the river"] for i in range(20)]
+    rows = list(range(3, 11))
+    slices = {"category": {"bar": rows, "cafe": [0]}}
+    whole = score_systems(
+        {"x": outputs, "y": outputs[::-1]}, references, [*METRICS, "distinct1"], ours="x", slices=slices, resamples=100
+    )
+    alone = score_systems({"x": [outputs[i] for i in rows]}, [references[i] for i in rows], METRICS, resamples=100)
+    part = whole.slices["category"]["bar"]
+    assert part.records == 8
+    assert part.systems["x"] == alone.systems["x"]
+    assert set(part.comparisons["y"]) == set(METRICS)
+
+
+def test_words_are_those_of_stanfords_tokeniser() -> None:
+    """Expected tokens were made by CoreNLP 3.4.1's PTBTokenizer with -lowerCase, punctuation dropped as COCO does."""
+    expected = {
+        "It's a family-friendly pub (near the U.S. Embassy), isn't it?": "it 's a family-friendly pub -lrb- near the u.s. embassy -rrb- is n't it",
+        "Prices: £20-25, i.e. 2702.0 or 1,095.": "prices # 20-25 i.e. 2702.0 or 1,095",
+        'St. Mary\'s has 18L/36R and 1.8g; cannot say "no"...': "st. mary 's has 18l/36r and 1.8 g can not say no",
+        "Mr. J.R.R. Tolkien -- they'll rock 'n roll": "mr. j.r.r. tolkien they 'll rock 'n roll",
+        "": "",
+    }
+    assert {text: " ".join(ptb_tokens(text)) for text in expected} == expected
 
 
 def test_what_cannot_be_scored_is_refused_with_the_remedy() -> None:

@@ -1,5 +1,7 @@
 """The pages say what the files say, load nothing, and show hostile text as text."""
 
+import dataclasses
+import json
 import re
 import shutil
 import subprocess
@@ -9,10 +11,12 @@ from typing import Any
 
 import pytest
 
+from pipeline.data.records import Record
+from pipeline.evaluation.markdown import customer_markdown, escaped
 from pipeline.evaluation.page import long_text, loss_curve, score_plot, signed, text, top_of_scale
 from pipeline.evaluation.report import customer_report, fleet_report
 from pipeline.evaluation.run import evaluate_job
-from pipeline.files import read_json
+from pipeline.files import read_json, write_json
 
 HOSTILE = "</style></div><script>document.body.innerHTML='owned'</script><img src=x onerror=alert(1)>\" onload='x'"
 
@@ -54,7 +58,41 @@ class Page(HTMLParser):
 @pytest.fixture
 def pages(make_job, engine) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """prefix.json, metrics.json and decision.json of an evaluated customer."""
-    job = make_job("acme")
+    return evaluated(make_job("acme"), engine)
+
+
+@pytest.fixture
+def full_pages(make_job, engine, tmp_path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The same with a champion, a prompt baseline, metrics of other units, and slices."""
+    records = [
+        Record(
+            [7] * (i + 1),
+            [1],
+            f"x {i}",
+            [f"Place number {i} is a quiet house by the river."],
+            {"kind": HOSTILE if i % 3 else "b"},
+        )
+        for i in range(12)
+    ]
+    job = make_job("acme", records=records)
+    customer = job.customers[0]
+    there = tmp_path / "champion"
+    there.mkdir()
+    config = read_json(Path(customer.prefix_dir) / "prefix.json", 1)
+    write_json(there / "prefix.json", {**config, "weights_sha256": "5" * 64})
+    engine.answers[str(there)] = lambda prompt: "Place number 1 is a house"
+    evaluation = dataclasses.replace(
+        customer.evaluation,
+        metrics=["bleu", "chrf", "ter", "perplexity"],
+        slices=["kind"],
+        prompt_baseline=True,
+        instruction=HOSTILE,
+    )
+    customer = dataclasses.replace(customer, champion_dir=str(there), evaluation=evaluation)
+    return evaluated(dataclasses.replace(job, customers=[customer]), engine)
+
+
+def evaluated(job, engine) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     customer = job.customers[0]
     engine.answers[customer.prefix_dir] = lambda prompt: f"Place number {prompt[0]} is a quiet house"
     evaluate_job(job, engine.load)
@@ -88,6 +126,43 @@ def test_customer_page_shows_decision_reasons_scores_counts_and_lineage(pages) -
         assert value in shown
     assert "rows quarantined" in shown
     assert "0.005" in shown
+
+
+def outputs(base: str, prefix: str) -> dict[str, Any]:
+    return {**record(1, base, prefix), "prompt": "told", "champion": "a house"}
+
+
+def test_page_with_champion_and_prompt_baseline_compares_all_four(full_pages) -> None:
+    prefix, metrics, decision = full_pages
+    assert list(metrics["scores"]) == ["base", "prompt", "champion", "prefix"]
+    page = Page(customer_report(prefix, metrics, decision, [outputs("a", "a quiet house")]))
+    assert "over the champion" in page.text
+    assert "gain over the champion" in page.text
+    assert "lower is better" in page.text
+    assert "bleu by slice" in page.text
+    for system in ("base", "prompt", "champion", "prefix"):
+        assert f"{system}, chrF" in page.text
+    assert "compared with the champion: 1 of 1 are better" in page.text
+    # One for each metric, one for each value of the slice.
+    assert sum((a.get("class") or "").startswith("plot") for _, a in page.tags) == 4 + 2
+    assert HOSTILE in page.text
+    assert {tag for tag, _ in page.tags}.isdisjoint({"script", "img"})
+
+
+def test_markdown_has_the_figures_of_the_page_and_no_markup_of_others(full_pages) -> None:
+    prefix, metrics, decision = full_pages
+    shown = customer_markdown(prefix, metrics, decision)
+    assert shown.startswith(f"# acme: {decision['decision']}\n")
+    bleu = metrics["scores"]["champion"]["bleu"]
+    assert f"{bleu['score']:.2f} ({bleu['low']:.2f} to {bleu['high']:.2f})" in shown
+    assert "| ter (lower is better) |" in shown
+    assert "&lt;script&gt;" in shown
+    assert "<" not in shown
+    assert metrics["signatures"]["bleu"] in shown
+
+
+def test_markdown_text_is_without_effect() -> None:
+    assert escaped("[a](http://x) `b` | <b>\n# c") == r"\[a\]\(http://x\) \`b\` \| &lt;b&gt; \# c"
 
 
 def test_largest_wins_and_largest_losses_come_first(pages) -> None:
@@ -215,7 +290,12 @@ def test_fleet_page_lists_everybody_who_failed_and_why_and_links_relative(tmp_pa
     links = {a["href"] for tag, a in page.tags if tag == "a"}
     assert links == {"../evaluations/acme/default/0%20%23%3F/report.html"}
     assert page.text.index("acme") < page.text.index("bistro/menu")
-    assert sum(a.get("class") == "plot" for _, a in page.tags) == 2
+    assert sum((a.get("class") or "").startswith("plot") for _, a in page.tags) == 2
+    content = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    assert content["customers"][0]["score"] == {"score": 42.5, "low": 40.0, "high": 45.0}
+    shown = path.with_suffix(".md").read_text(encoding="utf-8")
+    assert "| acme | promote | 1,200 | 4 | bleu | 10.00 |  | 42.50 (40.00 to 45.00) | v3 champion | 61 |" in shown
+    assert "<" not in shown
 
 
 def test_fleet_page_of_failures_or_of_nobody_is_a_page(tmp_path) -> None:
@@ -224,27 +304,45 @@ def test_fleet_page_of_failures_or_of_nobody_is_a_page(tmp_path) -> None:
         assert "median gain" in Page((tmp_path / "f.html").read_text(encoding="utf-8")).text
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
-def test_a_browser_renders_the_customer_page_without_a_console_error(pages, tmp_path) -> None:
-    prefix, metrics, decision = pages
-    path = tmp_path / "report.html"
-    path.write_text(customer_report(prefix, metrics, decision, [record(1, HOSTILE, "a quiet house")]), encoding="utf-8")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-    flags += [
-        "--disable-sync",
-        "--disable-component-update",
-        "--enable-logging=stderr",
-        f"--user-data-dir={tmp_path / 'profile'}",
-    ]
-    done = subprocess.run(
-        ["chromium", *flags, "--dump-dom", path.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the path (Debian: apt-get install chromium)")
+def test_a_browser_renders_the_pages_without_a_console_error_or_sideways_scrolling(full_pages, tmp_path) -> None:
+    prefix, metrics, decision = full_pages
+    report, fleet = tmp_path / "report.html", tmp_path / "demo.html"
+    report.write_text(customer_report(prefix, metrics, decision, [outputs(HOSTILE, "a quiet house")]), encoding="utf-8")
+    fleet_report(fleet_rows(tmp_path), fleet)
+    # Two frames as wide as a phone and a desktop; a frame's own document says how wide it came out.
+    frames = "".join(
+        f"<iframe src='{page.name}' style='width:{width}px;height:4000px'></iframe>"
+        for page in (report, fleet)
+        for width in (390, 1280)
     )
-    assert done.stdout.count("<table") == 1
-    assert done.stdout.count('class="curve"') == 1
-    assert "owned" in Page(done.stdout).text  # as text: the script did not replace the body
-    assert "CONSOLE" not in done.stderr
+    measure = (
+        "onload=()=>{document.title=[...document.querySelectorAll('iframe')].map(f=>{const d=f.contentDocument;"
+        "return [d.documentElement.scrollWidth-f.clientWidth,d.querySelectorAll('table').length,"
+        "d.querySelectorAll('svg.plot circle').length,d.querySelectorAll('svg.curve path').length].join(':')}).join(' ')}"
+    )
+    outer = tmp_path / "outer.html"
+    outer.write_text(f"<!doctype html><meta charset=utf-8><body>{frames}<script>{measure}</script>", encoding="utf-8")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+    flags += ["--disable-sync", "--disable-component-update", "--enable-logging=stderr", "--allow-file-access-from-files"]
+    flags += [f"--user-data-dir={tmp_path / 'profile'}"]
+    done = subprocess.run(
+        [str(CHROMIUM), *flags, "--dump-dom", outer.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
+    measured = re.findall(r"<title>(.*?)</title>", done.stdout)[0].split()
+    assert "CONSOLE" not in done.stderr, done.stderr
+    assert len(measured) == 4
+    for one, (tables, dots, curves) in zip(measured, [(3, 12, True)] * 2 + [(2, 4, False)] * 2, strict=True):
+        beyond, *rest, drawn = map(int, one.split(":"))
+        assert beyond <= 0, "the page is wider than its window"
+        assert rest == [tables, dots]
+        assert (drawn > 0) == curves
+    # The text of a script in the data is text: the body was not replaced.
+    alone = subprocess.run(
+        [str(CHROMIUM), *flags, "--dump-dom", report.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert "owned" in Page(alone.stdout).text
+    assert "CONSOLE" not in alone.stderr

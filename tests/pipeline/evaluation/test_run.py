@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data.records import Record
+from pipeline.data.records import Record, write_split
 from pipeline.evaluation.run import evaluate_job
 from pipeline.files import read_json, write_json
 from pipeline.training.job import Job, JobCustomer, write_job
@@ -49,7 +49,8 @@ def test_the_folder_holds_outputs_scores_decision_and_report_of_this_prefix(make
     job = make_job("acme")
     knows(engine, *job.customers)
     evaluate_job(job, engine.load)
-    assert sorted(p.name for p in folder(job).iterdir()) == ["decision.json", "generations.jsonl", "metrics.json", "report.html"]
+    names = ["decision.json", "generations.jsonl", "metrics.json", "report.html", "report.md"]
+    assert sorted(p.name for p in folder(job).iterdir()) == names
     lines = [json.loads(line) for line in (folder(job) / "generations.jsonl").read_text(encoding="utf-8").splitlines()]
     assert lines[3] == {
         "input": "name: place 3",
@@ -63,10 +64,15 @@ def test_the_folder_holds_outputs_scores_decision_and_report_of_this_prefix(make
     assert metrics["prefix_digest"] == job.customers[0].train_digest
     assert set(metrics["scores"]["base"]) == {"bleu", "rougeL", "chrf"}
     assert metrics["scores"]["prefix"]["bleu"] == {"score": 100, "low": 100, "high": 100}
-    assert metrics["settings"] == {"num_beams": 1, "max_new_tokens": 32, "bootstrap_resamples": 200, "seed": 12345}
+    settings = {"preset": "default", "num_beams": 1, "max_new_tokens": 32, "bootstrap_resamples": 200, "seed": 12345}
+    assert metrics["settings"] == settings
+    gain = metrics["comparisons"]["base"]["bleu"]
+    assert gain["gain"] == round(100 - metrics["scores"]["base"]["bleu"]["score"], 6)
+    assert gain["p"] < 0.5
     decision = read_json(folder(job) / "decision.json", 1)
     assert decision["decision"] == "promote"
-    assert decision["gate"] == {"metric": "bleu", "min_gain_over_base": 0.0, "min_score": None}
+    assert decision["gate"] == dataclasses.asdict(job.customers[0].evaluation.gate)
+    assert decision["reasons"][-1] == "There is no champion to compare with."
 
 
 def test_a_prefix_that_does_not_beat_the_base_is_rejected_but_evaluated(make_job, engine) -> None:
@@ -169,7 +175,7 @@ def next_prefix(job: Job, **evaluation: object) -> Job:
     old = Path(customer.prefix_dir)
     new = old.with_name("9" * 16)
     new.mkdir()
-    write_json(new / "prefix.json", {**read_json(old / "prefix.json", 1), "digest": "9" * 64})
+    write_json(new / "prefix.json", {**read_json(old / "prefix.json", 1), "digest": "9" * 64, "weights_sha256": "9" * 64})
     changed = dataclasses.replace(
         customer,
         train_digest="9" * 64,
@@ -191,7 +197,8 @@ def test_outputs_of_the_base_are_taken_from_an_earlier_evaluation_of_the_same_te
     assert [rows for rows, _, _ in engine.calls] == [24, 12]
     first, second = (read_json(folder(j) / "metrics.json", 1) for j in (job, again))
     assert first["scores"]["base"] == second["scores"]["base"]
-    assert first["base_generation_digest"] == second["base_generation_digest"]
+    assert first["systems"]["base"] == second["systems"]["base"]
+    assert first["systems"]["prefix"]["outputs_digest"] != second["systems"]["prefix"]["outputs_digest"]
 
 
 @pytest.mark.parametrize("change", [{"num_beams": 2}, {"max_new_tokens": 8}])
@@ -215,6 +222,212 @@ def test_a_damaged_earlier_evaluation_only_means_generating_again(make_job, engi
     evaluate_job(again, engine.load)
     assert result(again)["status"] == "done"
     assert [rows for rows, _, _ in engine.calls] == [24, 24]
+
+
+def changed(job: Job, index: int = 0, **evaluation: object) -> Job:
+    """The same job with other evaluation settings for one customer."""
+    customers = list(job.customers)
+    settings = dataclasses.replace(customers[index].evaluation, **evaluation)
+    customers[index] = dataclasses.replace(customers[index], evaluation=settings)
+    return dataclasses.replace(job, customers=customers)
+
+
+def champion_of(job: Job, tmp_path: Path, **changes: object) -> tuple[Job, Path]:
+    """The same job for a customer that has another prefix as champion."""
+    config = read_json(Path(job.customers[0].prefix_dir) / "prefix.json", 1)
+    there = tmp_path / "champion"
+    there.mkdir()
+    write_json(there / "prefix.json", {**config, "weights_sha256": "5" * 64, **changes})
+    return dataclasses.replace(job, customers=[dataclasses.replace(job.customers[0], champion_dir=str(there))]), there
+
+
+def test_the_champion_is_compared_with_and_kept_if_the_new_prefix_is_no_better(make_job, engine, tmp_path) -> None:
+    job, there = champion_of(make_job("acme"), tmp_path)
+    knows(engine, *job.customers)
+    engine.answers[str(there)] = engine.answers[job.customers[0].prefix_dir]
+    evaluate_job(job, engine.load)
+    metrics, decision = (read_json(folder(job) / f"{name}.json", 1) for name in ("metrics", "decision"))
+    assert list(metrics["scores"]) == ["base", "champion", "prefix"]
+    assert metrics["comparisons"]["champion"]["bleu"] == {"gain": 0, "low": 0, "high": 0, "p": 1}
+    assert decision["decision"] == "keep"
+    assert "equal to the champion's 100.00" in decision["reasons"][0]
+    line = json.loads((folder(job) / "generations.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert line["champion"] == line["prefix"] == GOOD.format(0)
+
+
+def test_outputs_of_the_champion_are_those_of_the_evaluation_that_made_it_champion(make_job, engine) -> None:
+    job = make_job("acme")
+    knows(engine, *job.customers)
+    evaluate_job(job, engine.load)
+    again = next_prefix(job)
+    again = dataclasses.replace(
+        again, customers=[dataclasses.replace(again.customers[0], champion_dir=job.customers[0].prefix_dir)]
+    )
+    engine.answers[again.customers[0].prefix_dir] = lambda prompt: "worse"
+    evaluate_job(again, engine.load)
+    assert [rows for rows, _, _ in engine.calls] == [24, 12]
+    metrics = read_json(folder(again) / "metrics.json", 1)
+    assert metrics["scores"]["champion"]["bleu"]["score"] == 100
+    assert read_json(folder(again) / "decision.json", 1)["decision"] == "reject"
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [({"base": {"digest": "0" * 64}}, "another base"), ({"weights_sha256": None}, "champion already")],
+)
+def test_a_champion_that_cannot_be_compared_is_left_out_with_the_reason(make_job, engine, tmp_path, changes, why) -> None:
+    job = make_job("acme")
+    own = read_json(Path(job.customers[0].prefix_dir) / "prefix.json", 1)["weights_sha256"]
+    job, _ = champion_of(job, tmp_path, **{name: value or own for name, value in changes.items()})
+    knows(engine, *job.customers)
+    evaluate_job(job, engine.load)
+    decision = read_json(folder(job) / "decision.json", 1)
+    assert decision["decision"] == "promote"
+    assert why in decision["reasons"][-1]
+
+
+def test_a_champion_with_another_prompt_answers_behind_its_own(make_job, engine, tmp_path) -> None:
+    job = make_job("acme")
+    prompt = read_json(Path(job.customers[0].prefix_dir) / "prefix.json", 1)["prompt"]
+    job, there = champion_of(job, tmp_path, prompt={**prompt, "template": "please say {input} now"})
+    knows(engine, *job.customers)
+    engine.answers[str(there)] = lambda prompt: "x"
+    evaluate_job(job, engine.load)
+    own = [prompt for prompt, slot in engine.asked if engine.slots[slot] == str(there)]
+    assert own[0] == [6, 3, 5, 5, 1, 3]  # please say name: place 0 now
+
+
+def test_the_prompt_baseline_puts_the_instruction_before_the_template(make_job, engine) -> None:
+    job = changed(make_job("acme"), prompt_baseline=True, instruction="Describe {input} well.")
+    knows(engine, *job.customers)
+    evaluate_job(job, engine.load)
+    told = [prompt for prompt, slot in engine.asked if slot == 0 and len(prompt) > 2]
+    assert told[0] == [8, 3, 5, 5, 5, 5, 1]  # Describe the input well. name: place 0
+    metrics = read_json(folder(job) / "metrics.json", 1)
+    assert list(metrics["scores"]) == ["base", "prompt", "prefix"]
+    assert "Describe {input} well." in metrics["systems"]["prompt"]["what"]
+
+
+def test_without_an_instruction_the_prompt_baseline_shows_training_rows_as_far_as_they_fit(make_job, engine) -> None:
+    job = changed(make_job("acme"), prompt_baseline=True)
+    knows(engine, *job.customers)
+    evaluate_job(job, engine.load)
+    told = [prompt for prompt, slot in engine.asked if slot == 0 and len(prompt) > 2]
+    assert len(told) == 12
+    # Three rows, each a prompt of one token and a target without its end token (901); then the own prompt of two.
+    assert all(len(prompt) == 3 * 2 + 2 and 901 not in prompt for prompt in told)
+    engine.limit, engine.asked = 32 + 2 + 5, []
+    again = next_prefix(job)
+    knows(engine, *again.customers)
+    evaluate_job(again, engine.load)
+    told = [prompt for prompt, slot in engine.asked if slot == 0 and len(prompt) > 2]
+    assert {len(prompt) for prompt in told} == {2 * 2 + 2}
+
+
+def test_text_that_does_not_fit_leaves_the_plain_prompt_and_that_is_said(make_job, engine) -> None:
+    job = changed(make_job("acme"), prompt_baseline=True, instruction="far too long an instruction for this")
+    knows(engine, *job.customers)
+    engine.limit = 32 + 5
+    evaluate_job(job, engine.load)
+    remarks = read_json(folder(job) / "metrics.json", 1)["remarks"]
+    assert (
+        "The text in front of the prompt baseline did not fit the base's context for 12 of 12 records; they have none." in remarks
+    )
+
+
+def test_generation_that_was_stopped_goes_on_where_it_was(make_job, engine) -> None:
+    job = make_job("acme")
+    knows(engine, *job.customers)
+    calls = 0
+
+    def stops(prompt: list[int]) -> str:
+        nonlocal calls
+        calls += 1
+        if calls > 5:
+            raise SystemExit(143)
+        return GOOD.format(prompt[0])
+
+    engine.answers[job.customers[0].prefix_dir] = stops
+    with pytest.raises(SystemExit):
+        evaluate_job(job, engine.load)
+    kept = Path(job.folder) / "acme" / "default" / "generations.partial.jsonl"
+    with kept.open("a", encoding="utf-8") as file:
+        file.write('{"of": "half a li')
+    knows(engine, *job.customers)
+    evaluate_job(job, engine.load)
+    assert [rows for rows, _, _ in engine.calls] == [24, 24 - 17]
+    assert not kept.exists()
+    assert read_json(folder(job) / "metrics.json", 1)["scores"]["prefix"]["bleu"]["score"] == 100
+
+
+def test_perplexity_is_of_all_references_and_cut_where_the_context_ends(make_job, engine) -> None:
+    records = [Record([i, 3], [1], f"place {i}", ["a quiet house", "one"]) for i in range(3)]
+    job = changed(make_job("acme", records=records), metrics=["bleu", "perplexity"])
+    knows(engine, *job.customers)
+    engine.limit = 2 + 2  # two tokens of each reference
+    evaluate_job(job, engine.load)
+    metrics = read_json(folder(job) / "metrics.json", 1)
+    assert metrics["scores"]["base"]["perplexity"]["score"] == pytest.approx(2.718282)
+    assert metrics["scores"]["prefix"]["perplexity"]["score"] == pytest.approx(2.718282**0.5)
+    assert metrics["better"]["perplexity"] == "lower"
+    assert metrics["comparisons"]["base"]["perplexity"]["gain"] > 0
+    assert "3 of 6 references are longer than the context" in " ".join(metrics["remarks"])
+
+
+def test_slices_by_field_and_length_have_scores_and_unknown_fields_are_told(make_job, engine) -> None:
+    records = [
+        Record([7] * (i + 1), [1], f"x {i}", [GOOD.format(7)], {"category": "bar" if i % 3 else "cafe", "seen": i < 6})
+        for i in range(12)
+    ]
+    job = changed(make_job("acme", records=records), slices=["category", "seen", "input_length", "colour"])
+    knows(engine, *job.customers)
+    evaluate_job(job, engine.load)
+    metrics = read_json(folder(job) / "metrics.json", 1)
+    counts = {name: {value: part["records"] for value, part in of.items()} for name, of in metrics["slices"].items()}
+    assert counts == {
+        "category": {"bar": 8, "cafe": 4},
+        "seen": {"no": 6, "yes": 6},
+        "input_length": {"up to 4 tokens": 4, "4 to 8 tokens": 4, "above 8 tokens": 4},
+    }
+    assert metrics["slices"]["category"]["cafe"]["scores"]["prefix"]["bleu"]["score"] == 100
+    assert "no record of the test split has such a field" in " ".join(metrics["remarks"])
+
+
+def test_slot_errors_of_inputs_without_slots_fail_before_anything_is_generated(make_job, engine) -> None:
+    job = changed(make_job("acme", records=[Record([1], [1], "plain", ["a"])]), metrics=["bleu", "slot_error_rate"])
+    evaluate_job(job, engine.load)
+    assert "Remove it from evaluation.metrics" in result(job)["reason"]
+    assert engine.loads == 0
+
+
+def test_test_inputs_and_references_that_stand_in_train_are_counted(make_job, engine) -> None:
+    long = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
+    records = [
+        Record([1], [1], "Name:  SPOT 3", ["short"]),
+        Record([2], [1], "new", [f"well {long}"]),
+        Record([3], [1], "other", [long[::-1]]),
+    ]
+    job = make_job("acme", records=records)
+    write_split(Path(job.customers[0].prepared), "train", [Record([9], [1], "name: spot 3", [long.upper()])])
+    knows(engine, *job.customers)
+    evaluate_job(job, engine.load)
+    found = read_json(folder(job) / "metrics.json", 1)["contamination"]
+    assert (found["inputs_in_train"], found["references_judged"], found["references_overlapping"]) == (1, 2, 1)
+    assert [example["kind"] for example in found["examples"]] == ["input", "reference"]
+    assert found["examples"][1]["shared"].startswith("one two")
+    report = (folder(job) / "report.html").read_text(encoding="utf-8")
+    assert "1 of 3 test inputs stand in the training split too" in report
+
+
+def test_all_outputs_identical_or_one_record_give_scores_and_a_report(make_job, engine) -> None:
+    one = make_job("acme", records=[Record([1], [1], "x", ["a quiet house by the river"])])
+    engine.answers[one.customers[0].prefix_dir] = engine.answers[None]
+    evaluate_job(one, engine.load)
+    assert result(one)["status"] == "done"
+    metrics = read_json(folder(one) / "metrics.json", 1)
+    assert metrics["comparisons"]["base"]["bleu"]["p"] == 1
+    assert metrics["slices"] == {}
+    assert (folder(one) / "report.md").read_text(encoding="utf-8").startswith("# acme: reject")
 
 
 def test_customers_with_other_generation_settings_get_a_call_of_their_own(make_job, engine) -> None:
@@ -280,7 +493,9 @@ def test_mlflow_gets_scores_and_report_in_the_prefixs_own_run(make_job, engine, 
     scores = read_json(folder(job, 1) / "metrics.json", 1)["scores"]
     assert logged["bleu"] == scores["prefix"]["bleu"]["score"]
     assert logged["base_chrf_low"] == scores["base"]["chrf"]["low"]
-    assert [f.path for f in MlflowClient().list_artifacts(run.info.run_id, "evaluation")] == ["evaluation/report.html"]
+    assert logged["bleu_p_over_base"] <= 1
+    artifacts = [Path(f.path).name for f in MlflowClient().list_artifacts(run.info.run_id, "evaluation")]
+    assert sorted(artifacts) == ["decision.json", "metrics.json", "report.html", "report.md"]
 
 
 def test_an_unreachable_mlflow_is_a_warning_and_is_asked_once(make_job, engine, monkeypatch, capfd) -> None:

@@ -21,7 +21,10 @@ MakeJob = Callable[..., tuple[Job, Path]]
 @pytest.fixture
 def trained(make_job: MakeJob) -> Job:
     """A job whose prefixes are strong random ones, so that each customer's text is unmistakable."""
-    job, _ = make_job(customers=3)
+    return with_prefixes(make_job(customers=3)[0])
+
+
+def with_prefixes(job: Job) -> Job:
     base = load_base(job.base, torch.device("cpu"))
     for seed, customer in enumerate(job.customers):
         prefix = {site: (key * 100, value * 100) for site, (key, value) in from_random(base.sites, 3 + seed, seed).items()}
@@ -46,6 +49,60 @@ def test_text_of_a_row_is_the_same_alone_and_in_a_mixed_batch(trained: Job, beam
     # Customers were trained to answer differently, so a mix-up would show.
     by_slot = [tuple(together[i::4]) for i in range(4)]
     assert len(set(by_slot)) == 4
+
+
+def test_an_encoder_decoders_text_is_the_same_alone_and_in_a_mixed_batch(make_job: MakeJob, tiny_encoder_decoder: Path) -> None:
+    job = with_prefixes(make_job(customers=3, base=tiny_encoder_decoder)[0])
+    engine = load_engine(job.base)
+    slots = [0, *(engine.add(Path(c.prefix_dir)) for c in job.customers)]
+    prompts = [
+        r.prompt_ids[: 2 + i % 3] for i, r in enumerate(read_split(Path(job.customers[0].prepared), "test")) for _ in slots
+    ]
+    mixed = [slots[i % 4] for i in range(len(prompts))]
+    places: list[int] = []
+    together = engine.generate(prompts, mixed, max_new_tokens=8, finished=lambda at, texts: places.extend(at))
+    assert together == [engine.generate([p], [s], max_new_tokens=8)[0] for p, s in zip(prompts, mixed, strict=True)]
+    assert sorted(places) == list(range(len(prompts)))
+    assert len(set(together)) > 4
+
+
+def test_losses_are_those_of_the_plain_model_and_of_each_row_alone(trained: Job, tiny_base: Path) -> None:
+    engine = load_engine(trained.base)
+    slots = [0, *(engine.add(Path(c.prefix_dir)) for c in trained.customers)]
+    records = read_split(Path(trained.customers[0].prepared), "test")
+    prompts = [r.prompt_ids for r in records for _ in slots]
+    targets = [r.target_ids for r in records for _ in slots]
+    mixed = slots * len(records)
+    found = engine.losses(prompts, targets, mixed)
+    alone = [engine.losses([p], [t], [s])[0] for p, t, s in zip(prompts, targets, mixed, strict=True)]
+    assert found == pytest.approx(alone, abs=1e-4)
+    assert len({round(loss, 3) for loss in found[:4]}) == 4
+    plain = AutoModelForCausalLM.from_pretrained(tiny_base)
+    ids = torch.tensor([prompts[0] + targets[0]])
+    with torch.no_grad():
+        chosen = plain(ids).logits[0, len(prompts[0]) - 1 : -1].log_softmax(-1).gather(-1, torch.tensor(targets[0])[:, None])
+    assert found[0] == pytest.approx(-float(chosen.sum()), abs=1e-3)
+    with pytest.raises(PrefixError, match="64 positions"):
+        engine.losses([[5] * 60], [[6] * 3], [slots[1]])
+
+
+def test_in_bfloat16_log_probabilities_are_those_of_each_row_alone_up_to_rounding(trained: Job) -> None:
+    """Texts are not compared: two tokens whose logits are equal in eight bits change places with the shape of the batch."""
+    engine = load_engine(dataclasses.replace(trained.base, dtype="bfloat16"))
+    slots = [0, *(engine.add(Path(c.prefix_dir)) for c in trained.customers)]
+    records = read_split(Path(trained.customers[0].prepared), "test")
+    rows = [(r.prompt_ids, r.target_ids, slot) for r in records for slot in slots]
+    found = engine.losses(*map(list, zip(*rows, strict=True)))
+    alone = [engine.losses([p], [t], [s])[0] for p, t, s in rows]
+    assert found == pytest.approx(alone, rel=0.02)
+    assert found != pytest.approx([engine.losses([p], [t], [0])[0] for p, t, _ in rows], rel=0.02)
+
+
+def test_rooms_are_what_is_left_of_the_bases_positions(trained: Job) -> None:
+    engine = load_engine(trained.base)
+    slot = engine.add(Path(trained.customers[1].prefix_dir))  # of length 4
+    assert (engine.longest_answer(slot, 50), engine.longest_answer(0, 50), engine.longest_answer(slot, 99)) == (10, 14, 0)
+    assert engine.longest_prompt(8) == 56
 
 
 def test_slot_zero_is_the_base_without_prefix(trained: Job, tiny_base: Path) -> None:

@@ -162,7 +162,7 @@ def test_job_file_comes_back_and_mistakes_name_their_place(make_job: MakeJob) ->
     for old, new, place in [
         ("max_steps: 12", "max_steps: many", "training.max_steps"),
         ("batch_size: 6", "batch_sice: 6", r"customers\[0\].training"),
-        ("format: 2", "format: 7", "format 2"),
+        ("format: 3", "format: 7", "format 3"),
     ]:
         path.write_text(text.replace(old, new))
         with pytest.raises(ConfigError, match=place):

@@ -1,0 +1,130 @@
+"""`prefixfleet compare`: one customer, several methods, one table. Each method runs in a process of its own. Imports no torch."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from flows import jobs, work
+from flows.events import emit
+from pipeline.config import LaunchSettings
+from pipeline.errors import BaseModelError, ConfigError, DataError, EvaluationError, PrefixFleetError
+from pipeline.files import digest_of, read_json, write_json
+from pipeline.progress import MARK
+from pipeline.training.job import Job, write_job
+
+FORMAT = 1
+# A method that is not asked for is not run; in this order they stand in the table.
+METHODS = ("base", "prefix", "infix", "embedding", "full", "top2", "adapter", "lora")
+
+
+def run_comparison(
+    fleet_file: Path,
+    customer: str,
+    methods: Sequence[str],
+    *,
+    steps: int | None,
+    tries: int,
+    adapter_share: float,
+    say: Callable[[str], None],
+) -> tuple[dict[str, Any], Path]:
+    """Train every method that has no result yet for what the fleet file says, and write the table.
+
+    Args:
+        fleet_file: see `pipeline.config`.
+        customer: ID, or ID/TASK.
+        methods: of `METHODS`; the base is always among them.
+        steps: instead of training.max_steps.
+        tries: learning rates that are tried for each method.
+        adapter_share: of the base's parameters, for the adapters.
+        say: told what happens.
+
+    Returns:
+        the content of compare.json, and its folder.
+
+    Raises:
+        PrefixFleetError: fleet file, data or base are unusable, or a method's process crashed.
+    """
+    todo = work.open_work(fleet_file, [customer])
+    if len(todo.customers) > 1:
+        raise ConfigError(f"{customer} has {len(todo.customers)} tasks; name one as {customer}/TASK.")
+    (one,) = todo.customers
+    member, job = _job(todo, one, steps)
+    chosen = [name for name in METHODS if name in methods or name == "base"]
+    setting = digest_of([member.train_digest, member.evaluate_digest, dataclasses.asdict(member.training), tries, adapter_share])
+    folder = member.key.below(todo.home.root / "comparisons") / setting[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_job(folder / "job.yaml", job)
+    results = []
+    for name in chosen:
+        result = _known(folder / f"{name}.json")
+        if result is None:
+            say(f"{name}: training")
+            task = folder / f"{name}.task.json"
+            write_json(task, {"format": FORMAT, "method": name, "tries": tries, "adapter_share": adapter_share})
+            _run(folder / "job.yaml", task, name)
+            result = read_json(folder / f"{name}.json", FORMAT)
+        say(f"{name}: {'not possible: ' + str(result['error']) if 'error' in result else 'done'}")
+        results.append(result)
+    from pipeline.compare.report import compare
+    from pipeline.data import read_split
+
+    return compare(member, read_split(Path(member.prepared), "test"), results, folder), folder
+
+
+def _job(todo: work.Work, one: Any, steps: int | None) -> tuple[Any, Job]:
+    prepared = work.prepare(one, todo.base, todo.home)
+    if not prepared.card["counts"]["test"] or not prepared.card["counts"]["dev"]:
+        raise DataError(f"customer {one.key}: a comparison needs a dev and a test split.")
+    model = todo.fleet.base_model
+    if model.quantization is not None:
+        raise BaseModelError(
+            f"compare trains weights of the base, which base_model.quantization: {model.quantization} rounds. Remove it."
+        )
+    # Weights are trained in float32, whatever the base is served in.
+    member = jobs.job_customer(one, prepared.card, todo.base, "float32", todo.home)
+    if steps is not None:
+        training = dataclasses.replace(
+            member.training, max_steps=steps, eval_every=min(member.training.eval_every, max(1, steps // 4))
+        )
+        member = dataclasses.replace(member, training=training)
+    fleet = todo.fleet.model_copy(update={"base_model": model.model_copy(update={"dtype": "float32"})})
+    chosen = one.model_copy(update={"launch": LaunchSettings()})
+    (planned,) = jobs.plan(fleet, [chosen], {one.key: member}, todo.base, todo.home)
+    return member, planned.job
+
+
+def _known(path: Path) -> dict[str, Any] | None:
+    """A method's result of an earlier, interrupted or extended comparison; what was not possible is tried again."""
+    try:
+        result = read_json(path, FORMAT)
+    except PrefixFleetError:
+        return None
+    return None if "error" in result else result
+
+
+def _run(job: Path, task: Path, name: str) -> None:
+    # Its standard input closes when this process dies, and then it leaves (`pipeline.process.exit_with_parent`).
+    environment = {**os.environ, "PREFIXFLEET_PROGRESS": "json", "PREFIXFLEET_EXIT_WITH_PARENT": "1"}
+    child = subprocess.Popen(
+        [sys.executable, "-m", "pipeline.compare", str(job), str(task)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    try:
+        assert child.stdout is not None
+        for line in child.stdout:
+            if line.startswith(MARK):
+                emit({**json.loads(line.removeprefix(MARK)), "stage": name})
+        status = child.wait()
+    finally:
+        child.kill()
+        child.wait()
+    if status != 0:
+        raise EvaluationError(f"{name}: its process ended with status {status}. What it said stands above.")
