@@ -43,6 +43,7 @@ from pipeline.training.checkpoint import (
 from pipeline.training.engines import Engine, chosen
 from pipeline.training.job import Job, JobCustomer
 from pipeline.training.mixed import Interrupted, Mixed, OutOfMemoryAlone, Report
+from pipeline.training.plan import refuse_what_cannot_fit
 from pipeline.training.resident import Resident
 from pipeline.training.results import PREFIX_FILES, is_whole, write_result
 from pipeline.training.tracking import Run
@@ -124,7 +125,11 @@ def run_job(job: Job, asked_to_stop: Callable[[], bool] = lambda: False) -> int:
             f"{folder}: slots is {job.mixing.slots}, but LLM.int8 treats a column as large that is large in any row of a batch, so that customers "
             "would touch one another. Set launch.slots: 1, or quantization: int4."
         )
-    engine = chosen(accelerator, choose_dtype(job.base.dtype, accelerator.device))
+    dtype = choose_dtype(job.base.dtype, accelerator.device)
+    engine = chosen(accelerator, dtype)
+    if accelerator.device.type == "cuda" and Path(job.base.path).is_dir() and job.base.quantization is None:
+        memory = torch.cuda.get_device_properties(accelerator.device).total_memory
+        refuse_what_cannot_fit(Path(job.base.path), dtype, engine.name, accelerator.num_processes, memory)
     base = load_base(job.base, accelerator.device, engine.place)
     with ExitStack() as stack:
         training = _Training(job, due, base, accelerator, engine, asked_to_stop, saved, stack)
