@@ -1,12 +1,15 @@
 """What takes minutes: four processes, the memory that a base of 500 MB takes, restarts, two machines on one."""
 
 import importlib.util
+import os
 import re
 import shutil
+import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -129,3 +132,77 @@ def test_launcher_restarts_the_processes_after_one_was_killed(make_job: MakeJob,
     for i in range(2):
         a, b = weights(job, i), weights(alone, i)
         assert all(torch.allclose(a[name], b[name], atol=1e-3) for name in a)
+
+
+def machines(launch: Launch, config: str, path: Path, address: str, port: int, inside: tuple[list[str], list[str]]) -> list[Any]:
+    """Two launchers of one process each, each inside its command."""
+    started = []
+    for rank, prefix in enumerate(inside):
+        where = [
+            "--num_machines",
+            "2",
+            "--machine_rank",
+            str(rank),
+            "--main_process_ip",
+            address,
+            "--main_process_port",
+            str(port),
+        ]
+        started.append(launch(config, "--num_processes", "2", *where, "-m", "pipeline.training", str(path), prefix=prefix))
+    return started
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def assert_trained_as_alone(job: Job, alone: Job, children: list[Any]) -> None:
+    for child in children:
+        output, _ = child.communicate(timeout=240)
+        assert child.returncode == 0, output
+    for i in range(2):
+        a, b = weights(job, i), weights(alone, i)
+        assert all(torch.allclose(a[name], b[name], atol=1e-3) for name in a)
+
+
+@pytest.mark.parametrize("config", SPLIT)
+def test_two_machines_come_to_the_same_prefixes(make_job: MakeJob, launch: Launch, config: str) -> None:
+    job, path = make_job(customers=2)
+    alone, _ = make_job(customers=2, name="alone")
+    assert run_job(alone) == 0
+    assert_trained_as_alone(job, alone, machines(launch, config, path, "127.0.0.1", free_port(), ([], [])))
+
+
+@pytest.fixture
+def two_networks() -> Iterator[tuple[str, str]]:
+    """Two network namespaces that see nothing but one another: 10.77.0.1 and 10.77.0.2 on the interface eth0 of each."""
+    names = (f"pf{os.getpid()}a", f"pf{os.getpid()}b")
+
+    def ip(*arguments: str) -> None:
+        subprocess.run(["ip", *arguments], check=True, capture_output=True, timeout=20)
+
+    try:
+        ip("netns", "add", names[0])
+        ip("netns", "add", names[1])
+        ip("link", "add", "eth0", "netns", names[0], "type", "veth", "peer", "name", "eth0", "netns", names[1])
+        for i, name in enumerate(names):
+            ip("-n", name, "addr", "add", f"10.77.0.{i + 1}/24", "dev", "eth0")
+            ip("-n", name, "link", "set", "eth0", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+    except (OSError, subprocess.CalledProcessError) as error:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+        pytest.skip(f"network namespaces cannot be created here ({error})")
+    yield names
+    for name in names:
+        subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+def test_two_machines_meet_over_a_network(make_job: MakeJob, launch: Launch, two_networks: tuple[str, str]) -> None:
+    job, path = make_job(customers=2)
+    alone, _ = make_job(customers=2, name="alone")
+    assert run_job(alone) == 0
+    first, second = (["ip", "netns", "exec", name, "env", "GLOO_SOCKET_IFNAME=eth0"] for name in two_networks)
+    assert_trained_as_alone(job, alone, machines(launch, "fsdp2_2proc_cpu", path, "10.77.0.1", 29500, (first, second)))
