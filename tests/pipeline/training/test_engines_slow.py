@@ -1,12 +1,14 @@
 """What takes minutes: four processes, the memory that a base of 500 MB takes, restarts, two machines on one."""
 
 import importlib.util
+import json
 import os
 import re
 import shutil
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -206,3 +208,56 @@ def test_two_machines_meet_over_a_network(make_job: MakeJob, launch: Launch, two
     assert run_job(alone) == 0
     first, second = (["ip", "netns", "exec", name, "env", "GLOO_SOCKET_IFNAME=eth0"] for name in two_networks)
     assert_trained_as_alone(job, alone, machines(launch, "fsdp2_2proc_cpu", path, "10.77.0.1", 29500, (first, second)))
+
+
+# Process 1 has little memory: a micro-batch of more than 60 tokens does not fit.
+SMALL_RANK = """
+import os, sys, torch
+sys.path.insert(0, os.getcwd())
+from pipeline.training import mixed
+from pipeline.training.batches import padded_tokens
+real = mixed.row_losses
+def small(base, rows, pad):
+    if os.environ.get("RANK") == "1" and padded_tokens(rows) > 60:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return real(base, rows, pad)
+mixed.row_losses = small
+from pipeline.training.__main__ import entry
+entry()
+"""
+
+
+@pytest.mark.parametrize("config", SPLIT)
+def test_process_of_a_split_base_that_runs_out_of_memory_leaves_and_the_job_goes_on_with_half_the_budget(
+    make_job: MakeJob, launch: Launch, tmp_path: Path, config: str
+) -> None:
+    job, path = make_job(customers=2, mixing={"max_tokens_per_micro_batch": 100})
+    alone, _ = make_job(customers=2, name="alone")
+    assert run_job(alone) == 0
+    script = tmp_path / "small_rank.py"
+    script.write_text(SMALL_RANK)
+    budgets = []
+    for _ in range(4):
+        child = launch(config, str(script), str(path))
+        output, _ = child.communicate(timeout=120)
+        if child.returncode == 0:
+            break
+        assert re.findall(r"exitcode\s*:\s*(-?\d+)", output)[-1] == "75", output
+        budgets.append(json.loads((Path(job.folder) / "budget.json").read_text())["budget"])
+    assert child.returncode == 0, output
+    assert budgets and all(b < a for a, b in zip([100, *budgets], budgets, strict=False)), budgets
+    for i in range(2):
+        a, b = weights(job, i), weights(alone, i)
+        assert all(torch.allclose(a[name], b[name], atol=1e-3) for name in a)
+
+
+@WITH_DEEPSPEED
+def test_killed_process_of_zero3_ends_the_job(make_job: MakeJob, launch: Launch) -> None:
+    job, path = make_job(customers=2, max_steps=100_000, eval_every=50_000)
+    child = launch("zero3_2proc_cpu", "-m", "pipeline.training", str(path))
+    wait_for_steps(child, job, 3)
+    ranks(child)[1].kill()
+    killed = time.monotonic()
+    output, _ = child.communicate(timeout=90)
+    assert time.monotonic() - killed < 45 and child.returncode != 0
+    assert "error: another process of this job ended" in output, output
