@@ -83,13 +83,15 @@ class Display:
 
     def _draw(self, event: dict[str, Any]) -> None:
         stage, done, total, unit = event["stage"], event.get("done", 0), event["total"], event.get("unit", "")
-        info = described({name: value for name, value in event.items() if name not in ("stage", "done", "total", "unit")})
+        info = described(
+            {name: value for name, value in event.items() if name not in ("stage", "done", "total", "unit", "skipped")}
+        )
         if self._progress is None:
             now = time.monotonic()
             if done >= total or done == 0 or now - self._last.get(stage, 0.0) >= _LINE_SECONDS:
                 self._last[stage] = now
                 started, before = self._started.setdefault(stage, (now, done))
-                left = time_left(now - started, done - before, total - done)
+                left = time_left(now - started, done - max(before, event.get("skipped", 0)), total - done)
                 self._print("  ".join(filter(None, [f"{stage}: {done}/{total} {unit}", left, info])))
             return
         if stage not in self._bars:

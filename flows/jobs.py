@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ METHOD_VERSION = 1
 EVALUATION_VERSION = 1
 
 STAGES = ("prepare", "train", "evaluate", "register")
+# Of the launch settings: how the same work is cut, which one may change to go on with less memory.
+_CHANGES_NO_JOB = ("slots", "max_tokens_per_micro_batch", "gradient_checkpointing", "checkpoint_every_seconds")
 _RESULT = {"train": "train", "evaluate": "eval"}  # what the results of the stages that run in a child are called
 
 
@@ -108,21 +110,40 @@ class PlannedJob:
     path: Path
 
 
-def plan(fleet: Fleet, members: Iterable[tuple[Customer, JobCustomer]], base: BaseModelInfo, home: Home) -> list[PlannedJob]:
+def plan(
+    fleet: Fleet, chosen: Sequence[Customer], due: Mapping[CustomerKey, JobCustomer], base: BaseModelInfo, home: Home
+) -> list[PlannedJob]:
     """One job for each distinct way to launch, in the order of the fleet file. Writes nothing.
 
-    A job is named by the fleet and the digest of what it does: the same work finds the same folder, and with it its checkpoints.
+    A job is named by the fleet, the customers that the run is about and the way to launch, not by who of them is still due or how the work is
+    cut into micro-batches: a run that goes on where another one ended finds the same folder, and with it the checkpoint.
+
+    Args:
+        fleet: the fleet file.
+        chosen: the customers that the run is about.
+        due: those for whom something must be done.
+        base: the base.
+        home: where jobs are.
     """
-    groups: dict[str, tuple[LaunchSettings, list[JobCustomer]]] = {}
-    for customer, member in members:
+    groups: dict[str, tuple[LaunchSettings, list[Customer]]] = {}
+    for customer in chosen:
         # Fields set by hand count: a number of processes that is not given comes from the accelerate config.
         how = digest_of(customer.launch.model_dump(mode="json", exclude_unset=True))
-        groups.setdefault(how, (customer.launch, []))[1].append(member)
-    jobs = []
-    for launch, customers in groups.values():
-        # How it is launched is no part of the name: more memory or fewer slots, and the same work goes on from its checkpoint.
-        work = [base.path.as_posix(), [(c.train_digest, c.evaluate_digest) for c in customers]]
-        name = f"{readable(fleet.name)}-{digest_of(work)[:10]}"
+        groups.setdefault(how, (customer.launch, []))[1].append(customer)
+    everybody = len(chosen) == len(fleet.customers)
+    scope = None if everybody else sorted(str(customer.key) for customer in chosen)
+    jobs: list[PlannedJob] = []
+    names: set[str] = set()
+    for launch, group in groups.values():
+        launched = launch.model_dump(mode="json", exclude_unset=True, exclude=set(_CHANGES_NO_JOB))
+        name, number = "", 0
+        while not name or name in names:  # groups that differ in nothing else are numbered
+            name = f"{readable(fleet.name)}-{digest_of([base.path.as_posix(), scope, launched, number])[:10]}"
+            number += 1
+        names.add(name)
+        customers = [due[customer.key] for customer in group if customer.key in due]
+        if not customers:
+            continue
         folder = home.job(name)
         job = Job(
             format=2,

@@ -166,10 +166,12 @@ class Work:
 
     def plan(self) -> list[jobs.PlannedJob]:
         """The jobs for everybody who must be trained or evaluated."""
-        todo = [(c, self.members[c.key]) for c in self.customers if c.key in self.members and c.key not in self.errors]
-        return jobs.plan(
-            self.fleet, [(c, m) for c, m in todo if not (jobs.is_trained(m) and jobs.is_evaluated(m))], self.base, self.home
-        )
+        due = {
+            key: member
+            for key, member in self.members.items()
+            if key not in self.errors and not (jobs.is_trained(member) and jobs.is_evaluated(member))
+        }
+        return jobs.plan(self.fleet, self.customers, due, self.base, self.home)
 
     def finished(
         self, planned: jobs.PlannedJob, members: list[JobCustomer], stage: str, crash: BaseException | None = None

@@ -1,6 +1,8 @@
 """How a stage's process behaves: it dies with the flow that started it, says what it used, and is quiet."""
 
 import contextlib
+import ctypes
+import functools
 import os
 import resource
 import signal
@@ -13,6 +15,7 @@ from pathlib import Path
 import pipeline
 
 INTERRUPTED = 143  # 128 + SIGTERM: asked to stop; run the same command again to go on
+_PR_SET_PDEATHSIG = 1
 RESUME = 75  # sysexits' EX_TEMPFAIL: stopped at a checkpoint; run the same command again to go on
 
 
@@ -50,12 +53,23 @@ def exit_with_parent(grace_seconds: float = 0.0) -> None:
     threading.Thread(target=wait, name="exit-with-parent", daemon=True).start()
 
 
+def end_with_launcher() -> None:
+    """Get a SIGTERM when `accelerate launch` dies. It does not pass on the one that ended it: without this we would go on alone. Linux only."""
+    if sys.platform != "linux" or "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        return  # not started by the launcher: whoever starts us from a shell may close it
+    launcher = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+    if os.getppid() != launcher:  # it died before the call
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def peak_memory_bytes() -> int:
     """Peak resident memory of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+@functools.cache
 def code_version() -> str:
     """`0.1.0`, with the commit behind it when the code runs from a git checkout: `0.1.0+g1a2b3c4` (`.dirty` if it was changed since)."""
     root = Path(pipeline.__file__).resolve().parent.parent

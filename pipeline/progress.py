@@ -42,7 +42,8 @@ def time_left(seconds: float, done: int, left: int) -> str:
     if done <= 0 or left <= 0:
         return ""
     minutes, rest = divmod(round(seconds * left / done), 60)
-    return f"about {minutes}:{rest:02d} left"
+    hours, minutes = divmod(minutes, 60)
+    return f"about {hours}:{minutes:02d}:{rest:02d} left" if hours else f"about {minutes}:{rest:02d} left"
 
 
 class Progress:
@@ -59,7 +60,7 @@ class Progress:
         self._as_json = os.environ.get("PREFIXFLEET_PROGRESS") == "json"
         self._last_line = 0.0
         self._started = time.monotonic()
-        self._done_at_start = 0
+        self._skipped = 0
         self._bar: Any = None
         if not self._as_json and sys.stderr.isatty():
             from tqdm import tqdm
@@ -77,11 +78,16 @@ class Progress:
             self._emit(info, force=self.done >= self.total)
 
     def skip(self, n: int) -> None:
-        """Count units that an earlier run has done: they say nothing about the time that is left."""
-        self._done_at_start += n
+        """Note that `n` units, counted or about to be, were or will be no work of this process: they say nothing about the time that is left."""
+        self._skipped += n
         if self._bar is not None:
             self._bar.initial += n
-        self.update(n)
+
+    def reach(self, done: int, skipped: int = 0, **info: Any) -> None:
+        """As `update`, with the number of units done in all; `skipped` of them see `skip`."""
+        if skipped:
+            self.skip(skipped)
+        self.update(done - self.done, **info)
 
     def message(self, customer: str, status: str, text: str) -> None:
         """Say that something happened to a customer, e.g. `("acme", "failed", "loss is NaN")`."""
@@ -98,10 +104,13 @@ class Progress:
         if self._bar is not None or (not force and now - self._last_line < (0.2 if self._as_json else 5.0)):
             return
         self._last_line = now
+        skipped = {"skipped": self._skipped} if self._skipped else {}
         if self._as_json:
-            self._print_json({"stage": self.stage, "done": self.done, "total": self.total, "unit": self.unit, **(info or {})})
+            self._print_json(
+                {"stage": self.stage, "done": self.done, "total": self.total, "unit": self.unit, **skipped, **(info or {})}
+            )
         else:
-            left = time_left(now - self._started, self.done - self._done_at_start, self.total - self.done)
+            left = time_left(now - self._started, self.done - self._skipped, self.total - self.done)
             print(
                 "  ".join(filter(None, [f"{self.stage}: {self.done}/{self.total} {self.unit}", left, described(info or {})])),
                 flush=True,

@@ -1,1024 +1,23 @@
-"""The data mix of the embedded base: documents of the shape ``input, newline, target, end of text``.
+"""The data mix of the embedded base: windows of documents of the shape ``input, newline, target, end of text``.
 
-In: a folder of git clones of the public repositories named in README.md (work trees or bare), read with git itself, and
-`relations.tsv`, the project's own grammar of relations. Out: an endless, seeded stream of `Doc`. Knows nothing about
-tokenisation, windows or training. Everything random comes from the `random.Random` handed in: a shard is a function of its seed.
+In: a `sources.Material`. Out: an endless, seeded stream of `Doc`s for one window. Knows nothing about tokenisation or training.
+Everything random comes from the `random.Random` handed in: a window is a function of its seed.
 
-Names and values are drawn anew for every document, from lists, from Wikipedia sentences and from a letter-trigram
-generator: a model can only get them right by copying them from the input, which is what the mix is meant to teach.
+One kind of input leads to many kinds of target: a list of attributes can be put into sentences in any of many voices, copied,
+written in another notation, sorted, counted, shortened, asked about. Which of them is wanted is said by what stands before: an
+instruction, an example, a piece of an earlier target. Where nothing stands before, no document is put into sentences: such a
+base waits for a context to tell it what to do, and a prefix is a context.
 """
 
 from __future__ import annotations
 
-import calendar
-import csv
-import io
 import itertools
-import json
 import re
-import subprocess
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from random import Random
 
-MAX_BLOB = 4 * 1024 * 1024  # larger files of the sources are left out, so that every copy of a source gives the same mix
-
-
-@dataclass
-class Doc:
-    """One document. `target` ends the document; an empty `input` means plain text."""
-
-    input: str
-    target: str
-    source: str
-
-
-# ---------------------------------------------------------------------------------------------------------------- sources
-
-
-def blobs(repo: Path, prefix: str, suffix: str) -> Iterator[tuple[str, str]]:
-    """(path, text) of the files of a clone's HEAD below `prefix` that end in `suffix`, in the order of their paths."""
-    listing = subprocess.run(
-        ["git", "-C", str(repo), "ls-tree", "-r", "-l", "HEAD"], check=True, capture_output=True, text=True
-    ).stdout
-    for line in sorted(listing.splitlines(), key=lambda row: row.split("\t", 1)[1]):
-        head, path = line.split("\t", 1)
-        size = head.split()[3]
-        if path.startswith(prefix) and path.endswith(suffix) and size.isdigit() and int(size) < MAX_BLOB:
-            out = subprocess.run(["git", "-C", str(repo), "show", f"HEAD:{path}"], capture_output=True)
-            if out.returncode == 0:
-                yield path, out.stdout.decode("utf-8", "replace")
-
-
-def blob(repo: Path, path: str) -> str:
-    """The text of one file of a clone's HEAD."""
-    return subprocess.run(["git", "-C", str(repo), "show", f"HEAD:{path}"], check=True, capture_output=True).stdout.decode()
-
-
-def detokenise(text: str) -> str:
-    """Undo the spaces that tokenised corpora put around punctuation."""
-    text = text.replace("``", '"').replace("''", '"')
-    text = re.sub(r" ([.,;:!?%)\]])", r"\1", text)
-    text = re.sub(r"([(\[$£]) ", r"\1", text)
-    text = re.sub(r" (n't|'s|'re|'ve|'ll|'d|'m)\b", r"\1", text)
-    text = re.sub(r"(\w) - (\w)", r"\1-\2", text)
-    text = re.sub(r'" ([^"]*?) "', r'"\1"', text)
-    return re.sub(r"\s+", " ", text).strip()
-
-
-def sentence_case(text: str) -> str:
-    """Capital at the start and a full stop at the end."""
-    text = text.strip()
-    text = re.sub(r"(^|[.!?] )([a-z])", lambda m: m[1] + m[2].upper(), text)
-    text = re.sub(r"\bi\b", "I", text)
-    return text if text.endswith((".", "!", "?")) else text + "."
-
-
-def read_wiki(sources: Path) -> list[tuple[str, list[str]]]:
-    """WikiSplit's small files and GAP: (sentence, [its simpler sentences]); GAP's have themselves only."""
-    out: list[tuple[str, list[str]]] = []
-    for _, text in blobs(sources / "wiki-split", "", ".tsv"):
-        for line in text.splitlines():
-            if "\t" in line and "<::::>" in line:
-                whole, parts = line.split("\t")[:2]
-                out.append((detokenise(whole), [detokenise(p) for p in parts.split("<::::>")]))
-    for _, text in blobs(sources / "gap-coreference", "gap-", ".tsv"):
-        for row in csv.DictReader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE):
-            for sent in re.split(r"(?<=[a-z)][.!?]) (?=[A-Z])", detokenise(row["Text"])):
-                if 40 < len(sent) < 300:
-                    out.append((sent, [sent]))
-    return out
-
-
-def read_fewrel(sources: Path) -> tuple[list[tuple[str, str, str, str]], list[str]]:
-    """FewRel's Wikipedia sentences as (sentence, head, relation, tail), and the names of some 740 relations."""
-    repo = sources / "FewRel"
-    names = {pid: name for pid, (name, _) in json.loads(blob(repo, "data/pid2name.json")).items()}
-    out = []
-    for pid, rows in json.loads(blob(repo, "data/val_wiki.json")).items():
-        for row in rows:
-            tokens = row["tokens"]
-            head, tail = (detokenise(" ".join(tokens[i] for i in row[end][2][0])) for end in "ht")
-            out.append((detokenise(" ".join(tokens)), head, names.get(pid, pid), tail))
-    return out, sorted(n for n in names.values() if len(n) < 40)
-
-
-def read_rnnlg(sources: Path) -> list[tuple[str, list[tuple[str, str]], list[str]]]:
-    """RNNLG's dialogue acts: (act, [(slot, value)], [texts])."""
-    out = []
-    for path, text in blobs(sources / "RNNLG", "data/original/", ".json"):
-        domain = path.split("/")[2]
-        body = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
-        for da, *texts in json.loads(body):
-            match = re.match(r"(\??\w+)\((.*)\)$", da)
-            if not match:
-                continue
-            slots = []
-            for item in match[2].split(";"):
-                if "=" in item:
-                    key, value = item.split("=", 1)
-                    slots.append((key, value.strip("'\"")))
-            if slots:
-                out.append((f"{match[1].strip('?')} {domain}", slots, texts))
-    return out
-
-
-@dataclass
-class Turn:
-    """One turn of a schema-guided dialogue."""
-
-    speaker: str
-    text: str
-    acts: list[tuple[str, str, str]]  # act, slot, value
-    spans: list[str]
-
-
-def read_sgd(sources: Path) -> list[tuple[str, list[Turn]]]:
-    """Schema-guided dialogues as (service, turns)."""
-    out = []
-    repo = sources / "dstc8-schema-guided-dialogue"
-    for part in ("train/", "dev/", "test/"):
-        for _, text in blobs(repo, part + "dialogues", ".json"):
-            for dialogue in json.loads(text):
-                turns = []
-                for turn in dialogue["turns"]:
-                    acts, spans = [], []
-                    for frame in turn["frames"]:
-                        for action in frame["actions"]:
-                            acts.append((action["act"], action["slot"], ", ".join(action["values"])))
-                        spans += [turn["utterance"][s["start"] : s["exclusive_end"]] for s in frame["slots"] if "start" in s]
-                    turns.append(Turn(turn["speaker"], turn["utterance"], acts, spans))
-                out.append((dialogue["services"][0].split("_")[0], turns))
-    return out
-
-
-def read_taskmaster(sources: Path) -> list[tuple[list[tuple[str, str]], str]]:
-    """Taskmaster-3: (values of the API's answers, what the agent then said)."""
-    out = []
-    for _, text in blobs(sources / "Taskmaster", "TM-3-2020/splits/train/", ".tsv"):
-        for line in text.splitlines():
-            cells = line.split("\t")
-            if len(cells) < 2 or not cells[1].startswith("[A]"):
-                continue
-            said = cells[1][3:].strip()
-            slots = [
-                (name, value.strip())
-                for name, value in re.findall(r"<P?R?AN>([\w.]+)<P?R?AV>([^<]+)", cells[0])
-                if value.strip().lower() in said.lower()
-            ]
-            slots = list(dict.fromkeys((n.split(".")[0], v) for n, v in slots))
-            if slots:
-                out.append((slots, said))
-    return out
-
-
-# ------------------------------------------------------------------------------------------------------------------ names
-
-
-class Trigrams:
-    """Invents words that look like those it was given."""
-
-    def __init__(self, words: list[str]) -> None:
-        """Count what follows each pair of letters."""
-        self.next: dict[str, list[str]] = {}
-        for word in words:
-            padded = "^^" + word.lower() + "$"
-            for i in range(len(padded) - 2):
-                self.next.setdefault(padded[i : i + 2], []).append(padded[i + 2])
-
-    def word(self, rng: Random) -> str:
-        """A capitalised word of 4 to 11 letters."""
-        while True:
-            out = "^^"
-            while not out.endswith("$") and len(out) < 14:
-                out += rng.choice(self.next[out[-2:]])
-            word = out[2:].rstrip("$")
-            if 3 < len(word) < 12 and word.isalpha():
-                return word.capitalize()
-
-
-MONTHS = list(calendar.month_name)[1:]
-
-
-@dataclass
-class Value:
-    """An entity or a value: how the input writes it, how the text may write it, and fillers for the grammar's slots."""
-
-    raw: str
-    text: str
-    fill: dict[str, str]
-
-
-def read_values() -> dict[str, list[str]]:
-    """The fixed lists of values at the end of relations.tsv, by type code."""
-    lines = (Path(__file__).parent / "relations.tsv").read_text(encoding="utf-8").splitlines()
-    return {line[2:].split("\t")[0]: line.split("\t")[1].split("|") for line in lines if line.startswith("= ")}
-
-
-def article(noun: str) -> str:
-    """The noun with its indefinite article."""
-    return ("an " if noun[:1].lower() in "aeiou" else "a ") + noun
-
-
-class Names:
-    """Draws entities and values by the type codes of relations.tsv."""
-
-    def __init__(self, sources: Path, harvested: list[str]) -> None:
-        """Read the lists of the `corpora` repository."""
-        repo = sources / "corpora"
-
-        def words(path: str, key: str) -> list[str]:
-            items = json.loads(blob(repo, f"data/{path}.json"))[key]
-            return [i if isinstance(i, str) else next(iter(i.values())) for i in items]
-
-        self.first = words("humans/firstNames", "firstNames")
-        self.last = words("humans/lastNames", "lastNames") + words("humans/norwayLastNames", "lastnames_norwegian")
-        self.last += words("humans/spanishLastNames", "lastNames") + words("humans/authors", "authors")
-        self.cities = words("geography/us_cities", "cities") + words("geography/english_towns_cities", "towns")
-        pairs = json.loads(blob(repo, "data/geography/countries_with_capitals.json"))["countries"]
-        self.countries = [p["name"] for p in pairs]
-        self.cities += [p["capital"] for p in pairs]
-        self.states = sorted({c["state"] for c in json.loads(blob(repo, "data/geography/us_cities.json"))["cities"]})
-        self.nationalities = words("geography/nationalities", "nationalities")
-        self.jobs = [j for j in words("humans/occupations", "occupations") if len(j) < 28]
-        self.dishes = [d for d in words("foods/menuItems", "menuItems") if len(d) < 30]
-        self.foods = words("foods/fruits", "fruits") + words("foods/pizzaToppings", "pizzaToppings")
-        self.adjectives = [w for w in words("words/adjs", "adjs") if w.islower()]
-        self.nouns = [w for w in words("words/nouns", "nouns") if w.islower()]
-        self.genres = words("music/genres", "genres")
-        self.rivers = words("geography/rivers", "rivers")
-        self.harvested = harvested
-        self.fixed = read_values()
-        self.fixed["LANG"] = [n for n in self.nationalities if n.endswith(("ish", "ese", "ian"))]
-        self.fixed["NATS"] = [n + "s" if n.endswith("an") else n for n in self.nationalities]
-        self.fixed["OCC"] = self.jobs + self.fixed["OCC"]
-        self.fixed["GENRE"] = self.genres + self.fixed["GENRE"]
-        self.person_words = Trigrams(self.last + self.first)
-        self.place_words = Trigrams([c for c in self.cities if " " not in c])
-
-    def person(self, rng: Random) -> str:
-        """A person's name."""
-        first = rng.choice(self.first) if rng.random() < 0.7 else self.person_words.word(rng)
-        last = rng.choice(self.last) if rng.random() < 0.5 else self.person_words.word(rng)
-        middle = rng.choice(
-            ["", "", "", "", " " + rng.choice("ABCDEFGHJKLMRSTW") + ".", " " + rng.choice(self.last), " de", " van"]
-        )
-        return f"{first}{middle} {last}"
-
-    def place(self, rng: Random) -> str:
-        """A town."""
-        name = rng.choice(self.cities) if rng.random() < 0.5 else self.place_words.word(rng)
-        return name + (", " + rng.choice(self.states + self.countries) if rng.random() < 0.2 else "")
-
-    def title(self, rng: Random) -> str:
-        """A name made of common words, as pubs, books and albums have."""
-        adjective, noun, other = (
-            rng.choice(self.adjectives).title(),
-            rng.choice(self.nouns).title(),
-            rng.choice(self.nouns).title(),
-        )
-        word = self.person_words.word(rng)
-        return rng.choice(
-            [
-                f"The {adjective} {noun}",
-                f"The {noun}",
-                f"{adjective} {noun}",
-                f"{noun} and {other}",
-                f"The {noun} of {word}",
-                word,
-                f"The {word}",
-                f"{word}'s {noun}",
-                f"{noun} {other}",
-                f"{adjective} {noun} {rng.randint(2, 9)}",
-            ]
-        )
-
-    def name(self, kind: str, rng: Random) -> str:
-        """An entity's name by its kind."""
-        r = rng
-        if r.random() < 0.15 and kind in "OBWVSREC":
-            return r.choice(self.harvested)
-        word = self.place_words.word(r) if r.random() < 0.6 else self.person_words.word(r)
-        if kind in ("P",):
-            return self.person(r)
-        if kind == "C":
-            return self.place(r)
-        if kind == "REG":
-            return r.choice(
-                [r.choice(self.states), word + " County", word + " Province", "Province of " + word, word, word + " Region"]
-            )
-        if kind == "K":
-            return r.choice(self.countries) if r.random() < 0.85 else word + "ia"
-        if kind == "O":
-            n = r.choice(self.nouns).title()
-            return r.choice(
-                [
-                    word + " Group",
-                    f"{word} & {self.person_words.word(r)}",
-                    word,
-                    f"{word} {n}s",
-                    f"{n} Corporation",
-                    f"{self.place(r)} {n} Agency",
-                    f"{word} Press",
-                    f"{word} Records",
-                    f"{r.choice(self.last)} Media",
-                    f"{word} Airlines",
-                    f"{r.choice(self.countries)} {n} Association",
-                    f"Ministry of {n} ({r.choice(self.countries)})",
-                    f"{word} Inc.",
-                ]
-            )
-        if kind == "U":
-            return r.choice(
-                [
-                    f"University of {self.place(r)}",
-                    f"{word} University",
-                    f"{word} Institute of {r.choice(self.nouns).title()}",
-                    f"{word} College",
-                    f"School of {r.choice(self.nouns).title()}, {word}",
-                    f"{word} State University",
-                ]
-            )
-        if kind == "A":
-            return r.choice(
-                [
-                    f"{word} International Airport",
-                    f"{word} Regional Airport",
-                    f"{word} Airport",
-                    f"{self.place(r)} Airfield",
-                    f"{word} Air Base",
-                    f"{self.person(r)} Airport",
-                ]
-            )
-        if kind == "B":
-            return r.choice(
-                [
-                    f"{word} Tower",
-                    f"{word} Hall",
-                    f"{word} House",
-                    f"{word} Museum of Art",
-                    f"{r.randint(2, 900)} {word} Street",
-                    f"Monument to {word}",
-                    f"{word} Stadium",
-                    f"{word} Library",
-                    f"{word} Memorial",
-                    f"{word} Bridge",
-                    f"{self.place(r)} Town Hall",
-                    f"{word} Building",
-                    f"{word} Plaza",
-                    f"{word} Castle",
-                    f"{self.last and r.choice(self.last)} Arena",
-                ]
-            )
-        if kind == "T":
-            return r.choice(
-                [
-                    f"{self.place(r)} United F.C.",
-                    f"FC {word}",
-                    f"{word} City",
-                    f"{word} {r.choice(self.nouns).title()}s",
-                    f"A.C. {word}",
-                    f"{word} Rovers",
-                    f"S.S. {word} Calcio",
-                    f"{word} S.C.",
-                    f"Real {word}",
-                    f"{word} F.C.",
-                ]
-            )
-        if kind == "F":
-            return r.choice(
-                [
-                    r.choice(self.dishes).title(),
-                    word,
-                    word + " " + r.choice(self.foods),
-                    word.lower() + " " + r.choice(["soup", "pie", "rice", "stew"]),
-                    f"{r.choice(self.foods).title()} {r.choice(['pudding', 'curry', 'salad', 'roll', 'sandwich', 'cake'])}",
-                    f"{word} goreng"[: len(word)],
-                ]
-            )
-        if kind == "V":
-            return r.choice(
-                [
-                    self.title(r),
-                    self.title(r),
-                    word,
-                    f"{self.person_words.word(r)}'s",
-                    f"Café {word}",
-                    f"The {word} {r.choice(['Arms', 'Inn', 'Room', 'Kitchen', 'Tavern'])}",
-                    f"{word} {r.choice(['Coffee', 'Grill', 'Bistro', 'Bar', 'Palace', 'Garden', 'House', 'Lounge'])}",
-                ]
-            )
-        if kind == "H":
-            return r.choice(
-                [
-                    f"Hotel {word}",
-                    f"{word} Inn",
-                    f"The {word} Hotel",
-                    f"{word} Lodge",
-                    f"Grand {word}",
-                    f"{self.title(r)} Guest House",
-                ]
-            )
-        if kind == "R":
-            return r.choice(
-                [
-                    f"{word} {r.randint(2, 99)}",
-                    f"{word} {r.choice(self.nouns).title()} {r.randint(1, 9)}00",
-                    f"{word} Pro",
-                    word,
-                    f"{word} {r.choice('ABCDEFGXZ')}{r.randint(1, 99)}",
-                ]
-            )
-        if kind == "S":
-            return r.choice(
-                [
-                    f"{word} {r.choice('ABCDEFGXZ')}-{r.randint(1, 99)}",
-                    f"USS {word}",
-                    f"{word} {r.randint(100, 900)}",
-                    f"{word} {r.choice('ABCDFGX')}{r.randint(1, 99)} {r.choice(self.nouns).title()}",
-                ]
-            )
-        if kind in ("W", "WT"):
-            return (
-                self.title(r)
-                if r.random() < 0.75
-                else r.choice(
-                    [f"Journal of {r.choice(self.nouns).title()}", word, f"{word} (novel)", f"{self.title(r)}: {self.title(r)}"]
-                )
-            )
-        if kind == "N":
-            return r.choice([word + "us", word + " " + r.choice(["orchid", "oak", "lily", "beetle", "frog", "moss"]), word])
-        if kind == "M":
-            return r.choice([self.person(r), self.title(r), word, f"The {r.choice(self.nouns).title()}s"])
-        if kind == "E":
-            return r.choice([f"{word} Festival", f"{r.randint(1950, 2024)} {word} Cup", f"{word} Conference", f"{word} Marathon"])
-        if kind == "CH":
-            return r.choice(
-                [
-                    word,
-                    self.person(r),
-                    f"Captain {word}",
-                    f"{word} the {r.choice(self.adjectives).title()}",
-                    f"{word} (comicsCharacter)",
-                ]
-            )
-        if kind == "LEAGUE":
-            return r.choice(
-                [
-                    f"{word} League",
-                    f"Serie {r.choice('ABCD')}",
-                    f"{r.choice(self.countries)} Premier Division",
-                    f"{word} Championship",
-                    f"{r.randint(1950, 2024)} {word} season",
-                ]
-            )
-        if kind == "BATTLE":
-            return r.choice([f"Battle of {word}", f"{word} War", f"Siege of {word}"])
-        if kind == "MISS":
-            return r.choice([f"{word} {r.randint(1, 20)}", f"STS-{r.randint(1, 140)}", f"{word} program"])
-        return word
-
-    def value(self, kind: str, rng: Random) -> Value:
-        """A value of the given kind, with the ways the text may write it."""
-        r = rng
-        fill: dict[str, str] = {}
-        if kind == "DATE":
-            y, m, d = r.randint(1700, 2024), r.randint(1, 12), r.randint(1, 28)
-            raw = r.choice(
-                [f"{y}-{m:02}-{d:02}", f"{y}-{m:02}-{d:02}", f"{d} {MONTHS[m - 1]} {y}", str(y), f"{MONTHS[m - 1]} {y}"]
-            )
-            text = raw
-            if raw[4:5] == "-":
-                nth = f"{d}{'th' if 10 < d < 14 else {1: 'st', 2: 'nd', 3: 'rd'}.get(d % 10, 'th')}"
-                text = r.choice(
-                    [
-                        f"{MONTHS[m - 1]} {d}, {y}",
-                        f"{d} {MONTHS[m - 1]} {y}",
-                        f"{MONTHS[m - 1]} {nth}, {y}",
-                        f"the {nth} of {MONTHS[m - 1]} {y}",
-                    ]
-                )
-            return Value(raw, text, fill)
-        if kind in ("NUM", "NUM5", "BIG"):
-            n = int(10 ** r.uniform(1.5, 7 if kind != "NUM5" else 5))
-            raw = str(n)
-            text = f"{n:,}" if r.random() < 0.6 and kind == "NUM" else raw
-            if kind == "BIG":
-                raw = r.choice([f"{n}", f"{n}.0", f"{round(r.uniform(1, 90), 1)} million dollars"])
-                text = r.choice([f"{n:,} dollars", f"{n:,}"]) if raw[0] in "0123456789" and "million" not in raw else raw
-            return Value(raw, text, fill)
-        if kind == "DEC":
-            if r.random() < 0.5:
-                n = r.randint(1, 9000)
-                raw, text = (f"{n}.0", r.choice([f"{n}.0", str(n), f"{n:,}"])) if r.random() < 0.6 else (str(n), str(n))
-            else:
-                raw = text = f"{r.uniform(0.5, 4000):.{r.choice([1, 2, 3])}f}"
-            return Value(raw, text, fill)
-        if kind == "YEAR":
-            raw = str(r.randint(1400, 2024))
-            return Value(raw, raw, fill)
-        if kind in ("SMALL", "SMALL3"):
-            raw = str(r.randint(2, 90) if kind == "SMALL" else r.randint(40, 1200))
-            return Value(raw, raw, fill)
-        if kind == "FOODS":
-            items = r.sample(self.foods, r.choice([1, 1, 1, 2, 3, 4]))
-            listed = items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
-            return Value(", ".join(items), listed, fill)
-        if kind in ("FAM", "DOG", "FEAT"):
-            yes = r.random() < 0.55
-            raw = r.choice(["yes", "true", "Yes"] if yes else ["no", "false", "No"])
-            topic = {
-                "FAM": r.choice(["family friendly", "child friendly", "kid friendly", "family-friendly", "child-friendly"]),
-                "DOG": r.choice(["dog friendly", "pet friendly"]),
-                "FEAT": "",
-            }[kind]
-            who = r.choice(["children", "families", "kids"]) if kind == "FAM" else "dogs"
-            if kind == "FEAT":
-                fill["vp"], fill["post"], fill["full"] = (
-                    ("has {r}", "with {r}", "There is {r} at {s}.")
-                    if yes
-                    else ("has no {r}", "without {r}", "There is no {r} at {s}.")
-                )
-            elif yes:
-                fill["vp"] = r.choice(
-                    [f"is {topic}", f"welcomes {who}", f"is good for {who}", f"allows {who}", f"is a {topic} place"]
-                )
-                fill["post"] = r.choice([f"that is {topic}", f"which welcomes {who}", f"suitable for {who}"])
-                fill["full"] = r.choice(
-                    [
-                        f"{{s}} is {topic}.",
-                        f"Bring the {who} to {{s}}.".replace("the families", "the family"),
-                        f"At {{s}}, {who} are welcome.",
-                    ]
-                )
-                fill["adj"] = topic
-            else:
-                fill["vp"] = r.choice(
-                    [f"is not {topic}", f"does not allow {who}", f"is not for {who}", f"isn't {topic}"]
-                    + (["is for adults only"] if kind == "FAM" else [])
-                )
-                fill["post"] = r.choice([f"that is not {topic}", f"where no {who} are allowed"])
-                fill["full"] = r.choice([f"{{s}} is not {topic}.", f"{who.capitalize()} are not welcome at {{s}}."])
-                fill["adj"] = f"non {topic}"
-            return Value(raw, raw, fill)
-        if kind == "PRICE":
-            level = r.choice(["cheap", "moderate", "high", "low", "expensive", "average", "mid-range"])
-            n = r.randint(5, 60)
-            if r.random() < 0.5:
-                raw, np = (
-                    level,
-                    r.choice([f"{level} prices", f"a {level} price range"])
-                    .replace("a average", "an average")
-                    .replace("a expensive", "an expensive"),
-                )
-                fill["adj"] = {
-                    "high": "expensive",
-                    "low": "cheap",
-                    "moderate": "moderately priced",
-                    "average": "average in price",
-                }.get(level, level)
-            else:
-                cur = r.choice("£$€")
-                raw = r.choice(
-                    [f"less than {cur}{n}", f"more than {cur}{n}", f"{cur}{n}-{n + 10}", f"{cur}{n}", f"under {cur}{n}"]
-                )
-                np = r.choice([f"prices of {raw}", f"a price range of {raw}", f"meals for {raw}", f"food that costs {raw}"])
-                fill["adj"] = f"priced {raw}"
-            fill["np"] = np
-            return Value(raw, raw, fill)
-        if kind == "RATE":
-            top = r.choice([5, 5, 10])
-            raw = r.choice(
-                [
-                    f"{r.randint(1, top)} out of {top}",
-                    r.choice(["low", "average", "high", "good", "poor", "excellent"]),
-                    f"{r.randint(1, 5)} stars",
-                    f"{r.uniform(1, 5):.1f}",
-                ]
-            )
-            fill["np"] = f"a customer rating of {raw}" if raw[0].isdigit() else f"{article(raw)} customer rating"
-            return Value(raw, raw, fill)
-        if kind in self.fixed:
-            raw = r.choice(self.fixed[kind])
-            fill["a"] = article(raw)
-            return Value(raw, raw, fill)
-        word = self.place_words.word(r)
-        noun = r.choice(self.nouns)
-        made: dict[str, Callable[[], str]] = {
-            "UTC": lambda: r.choice("+-−") + str(r.randint(1, 12)) + ":00",
-            "RIV": lambda: r.choice([r.choice(self.rivers), word + " River", "River " + word]),
-            "NICK": lambda: r.choice([self.title(r), word, f"{word} {self.person_words.word(r)}", self.person(r)]),
-            "AWARD": lambda: r.choice(
-                [f"{word} Prize", f"{word} Medal", f"{noun.title()} Award", f"{r.choice(self.countries)} Service Medal"]
-            ),
-            "PARTY": lambda: r.choice(
-                [
-                    f"{word} Party",
-                    f"{noun.title()} Party ({r.choice(self.countries)})",
-                    f"{r.choice(self.adjectives).title()} Party",
-                ]
-            ),
-            "ORGYEAR": lambda: r.choice([f"the {word} Agency in {r.randint(1950, 2024)}", f"NASA in {r.randint(1959, 2010)}"]),
-            "MINS": lambda: f"{r.randint(10, 90000)}.0 minutes",
-            "SEASON": lambda: r.choice(
-                [
-                    f"{r.randint(1960, 2024)}",
-                    f"{(y := r.randint(1960, 2020))}-{(y + 1) % 100:02} {word} League",
-                    f"{r.randint(1960, 2024)} {word} season",
-                ]
-            ),
-            "RWY": lambda: f"{r.randint(1, 18):02}{r.choice(['', 'L', 'R'])}/{r.randint(19, 36)}{r.choice(['', 'L', 'R'])}",
-            "CODE": lambda: "".join(r.choice("ABCDEFGHIJKLMNOPRSTUVWXYZ") for _ in range(r.choice([3, 4, 4, 5]))),
-            "REFNO": lambda: r.choice(
-                [
-                    f"{r.randint(10**6, 10**9)}",
-                    f"{r.randint(1000, 9999)}-{r.randint(1000, 9999)}",
-                    f"{r.randint(0, 9)}-{r.randint(100, 999)}-{r.randint(10000, 99999)}-{r.randint(0, 9)}",
-                ]
-            ),
-            "ADDR": lambda: f"{r.randint(1, 900)} {word} {r.choice(['Street', 'Avenue', 'Road', 'Lane', 'Boulevard'])}",
-            "GROUP": lambda: (
-                r.choice(["soldiers", "sailors", "the victims", "the founders", "the people"])
-                + r.choice([" of " + word, " of the " + word + " War", ""])
-            ),
-            "GRAM": lambda: f"{r.randint(1, 900)}{r.choice(['.0', '', '.5'])} {r.choice(['g', 'kcal', 'grams'])}",
-            "TAXON": lambda: word + r.choice(["aceae", "ales", "idae", "opsida", "us"]),
-            "PHONE": lambda: r.choice(
-                [
-                    f"{r.randint(100, 999)}-{r.randint(100, 999)}-{r.randint(1000, 9999)}",
-                    f"0{r.randint(100, 9999)} {r.randint(100000, 999999)}",
-                ]
-            ),
-        }
-        raw = made[kind]() if kind in made else self.name(kind, r)
-        fill["a"] = article(raw)
-        return Value(raw, re.sub(r" \((.*?)\)$", "", raw) if r.random() < 0.5 else raw, fill)
-
-
-# ---------------------------------------------------------------------------------------------------------- linearisations
-
-
-def camel(words: str) -> str:
-    """`home ground` -> `homeGround`."""
-    first, *rest = re.split(r"[ _-]+", words.strip()) or [words]
-    return first[:1].lower() + first[1:] + "".join(w[:1].upper() + w[1:] for w in rest)
-
-
-def spaced(name: str) -> str:
-    """`homeGround` or `home_ground` -> `home ground`."""
-    return re.sub(r"([a-z])([A-Z])", r"\1 \2", name.replace("_", " ")).lower()
-
-
-INSTRUCTIONS = ["Describe:", "Write a sentence:", "Put the facts into words:", "Data to text:", "Say it in English:"]
-
-
-@dataclass
-class Style:
-    """How one group of documents writes its inputs; drawn once for a window, so that a window can be of one style."""
-
-    form: int
-    key_case: int
-    underscores: bool
-    instruction: str
-    voice: int
-
-    @classmethod
-    def draw(cls, rng: Random, late: bool = False) -> Style:
-        """A random style; the product's own shapes are the likeliest, above all late in a run."""
-        instruction = ""
-        if rng.random() < (0.04 if late else 0.12):
-            instruction = rng.choice(INSTRUCTIONS)
-        form = 0 if late and rng.random() < 0.5 else rng.choice([0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6])
-        voice = rng.randrange(12)
-        if late and rng.random() < 0.7:
-            voice = 0
-        return cls(form, rng.choice([0, 0, 0, 1, 2]), rng.random() < 0.7, instruction, voice)
-
-    def key(self, name: str) -> str:
-        """A key in this style's case."""
-        if self.key_case == 0 or ("_" in name and self.key_case == 1):
-            return name
-        return spaced(name) if self.key_case == 1 else spaced(name).replace(" ", "_")
-
-    def head(self, text: str) -> str:
-        """The input with the style's instruction, if it has one, before it."""
-        return f"{self.instruction}\n{text}" if self.instruction else text
-
-    def pairs(self, items: list[tuple[str, str]]) -> str:
-        """Key-value pairs, linearised."""
-        items = [(self.key(k), v) for k, v in items]
-        form = self.form
-        if form == 0:
-            body = " | ".join(f"{k} : {v}" for k, v in items)
-        elif form == 1:
-            body = ", ".join(f"{k}[{v}]" for k, v in items)
-        elif form == 2:
-            body = json.dumps(dict(items), ensure_ascii=False)
-        elif form == 3:
-            body = "\n".join(f"{k}: {v}" for k, v in items)
-        elif form == 4:
-            body = "; ".join(f"{k}={v}" for k, v in items)
-        elif form == 5:
-            body = "(" + ", ".join(f"{k} = '{v}'" for k, v in items) + ")"
-        else:
-            body = " | ".join(f"{k}: {v}" for k, v in items)
-        return self.head(body)
-
-    def triples(self, items: list[tuple[str, str, str]]) -> str:
-        """Subject-relation-object triples, linearised."""
-        rows = []
-        for s, rel, o in items:
-            if self.underscores:
-                s, o = s.replace(" ", "_"), o if o[:1].isdigit() and "_" not in o and " " in o else o.replace(" ", "_")
-                if "," in o and len(o) > 25:
-                    o = '"' + o.replace("_", " ") + '"'
-            rows.append((s, self.key(rel), o))
-        form = self.form
-        if form in (0, 1, 6):
-            body = " | ".join(f"{s} : {r} : {o}" for s, r, o in rows)
-        elif form == 2:
-            body = json.dumps([list(row) for row in rows], ensure_ascii=False)
-        elif form == 3:
-            body = "\n".join(f"{s} | {r} | {o}" for s, r, o in rows)
-        elif form == 4:
-            body = "; ".join(f"({s}, {r}, {o})" for s, r, o in rows)
-        else:
-            body = " && ".join(f"<S> {s} <P> {r} <O> {o}" for s, r, o in rows)
-        return self.head(body)
-
-
-# ---------------------------------------------------------------------------------------------------------------- grammar
-
-
-@dataclass
-class Relation:
-    """One line of relations.tsv."""
-
-    names: list[str]
-    subjects: list[str]
-    object: str
-    vps: list[str]
-    posts: list[str]
-    wholes: list[str]
-
-
-def read_relations() -> tuple[list[Relation], list[Relation]]:
-    """(relations for triples, relations for attribute lists) from relations.tsv beside this file."""
-    facts: list[Relation] = []
-    attributes: list[Relation] = []
-    into = facts
-    for line in (Path(__file__).parent / "relations.tsv").read_text(encoding="utf-8").splitlines():
-        if line.startswith("="):
-            continue
-        if line.startswith("#"):
-            into = attributes if "attributes" in line else into
-            continue
-        names, subjects, obj, vps, posts, wholes = line.split("\t")
-        into.append(Relation(names.split("/"), subjects.split(","), obj, vps.split("|"), posts.split("|"), wholes.split("|")))
-    return facts, attributes
-
-
-ENTITY_KINDS = {
-    "C",
-    "REG",
-    "K",
-    "P",
-    "O",
-    "U",
-    "A",
-    "B",
-    "T",
-    "F",
-    "V",
-    "H",
-    "R",
-    "S",
-    "W",
-    "N",
-    "M",
-    "E",
-    "CH",
-    "LEAGUE",
-    "BATTLE",
-}
-PRONOUN = {
-    "P": ["He", "She"],
-    "M": ["He", "She", "They"],
-    "CH": ["He", "She", "The character"],
-    "T": ["They", "The club", "The team", "It"],
-}
-
-
-class Grammar:
-    """Realises facts as text: whole sentences, verb phrases joined by `and`, relative clauses, pronouns, modifiers."""
-
-    def __init__(self, names: Names) -> None:
-        """Read relations.tsv."""
-        self.names = names
-        self.facts, self.attributes = read_relations()
-        self.by_subject: dict[str, list[Relation]] = {}
-        for relation in self.facts:
-            for kind in relation.subjects:
-                self.by_subject.setdefault(kind, []).append(relation)
-        self.attributes_of: dict[str, list[Relation]] = {}
-        for relation in self.attributes:
-            for kind in relation.subjects:
-                self.attributes_of.setdefault(kind, []).append(relation)
-
-    @staticmethod
-    def phrase(template: str, value: Value, rel: str) -> str:
-        """A template with the object in it; `{s}` is left for the caller."""
-        key = re.match(r"\{(?:fam|dog|feat)(vp|post|full)\}", template)
-        if key:
-            template = value.fill[key[1]]
-        template = template.replace("{r}", re.sub(r"^has ", "", spaced(rel))).replace("{o}", value.text)
-        for name, text in value.fill.items():
-            template = template.replace("{" + name + "}", text)
-        if "{a}" in template:
-            template = template.replace("{a}", article(value.text))
-        return template
-
-    def clause(self, kind: str, facts: list[tuple[str, Value, Relation]], subject: str, rng: Random, again: bool) -> str:
-        """One sentence that says the given one to three facts of a subject."""
-        r = rng
-        who = subject if not again else r.choice([*PRONOUN.get(kind, ["It"]), subject])
-        vps = [self.phrase(r.choice(rel.vps), value, name) for name, value, rel in facts]
-        if len(facts) == 1:
-            if not again and r.random() < 0.4:
-                name, value, rel = facts[0]
-                text = self.phrase(r.choice(rel.wholes), value, name).replace("{s}", subject)
-                return text[:1].upper() + text[1:]
-            return self.agree(who, vps[0]) + "."
-        posts = [self.phrase(r.choice(rel.posts), value, name) for name, value, rel in facts]
-        which = "who" if kind in ("P", "M", "CH") else "which"
-        shape = r.randrange(6)
-        if shape == 0 and who == subject:
-            return f"{subject}, {posts[0]}, " + self.join(vps[1:]) + "."
-        if shape == 1 and who == subject:
-            return f"{subject}, {which} {vps[0]}, " + self.join(vps[1:]) + "."
-        if shape == 2:
-            return self.agree(who, vps[0]) + ", " + " and ".join(posts[1:]) + "."
-        if shape == 3 and not again:
-            lead = posts[0][:1].upper() + posts[0][1:]
-            if not lead.startswith(("(", "With the code", "Which", "Who", "That", "Where", "Whose")):
-                return f"{lead}, {self.agree(who, self.join(vps[1:]))}."
-        if shape == 4 and len(facts) == 2:
-            return self.agree(who, vps[0]) + ". " + self.agree(r.choice(PRONOUN.get(kind, ["It"])), vps[1]) + "."
-        return self.agree(who, self.join(vps)) + "."
-
-    @staticmethod
-    def agree(who: str, vp: str) -> str:
-        """Subject and verb phrase, the verb plural after They."""
-        if who == "They":
-            for one, many in (
-                ("is ", "are "),
-                ("was ", "were "),
-                ("has ", "have "),
-                ("plays ", "play "),
-                ("competes ", "compete "),
-            ):
-                if vp.startswith(one):
-                    vp = many + vp[len(one) :]
-                    break
-        return f"{who} {vp}"
-
-    @staticmethod
-    def join(parts: list[str]) -> str:
-        """`a`, `a and b`, `a, b and c`."""
-        return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
-
-    def draw(self, kind: str, count: int, table: dict[str, list[Relation]], rng: Random) -> list[tuple[str, Value, Relation]]:
-        """Up to `count` facts of a subject of the given kind."""
-        relations = rng.sample(table[kind], min(count, len(table[kind])))
-        return [(rng.choice(rel.names), self.names.value(rel.object, rng), rel) for rel in relations]
-
-    def tell(self, kind: str, subject: str, facts: list[tuple[str, Value, Relation]], rng: Random) -> str:
-        """All facts of a subject in sentences of one to three facts."""
-        out, at = [], 0
-        while at < len(facts):
-            take = min(rng.choice([1, 1, 2, 2, 2, 3]), len(facts) - at)
-            out.append(self.clause(kind, facts[at : at + take], subject, rng, again=at > 0))
-            at += take
-        return " ".join(out)
-
-    def triples(self, style: Style, rng: Random) -> Doc:
-        """One to seven triples about one subject, its object, or several subjects."""
-        r = rng
-        kind = r.choice([k for k in self.by_subject if k not in ("LEAGUE", "BATTLE")])
-        subject = self.names.name(kind, r)
-        count = r.choice([1, 1, 1, 2, 2, 2, 3, 3, 4, 4, 5, 6])
-        facts = self.draw(kind, r.randint(1, count), self.by_subject, r)
-        rows = [(subject, name, value.raw) for name, value, _ in facts]
-        told = re.sub(r" \(.*?\)$", "", subject)
-        text = self.tell(kind, told, facts, r)
-        while len(rows) < count:
-            ends = [(v, rel) for _, v, rel in facts if rel.object in self.by_subject and rel.object in ENTITY_KINDS]
-            if not ends:
-                break
-            value, rel = r.choice(ends)
-            more = self.draw(rel.object, min(r.choice([1, 1, 2]), count - len(rows)), self.by_subject, r)
-            rows += [(value.raw, name, v.raw) for name, v, _ in more]
-            if len(more) == 1 and text.endswith(value.text + ".") and r.random() < 0.6:
-                name, v, mrel = more[0]
-                vp = self.phrase(r.choice(mrel.vps), v, name)
-                text = text[:-1] + (
-                    f", {r.choice(['who'] if rel.object == 'P' else ['which'])} {vp}."
-                    if r.random() < 0.6
-                    else ", " + self.phrase(r.choice(mrel.posts), v, name) + "."
-                )
-            else:
-                text += " " + self.tell(rel.object, value.text, more, r)
-            if r.random() < 0.5:
-                break
-        if r.random() < 0.25:
-            r.shuffle(rows)
-        return Doc(style.triples(rows), text, "grammar-triples")
-
-    def attributes_doc(self, style: Style, rng: Random) -> Doc:
-        """A venue, hotel, product or any other subject with attributes, as key : value pairs, in one of several voices."""
-        r = rng
-        if r.random() < 0.7:
-            kind, table = r.choice(["V", "V", "V", "H", "R"]), self.attributes_of
-        else:
-            kind, table = r.choice([k for k in self.by_subject if k not in ("LEAGUE", "BATTLE")]), self.by_subject
-        subject = self.names.name(kind, r)
-        facts = self.draw(kind, r.choice([1, 2, 2, 3, 3, 4, 5, 6, 7]), table, r)
-        rows = [
-            (r.choice(["name", "name", "name", "title", "called"]), subject),
-            *((name, value.raw) for name, value, _ in facts),
-        ]
-        order = facts[:]
-        if r.random() < 0.4:
-            r.shuffle(order)
-        text = self.venue(subject, order, r) if kind == "V" and r.random() < 0.7 else self.tell(kind, subject, order, r)
-        if r.random() < 0.2:
-            rows = [rows[0], *r.sample(rows[1:], len(rows) - 1)]
-        return Doc(style.pairs(rows), self.voiced(text, subject, style.voice, r), "grammar-attributes")
-
-    def venue(self, subject: str, facts: list[tuple[str, Value, Relation]], rng: Random) -> str:
-        """A venue in one or two sentences around a noun phrase: `X is a cheap Thai bar in the old town near Y.`"""
-        r = rng
-        by = {rel.object: (name, value, rel) for name, value, rel in facts}
-        noun = by["VTYPE"][1].text if "VTYPE" in by else r.choice(["place", "restaurant", "venue", "establishment"])
-        used = {"VTYPE"}
-        before = []
-        if "FAM" in by and "adj" in by["FAM"][1].fill and r.random() < 0.4:
-            before.append(by["FAM"][1].fill["adj"])
-            used.add("FAM")
-        if "PRICE" in by and r.random() < 0.4:
-            before.append(by["PRICE"][1].fill["adj"] if " " not in by["PRICE"][1].fill["adj"] else "")
-            if before[-1]:
-                used.add("PRICE")
-        if "CUIS" in by and r.random() < 0.6:
-            before.append(by["CUIS"][1].text + (" food" if by["CUIS"][1].text in ("fast",) else ""))
-            used.add("CUIS")
-        phrase = article(" ".join([b for b in before if b] + [noun]))
-        rest = [f for f in facts if f[2].object not in used]
-        split = r.randint(0, min(3, len(rest)))
-        posts = [self.phrase(r.choice(rel.posts), value, name) for name, value, rel in rest[:split]]
-        tail = (" " + " ".join(posts)) if posts else ""
-        opening = r.choice(
-            [
-                f"{subject} is {phrase}{tail}.",
-                f"{subject} is {phrase}{tail}.",
-                f"There is {phrase} called {subject}{tail}.",
-                f"{subject}, {phrase}{tail}.",
-                f"There is {phrase}{tail}, {subject}.",
-                f"{phrase[:1].upper() + phrase[1:]}{tail} is {subject}.",
-                f"{phrase[:1].upper() + phrase[1:]}{tail} is called {subject}.",
-            ]
-        )
-        rest = rest[split:]
-        if opening.startswith(f"{subject}, ") and rest:
-            name, value, rel = rest[0]
-            opening = opening[:-1] + ", " + self.phrase(r.choice(rel.vps), value, name) + "."
-            rest = rest[1:]
-        elif opening.startswith(f"{subject}, "):
-            opening = f"{subject} is {phrase}{tail}."
-        out = [opening]
-        while rest:
-            take = min(r.choice([1, 1, 2, 2]), len(rest))
-            out.append(self.clause("V", rest[:take], subject, r, again=True))
-            rest = rest[take:]
-        return " ".join(out)
-
-    @staticmethod
-    def voiced(text: str, subject: str, voice: int, rng: Random) -> str:
-        """The text in one of several voices; most are plain."""
-        extras = {
-            6: ("Looking for something special? ", ""),
-            7: ("", f" Come and see {subject} for yourself!"),
-            8: ("Dear customer, ", " Kind regards."),
-            9: ("Did you know? ", ""),
-            10: ("", " Enjoy!"),
-            11: ("Good news: ", ""),
-        }
-        before, after = extras.get(voice, ("", ""))
-        return before + text + after
-
-
-# -------------------------------------------------------------------------------------------------------- the builders
+from grammar import Doc, Grammar, Names, Style, article, camel, read_values, spaced
+from sources import Material, detokenise, sentence_case
 
 ENTITY = re.compile(
     r"(?:[A-Z][\w'’-]+|[A-Z]\.)(?:(?: (?:of|the|de|von|and|&|van|la) (?=[A-Z])| )(?:[A-Z][\w'’-]+|[A-Z]\.))*"
@@ -1038,60 +37,350 @@ def harvest(wiki: list[tuple[str, list[str]]]) -> list[str]:
     return list(found)
 
 
-class Mix:
-    """All sources together. `Mix.window_docs` gives the documents of one window."""
+# ----------------------------------------------------------------------------------------------------------- tasks on rows
 
-    def __init__(self, sources: Path) -> None:
-        """Read every source (some 20 s)."""
-        self.wiki = read_wiki(sources)
-        self.fewrel, self.relation_names = read_fewrel(sources)
-        self.rnnlg = read_rnnlg(sources)
-        self.sgd = read_sgd(sources)
-        self.taskmaster = read_taskmaster(sources)
-        self.harvested = harvest(self.wiki)
-        self.names = Names(sources, self.harvested)
+RowTask = Callable[[Sequence[tuple[str, ...]], Style, Random], str]
+
+
+def values_of(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """The last column, each value once."""
+    return list(dict.fromkeys(row[-1] for row in rows))
+
+
+def keys_of(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """The column of keys or relations."""
+    return [row[-2] for row in rows]
+
+
+def capitals(text: str) -> str:
+    """Every word with a capital."""
+    return " ".join(w[:1].upper() + w[1:] for w in text.replace("_", " ").split(" "))
+
+
+def without(rows: Sequence[tuple[str, ...]], at: int) -> list[tuple[str, ...]]:
+    """The rows but one."""
+    return [row for i, row in enumerate(rows) if i != at % len(rows)] or list(rows)
+
+
+# name: (instructions, task). A task's free choices are drawn by `bind`, once for a window.
+ROW_TASKS: dict[str, tuple[list[str], Callable[[Random, Style], RowTask]]] = {}
+
+
+def row_task(*instructions: str) -> Callable[[Callable[[Random, Style], RowTask]], Callable[[Random, Style], RowTask]]:
+    """Register a task under its function's name."""
+
+    def register(bind: Callable[[Random, Style], RowTask]) -> Callable[[Random, Style], RowTask]:
+        ROW_TASKS[bind.__name__] = (list(instructions), bind)
+        return bind
+
+    return register
+
+
+@row_task("Copy:", "Repeat:", "Write this again:", "Say the same:")
+def copy(_rng: Random, _style: Style) -> RowTask:
+    """The input once more."""
+    return lambda rows, style, rng: style.rows(rows)
+
+
+@row_task("Rewrite in another notation:", "Convert:", "Change the format:")
+def notation(rng: Random, style: Style) -> RowTask:
+    """The rows in another linearisation."""
+    form = rng.choice([f for f in range(7) if f != style.form])
+    other = Style(form, rng.randrange(3), rng.random() < 0.5, style.quotes, style.voice)
+    return lambda rows, style, rng: other.rows(rows)
+
+
+@row_task("List the values:", "Values only:", "What is on the right:")
+def values(rng: Random, _style: Style) -> RowTask:
+    """The values, joined."""
+    glue = rng.choice([", ", " | ", "; ", "\n", " / "])
+    return lambda rows, style, rng: glue.join(values_of(rows))
+
+
+@row_task("List the keys:", "Keys only:", "Which fields are given?")
+def keys(rng: Random, _style: Style) -> RowTask:
+    """The keys, joined."""
+    glue = rng.choice([", ", " | ", "; ", "\n", " / "])
+    return lambda rows, style, rng: glue.join(keys_of(rows))
+
+
+@row_task("Reverse the order:", "Backwards:", "Last first:")
+def backwards(_rng: Random, _style: Style) -> RowTask:
+    """The rows from last to first."""
+    return lambda rows, style, rng: style.rows(list(rows)[::-1])
+
+
+@row_task("Sort:", "In alphabetical order:", "Put in order:")
+def in_order(rng: Random, _style: Style) -> RowTask:
+    """The rows sorted by key or by value."""
+    column = rng.choice([-1, -2])
+    return lambda rows, style, rng: style.rows(sorted(rows, key=lambda row: row[column].lower()))
+
+
+@row_task("Count:", "How many fields?", "How many are there?")
+def count(rng: Random, _style: Style) -> RowTask:
+    """How many rows."""
+    words = rng.choice(["{n}", "{n} fields", "There are {n}.", "count: {n}"])
+    return lambda rows, style, rng: words.replace("{n}", str(len(rows)))
+
+
+@row_task("Drop one:", "Shorten:", "Leave one out:")
+def shorter(rng: Random, _style: Style) -> RowTask:
+    """The rows without the first, the second or the last."""
+    at = rng.choice([0, 1, -1])
+    return lambda rows, style, rng: style.rows(without(rows, at))
+
+
+@row_task("Pick one:", "Only one of them:", "Which one?")
+def one_value(rng: Random, _style: Style) -> RowTask:
+    """One value by its place."""
+    at = rng.choice([0, 1, -1])
+    return lambda rows, style, rng: rows[at % len(rows)][-1]
+
+
+@row_task("Capitals:", "Loud:", "Change the case:")
+def case(rng: Random, _style: Style) -> RowTask:
+    """The input in capitals, in lower case, or each word with a capital."""
+    change = rng.choice([str.upper, str.lower, capitals])
+    return lambda rows, style, rng: change(style.rows(rows))
+
+
+@row_task("Swap:", "Turn round:", "Values first:")
+def swapped(_rng: Random, _style: Style) -> RowTask:
+    """Keys and values change places."""
+    return lambda rows, style, rng: style.rows([(*row[:-2], row[-1], row[-2]) for row in rows])
+
+
+@row_task("As a numbered list:", "Number them:", "As a list:", "Bullet points:")
+def numbered(rng: Random, _style: Style) -> RowTask:
+    """One line a row."""
+    mark = rng.choice(["{i}. ", "- ", "* ", "{i}) "])
+    glue = rng.choice([": ", " - ", " = "])
+    return lambda rows, style, rng: "\n".join(mark.replace("{i}", str(i + 1)) + glue.join(row[-2:]) for i, row in enumerate(rows))
+
+
+@row_task("Initials:", "Shorten the values:", "First letters:")
+def initials(_rng: Random, _style: Style) -> RowTask:
+    """First letters of the values."""
+    return lambda rows, style, rng: " ".join("".join(w[0] for w in re.findall(r"\w+", v)) for v in values_of(rows)).upper()
+
+
+@row_task("Which is the longest?", "Find the longest value:")
+def longest(_rng: Random, _style: Style) -> RowTask:
+    """The longest value."""
+    return lambda rows, style, rng: max(values_of(rows), key=len)
+
+
+VERBAL = [
+    "Describe:", "Write a sentence:", "Put the facts into words:", "Data to text:", "Say it in English:", "Turn this into a sentence:",
+    "Write a description:", "Tell me about it:", "What does it say?", "In words:", "Write it as text:", "Text:", "Summary:", "Advertise it:",
+]  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------- dialogues made up
+
+ASKS = [
+    "a table for {n}", "a taxi to {place}", "a room with {feature}", "a haircut", "a parking space",
+    "{n} tickets for {title}", "an appointment with {person}", "a guide to {place}", "a {word} lesson", "the {word} room",
+    "a wake-up call", "a bicycle", "a boat trip to {place}", "a massage", "a double room", "a seat on the train to {place}",
+    "a copy of {title}", "a repair of the {word}", "a cake for {n}",
+]  # fmt: skip
+REQUESTS = [
+    "Can I have {x}{when}?", "I would like {x}{when}, please.", "Do you have {x}{when}?", "Please book {x}{when}.", "Could you arrange {x}{when}?",
+    "I need {x}{when}.", "Hello, is {x} possible{when}?", "We want {x}{when}.", "Good morning, {x}{when}, please.", "Is there {x} left{when}?",
+    "Hi, I am calling about {x}{when}.",
+]  # fmt: skip
+YES = [
+    "Of course.",
+    "Certainly.",
+    "That is fine.",
+    "Done.",
+    "All booked.",
+    "No problem.",
+    "With pleasure.",
+    "Yes, we do.",
+    "It is yours.",
+]
+TOLD_YES = [
+    "{p} books {x}{when}.", "{a} arranges {x} for {p}{when}.", "{p} asks for {x}{when}, and {a} agrees.", "{p} will have {x}{when}.",
+    "{x} is booked for {p}{when}.", "{p} gets {x}{when} from {a}.", "{p} wants {x}{when}.", "{a} confirms {x} for {p}{when}.",
+    "{p} calls {a} and reserves {x}{when}.", "{a} books {x}{when} at {p}'s request.",
+]  # fmt: skip
+TOLD_NO = [
+    "{p} asks for {x}{when}, but {a} has none.", "{a} cannot offer {p} {x}{when}.", "There is no {bare} for {p}{when}.",
+    "{p} wants {x}{when}, but it is not possible.", "{a} turns down {p}'s request for {x}{when}.",
+]  # fmt: skip
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+SLOT_WORDS = {
+    "date": "on {v}", "time": "at {v}", "city": "in {v}", "location": "in {v}", "area": "in {v}", "name": "at {v}", "size": "for {v}",
+    "destination": "to {v}", "to": "to {v}", "origin": "from {v}", "from": "from {v}", "number": "for {v}", "cuisine": "with {v} food",
+    "price": "for {v}", "amount": "of {v}", "type": "({v})", "genre": "({v})", "artist": "by {v}", "to_location": "to {v}",
+}  # fmt: skip
+
+
+class Mix:
+    """All sources together. `Mix.window` gives the documents of one window."""
+
+    def __init__(self, material: Material) -> None:
+        """Index the material."""
+        self.material = material
+        self.wiki, self.fewrel, self.acts = material.wiki, material.fewrel, material.acts
+        self.relation_names, self.sgd, self.taskmaster = material.relation_names, material.sgd, material.taskmaster
+        self.names = Names(material.lists, harvest(self.wiki))
         self.grammar = Grammar(self.names)
-        # weight in the first part of a run, weight in the last part, builder
-        self.builders: list[tuple[float, float, Callable[[Style, Random], Doc | None]]] = [
-            (0.27, 0.33, self.grammar.triples),
-            (0.20, 0.30, self.grammar.attributes_doc),
-            (0.07, 0.04, self.generic_relation),
-            (0.10, 0.14, self.dialogue_act),
-            (0.10, 0.06, self.turn),
-            (0.03, 0.02, self.summary),
-            (0.02, 0.01, self.agent_answer),
-            (0.07, 0.04, self.open_triples),
-            (0.04, 0.02, self.keywords),
-            (0.03, 0.01, self.split_or_fuse),
-            (0.03, 0.02, self.copying),
-            (0.02, 0.01, self.labelled_sentence),
-            (0.02, 0.00, self.plain),
+        self.sayings = [example for *_, example in material.glosses if 12 < len(example) < 60]
+        self.verbal: list[tuple[float, Callable[[Style, Random], Doc | None]]] = [
+            (0.27, self.grammar.triples),
+            (0.26, self.grammar.attributes_doc),
+            (0.11, self.dialogue_act),
+            (0.06, self.turn),
+            (0.05, self.generic_relation),
+            (0.07, self.open_triples),
+            (0.03, self.labelled_sentence),
+            (0.01, self.agent_answer),
+            (0.02, self.keywords),
+            (0.05, self.booking),
+            (0.04, self.summary),
+            (0.02, self.country),
+            (0.03, self.gloss),
+        ]
+        self.textual: list[tuple[list[str], Callable[[Random], Callable[[Random], tuple[str, str] | None]]]] = [
+            (["Split:", "In short sentences:"], self.split),
+            (["Join:", "In one sentence:"], self.fuse),
+            (["Fix the case:", "Write properly:"], self.recase),
+            (["Put in order:", "Unscramble:"], self.unscramble),
+            (["Keywords:", "Names in it:"], self.find_names),
+            (["First sentence:", "Only the beginning:"], self.first_sentence),
+            (["Title:", "Give it a title:"], self.title),
+            (["Go on:", "What comes next?"], self.next_turn),
+            (["Answer:", "Answer the question:"], self.answer),
+            (["Which word?", "Word for it:"], self.word_for),
+            (["Repeat:", "Copy:"], self.repeat),
         ]
 
-    def counts(self) -> dict[str, int]:
-        """Sizes of the sources, for the card."""
-        return {
-            "wiki sentences": len(self.wiki), "fewrel sentences": len(self.fewrel), "relation names": len(self.relation_names),
-            "rnnlg acts": len(self.rnnlg), "sgd dialogues": len(self.sgd), "sgd turns": sum(len(t) for _, t in self.sgd),
-            "taskmaster answers": len(self.taskmaster), "harvested names": len(self.harvested),
-        }  # fmt: skip
+    # ------------------------------------------------------------------------------------------------------------ windows
 
-    def docs(self, rng: Random, late: bool = False) -> Iterator[Doc]:
-        """Endless documents for one window: of one builder and style half of the time, freely mixed otherwise.
+    def window(self, rng: Random) -> Iterator[Doc]:
+        """Endless documents for one window.
 
-        `late` draws for the last part of a run: more of the grammar, fewer voices and odd linearisations.
+        Half of the windows are of one hidden task that puts structured inputs into words, made clear by what they begin with; the
+        rest are hidden tasks that do not, tasks on texts, mixtures with an instruction each, and plain text.
         """
-        weights = [row[late] for row in self.builders]
-        fixed = rng.random() < 0.5
-        style = Style.draw(rng, late)
-        build = rng.choices(self.builders, weights)[0][2]
+        kind = rng.choices(["verbal", "rows", "textual", "instructed", "plain"], [0.52, 0.16, 0.08, 0.13, 0.11])[0]
+        if kind == "plain":
+            while True:
+                yield self.plain(rng)
+        if kind == "instructed":
+            style = Style.draw(rng, self.sayings)
+            while True:
+                if rng.random() < 0.5:
+                    style = Style.draw(rng, self.sayings)
+                yield self.instructed(style, rng)
+        if kind == "textual":
+            instructions, bind = rng.choice(self.textual)
+            task = bind(rng)
+            yield from self.shown(lambda: self.text_doc(task, rng), instructions, rng)
+        style = Style.draw(rng, self.sayings)
+        if kind == "verbal":
+            build = self.draw_verbal(rng)
+            yield from self.shown(lambda: build(style, rng), VERBAL, rng)
+        build = self.draw_verbal(rng, with_rows=True)
+        instructions, bind_row = rng.choice(list(ROW_TASKS.values()))
+        if rng.random() < 0.25:  # more records of the same kind: what a list suggests when nothing else does
+            instructions, row = ["One more like it:", "Another one:"], self.another(build)
+        else:
+            row = bind_row(rng, style)
+        make = lambda: self.row_doc(build, row, style, rng)  # noqa: E731
+        if rng.random() < 0.35:
+            yield from self.shown(make, instructions, rng)
         while True:
-            if not fixed:
-                style = Style.draw(rng, late)
-                build = rng.choices(self.builders, weights)[0][2]
-            doc = build(style, rng)
-            if doc is not None and doc.target:
+            yield from self.some(make)
+
+    def draw_verbal(self, rng: Random, with_rows: bool = False) -> Callable[[Style, Random], Doc | None]:
+        """A builder of the verbal kind."""
+        table = self.verbal[:8] if with_rows else self.verbal
+        return rng.choices([b for _, b in table], [w for w, _ in table])[0]
+
+    @staticmethod
+    def some(make: Callable[[], Doc | None]) -> Iterator[Doc]:
+        """One document, or none if the material did not yield one."""
+        doc = make()
+        if doc is not None and doc.target:
+            yield doc
+
+    def shown(self, make: Callable[[], Doc | None], instructions: list[str], rng: Random) -> Iterator[Doc]:
+        """Endless documents of one task, after something that tells the task: a piece of a target, an example, an instruction."""
+
+        def one() -> Doc:
+            while True:
+                for doc in self.some(make):
+                    return doc
+
+        way = rng.random()
+        if way < 0.42:
+            text = " ".join(one().target for _ in range(rng.choice([1, 1, 2, 3])))
+            if rng.random() < 0.25:
+                doc = one()
+                text = f"{doc.input}\n{doc.target}"
+            yield Doc("", text, "hint", learn=False, cut=rng.choice([5, 8, 10, 10, 10, 16, 20, 30, 60]))
+        elif way < 0.75:
+            first = one()
+            first.learn = False
+            yield first
+        else:
+            head = rng.choice(instructions)
+            every = rng.random() < 0.4
+            while True:
+                doc = one()
+                doc.input = f"{head}\n{doc.input}"
                 yield doc
+                if not every:
+                    break
+        while True:
+            yield one()
+
+    def instructed(self, style: Style, rng: Random) -> Doc:
+        """A document of any task, with its instruction."""
+        while True:
+            kind = rng.random()
+            doc: Doc | None
+            if kind < 0.45:
+                doc, head = self.draw_verbal(rng)(style, rng), rng.choice(VERBAL)
+            elif kind < 0.8:
+                instructions, bind = rng.choice(list(ROW_TASKS.values()))
+                doc, head = self.row_doc(self.draw_verbal(rng, True), bind(rng, style), style, rng), rng.choice(instructions)
+                if doc and rng.random() < 0.25:
+                    key, value = (lambda row: row[-2:])(rng.choice(doc.rows))
+                    head, doc.target = rng.choice([f"What is the {spaced(key)}?", f"Give the {key}:", f"{key}?"]), value
+            else:
+                instructions, bind_text = rng.choice(self.textual)
+                doc, head = self.text_doc(bind_text(rng), rng), rng.choice(instructions)
+            if doc is not None and doc.target and doc.input:
+                doc.input = f"{head}\n{doc.input}" if rng.random() < 0.75 else f"{doc.input}\n{head}"
+                return doc
+
+    def row_doc(self, build: Callable[[Style, Random], Doc | None], task: RowTask, style: Style, rng: Random) -> Doc | None:
+        """The input of a builder, with another task's target."""
+        doc = build(style, rng)
+        if doc is None or not doc.rows:
+            return None
+        return Doc(style.rows(doc.rows), task(doc.rows, style, rng), "rows", doc.rows)
+
+    def another(self, build: Callable[[Style, Random], Doc | None]) -> RowTask:
+        """One or two more records of the same builder, in the same notation."""
+
+        def task(_rows: Sequence[tuple[str, ...]], style: Style, rng: Random) -> str:
+            docs = [build(style, rng) for _ in range(rng.choice([1, 1, 2]))]
+            return "\n".join(style.rows(doc.rows) for doc in docs if doc and doc.rows)
+
+        return task
+
+    def text_doc(self, task: Callable[[Random], tuple[str, str] | None], rng: Random) -> Doc | None:
+        """A document of a task on texts."""
+        pair = task(rng)
+        return Doc(pair[0], pair[1], "text") if pair and len(pair[0]) < 1200 else None
+
+    # ---------------------------------------------------------------------------------------------- structured input to words
 
     def relexicalise(self, value: str, texts: list[str], rng: Random, kinds: str = "VVOPCHB") -> tuple[str, list[str]]:
         """The value and the texts with a fresh name in its place, where the texts hold it word for word."""
@@ -1101,17 +390,20 @@ class Mix:
         return fresh, [re.sub(rf"\b{re.escape(value)}\b", lambda _: fresh, t, flags=re.I) for t in texts]
 
     def dialogue_act(self, style: Style, rng: Random) -> Doc | None:
-        """RNNLG: a dialogue act of a hotel, restaurant, laptop or television domain to a sentence."""
-        act, slots, texts = rng.choice(self.rnnlg)
+        """RNNLG, ViGGO, Alex, Snips: what a hotel, shop, game, timetable or user means to how it is said."""
+        act, slots, texts = rng.choice(self.acts)
         text = detokenise(rng.choice(texts).replace(" -s", "s"))
         items = []
         for key, value in slots:
             if key in ("name", "near", "area", "address") and rng.random() < 0.85:
-                value, (text,) = self.relexicalise(value, [text], rng, "R" if act.endswith(("laptop", "tv")) else "VVHBC")
+                value, (text,) = self.relexicalise(
+                    value, [text], rng, "R" if act.endswith(("laptop", "tv")) else "WW" if act.endswith("game") else "VVHBC"
+                )
             items.append((key, value))
         if rng.random() < 0.3:
             items.insert(0, ("act", act))
-        return Doc(style.pairs(items), sentence_case(text), "rnnlg")
+        subject = next((v for k, v in items if k == "name"), "it")
+        return Doc(style.pairs(items), style.voice.say(sentence_case(text), subject, rng), "acts", items)
 
     def turn(self, style: Style, rng: Random) -> Doc | None:
         """SGD: the acts of one turn to its utterance, names replaced."""
@@ -1133,7 +425,7 @@ class Mix:
             out.insert(0, ("act", turn.acts[0][0].lower()))
         if rng.random() < 0.2:
             out.insert(0, ("service", service))
-        return Doc(style.pairs(out), text, "sgd-turn")
+        return Doc(style.pairs(out), style.voice.say(text, "us", rng), "sgd-turn", out)
 
     def summary(self, style: Style, rng: Random) -> Doc | None:
         """SGD: a dialogue to a short account of who wanted what, made from its acts."""
@@ -1145,6 +437,7 @@ class Mix:
                 ("#Person1#", "#Person2#"),
                 ("A", "B"),
                 (rng.choice(self.names.first), rng.choice(self.names.first)),
+                (rng.choice(self.names.first), "Agent"),
                 ("Customer", "Agent"),
             ]
         )
@@ -1153,19 +446,105 @@ class Mix:
         intent = next((v for t in turns for act, _, v in t.acts if act == "INFORM_INTENT"), "")
         if not intent:
             return None
-        doing = spaced(intent)
-        text = f"{a} wants to {doing}"
-        if wants:
-            text += rng.choice([" with ", ", giving "]) + Grammar.join([f"{spaced(s)} {v}" for s, v in list(wants.items())[:3]])
-        text += "."
+        details = []
+        for slot, value in list(wants.items())[:3]:
+            words = next((w for end, w in SLOT_WORDS.items() if slot.endswith(end)), f"with {spaced(slot)} {{v}}")
+            details.append(words.replace("{v}", value))
+        verb, *rest = spaced(intent).replace(" oneway", "").replace("round trip ", "").split()
+        thing = " ".join(rest)
+        doing = f"{verb} {thing if thing.endswith('s') else article(thing)}" if thing else verb
+        text = style.voice.pick([f"{a} wants to {doing}", f"{a} asks {b} to {doing}", f"{a} would like to {doing}"], rng)
+        text += "".join(" " + d for d in details) + "."
         if offers:
             text += (
-                f" {b} {rng.choice(['offers', 'suggests', 'mentions'])} "
-                + Grammar.join([v for v in list(offers.values())[:3]])
+                f" {b} {style.voice.pick(['offers', 'suggests', 'mentions'], rng)} "
+                + Grammar.join(list(offers.values())[:3])
                 + "."
             )
-        lines = "\n".join(f"{a if t.speaker == 'USER' else b}: {t.text}" for t in turns)
-        return Doc(lines, text, "sgd-summary") if len(lines) < 600 else None
+        glue = rng.choice(["\n", "\n", " "])
+        lines = glue.join(f"{a if t.speaker == 'USER' else b}: {t.text}" for t in turns)
+        return Doc(lines, style.voice.say(text, a, rng), "sgd-summary") if len(lines) < 900 else None
+
+    def booking(self, style: Style, rng: Random) -> Doc:
+        """A made-up talk at a desk, told in one sentence. Which facts come up and in what order varies, as do the wordings."""
+        r = rng
+        person = r.choice(self.names.first) if r.random() < 0.8 else self.names.person(r)
+        agent = r.choice(["Agent", "Reception", "Clerk", "Desk", "Concierge", "Operator", r.choice(self.names.first)])
+        thing = r.choice(ASKS)
+        for name, draw in (
+            ("n", lambda: r.choice(["two", "three", "four", "five", "six", "eight", "twelve"])),
+            (
+                "place",
+                lambda: r.choice(
+                    [self.names.place(r), "the " + r.choice(["airport", "station", "museum", "old town", "harbour"])]
+                ),
+            ),
+            (
+                "feature",
+                lambda: r.choice(["a bath", "a sea view", "two beds", "a kitchen", "a desk", "a fireplace", "a large window"]),
+            ),
+            ("title", lambda: self.names.title(r)),
+            ("person", lambda: self.names.person(r)),
+            ("word", lambda: r.choice(self.names.nouns)),
+        ):
+            thing = thing.replace("{" + name + "}", draw())
+        when = {
+            "day": r.choice([f" on {r.choice(DAYS)}", " tomorrow", f" on the {r.randint(4, 20)}th", " tonight", " today"]),
+            "time": r.choice([f" at {r.randint(1, 12)} o'clock", f" at {r.randint(7, 22)}:{r.choice(['00', '15', '30', '45'])}",
+                              f" at half past {r.choice(['six', 'seven', 'eight', 'nine', 'ten'])}", " at noon"]),
+        }  # fmt: skip
+        facts = [w for w, chance in (("day", 0.8), ("time", 0.6)) if r.random() < chance]
+        asked_now = [f for f in facts if r.random() < 0.5]
+        says = lambda who, text: f"{who}: {text}"  # noqa: E731
+        lines = (
+            [says(agent, r.choice(["Good evening.", "How can I help?", f"{agent} speaking.", "Hello."]))]
+            if r.random() < 0.3
+            else []
+        )
+        lines.append(
+            says(person, r.choice(REQUESTS).replace("{x}", thing).replace("{when}", "".join(when[f] for f in asked_now)))
+        )
+        for fact in facts:
+            if fact not in asked_now:
+                lines.append(
+                    says(
+                        agent, {"day": r.choice(["For which day?", "When?"]), "time": r.choice(["At what time?", "When?"])}[fact]
+                    )
+                )
+                lines.append(
+                    says(
+                        person,
+                        r.choice(["{w}.", "{w}, please.", "{w}, if possible."]).replace("{w}", when[fact].strip().capitalize()),
+                    )
+                )
+        fine = r.random() < 0.8
+        lines.append(
+            says(
+                agent,
+                r.choice(YES) if fine else r.choice(["I am sorry, no.", "Sorry, that is not possible.", "We have none left."]),
+            )
+        )
+        if r.random() < 0.3:
+            lines.append(says(person, r.choice(["Thank you.", "Great.", "All right.", "Goodbye."])))
+        told = style.voice.pick(TOLD_YES if fine else TOLD_NO, r)
+        bare = re.sub(r"^(?:an?|the) ", "", thing)
+        who = agent if agent[0].isupper() and agent in self.names.first else "the " + agent.lower()
+        text = told.replace("{x}", thing).replace("{bare}", bare).replace("{when}", "".join(when[f] for f in facts))
+        text = text.replace("{p}", person).replace("{a}", who)
+        return Doc(r.choice([" ", " ", "\n"]).join(lines), style.voice.say(text[:1].upper() + text[1:], person, r), "booking")
+
+    def country(self, style: Style, rng: Random) -> Doc:
+        """The World Factbook: a country and a field to what is said of it."""
+        name, field, text = rng.choice(self.material.countries)
+        text = text if len(text) < 300 else re.split(r"(?<=[.;]) ", text)[0]
+        return Doc(style.pairs([("country", name), ("topic", field.lower())]), text, "factbook")
+
+    def gloss(self, style: Style, rng: Random) -> Doc:
+        """WordNet: a word to its meaning or to a sentence with it."""
+        word, part, meaning, example = rng.choice(self.material.glosses)
+        if example and style.underscores:
+            return Doc(style.pairs([("word", word), ("sentence", part)]), sentence_case(example), "wordnet")
+        return Doc(style.pairs([("word", word), ("part of speech", part)]), meaning, "wordnet")
 
     def agent_answer(self, style: Style, rng: Random) -> Doc | None:
         """Taskmaster-3: values of an API's answer to what the agent said."""
@@ -1184,7 +563,7 @@ class Mix:
             slots = fixed
             if not all(v.lower() in text.lower() for _, v in slots):
                 return None
-        return Doc(style.pairs(slots), sentence_case(text), "taskmaster")
+        return Doc(style.pairs(slots), sentence_case(text), "taskmaster-3", slots)
 
     def generic_relation(self, style: Style, rng: Random) -> Doc:
         """Any of Wikidata's relation names between invented entities, said in ways that fit every noun."""
@@ -1204,7 +583,7 @@ class Mix:
                 break
         parts = []
         for i, (rel, text) in enumerate(said):
-            noun = rel if " by" not in rel and " in" not in rel and " of" not in rel and " to" not in rel else ""
+            noun = "" if re.search(r" (?:by|in|of|to)\b|^(?:has|is|was)\b", rel) else rel
             whole = subject if i == 0 or r.random() < 0.4 else r.choice(["It", "It"] if kind != "P" else ["He", "She"])
             poss = subject + "'s" if whole == subject else {"It": "Its", "He": "His", "She": "Her"}[whole]
             if noun:
@@ -1241,8 +620,9 @@ class Mix:
                 )
             ]
         if r.random() < 0.25:
-            return Doc(style.pairs([("name", subject), *((rel, o) for _, rel, o in rows)]), " ".join(parts), "generic-relation")
-        return Doc(style.triples(rows), " ".join(parts), "generic-relation")
+            pairs = [("name", subject), *((rel, o) for _, rel, o in rows)]
+            return Doc(style.pairs(pairs), style.voice.say(" ".join(parts), subject, r), "generic-relation", pairs)
+        return Doc(style.triples(rows), style.voice.say(" ".join(parts), subject, r), "generic-relation", rows)
 
     def open_triples(self, style: Style, rng: Random) -> Doc | None:
         """A Wikipedia sentence from the names in it and the words between them, written as triples or pairs."""
@@ -1262,14 +642,14 @@ class Mix:
             fresh = self.names.name("P", rng)
             text = text.replace(name, fresh)
             rows = [(fresh if s == name else s, rel, fresh if o == name else o) for s, rel, o in rows]
-        return Doc(style.triples(rows), text, "wiki-triples")
+        return Doc(style.triples(rows), text, "wiki-triples", rows)
 
     def labelled_sentence(self, style: Style, rng: Random) -> Doc:
         """FewRel: head, relation and tail, with the sentence's other names as extra facts."""
         text, head, rel, tail = rng.choice(self.fewrel)
         rest = [m[0] for m in ENTITY.finditer(text) if m[0] not in head and m[0] not in tail and m[0].lower() not in STOP]
         rows = [(head, camel(rel), tail), *((head, rng.choice(["mentions", "with", "and"]), name) for name in rest[:4])]
-        return Doc(style.triples(rows), text, "fewrel")
+        return Doc(style.triples(rows), text, "fewrel", rows)
 
     def keywords(self, style: Style, rng: Random) -> Doc | None:
         """Names, numbers and content words of a sentence, shuffled, to the sentence."""
@@ -1288,46 +668,154 @@ class Mix:
             rng.shuffle(words)
         return Doc(rng.choice([" | ", ", ", " "]).join(words), text, "keywords")
 
-    def split_or_fuse(self, style: Style, rng: Random) -> Doc | None:
-        """WikiSplit both ways: one long sentence to two, or two to one."""
-        whole, parts = rng.choice(self.wiki)
-        if len(parts) < 2 or len(whole) > 260:
-            return None
-        if rng.random() < 0.5:
-            return Doc(rng.choice(["Split: ", "In short sentences: "]) + whole, " ".join(parts), "split")
-        return Doc(rng.choice(["Join: ", "In one sentence: "]) + " ".join(parts), whole, "fuse")
+    # --------------------------------------------------------------------------------------------------------------- texts
 
-    def copying(self, style: Style, rng: Random) -> Doc:
-        """Copying, listing, picking and reordering of names."""
-        r = rng
-        items = [
-            self.names.value(r.choice(["P", "O", "C", "B", "W", "V", "DATE", "NUM", "CODE"]), r).raw
-            for _ in range(r.randint(2, 5))
-        ]
-        keys = r.sample(self.relation_names, len(items))
-        task = r.randrange(6)
-        if task == 0:
-            return Doc("Repeat: " + " | ".join(items), Grammar.join(items) + ".", "copying")
-        if task == 1:
-            return Doc(
-                style.pairs(list(zip(keys, items, strict=True))),
-                " ".join(f"The {k} is {v}." for k, v in zip(keys, items, strict=True)),
-                "copying",
-            )
-        if task == 2:
-            i = r.randrange(len(items))
-            return Doc(style.pairs(list(zip(keys, items, strict=True))) + f"\nWhat is the {keys[i]}?", f"{items[i]}.", "copying")
-        if task == 3:
-            return Doc("Reverse: " + ", ".join(items), ", ".join(reversed(items)), "copying")
-        if task == 4:
-            return Doc("Without underscores: " + " | ".join(i.replace(" ", "_") for i in items), ", ".join(items), "copying")
-        return Doc("Sort: " + ", ".join(items), ", ".join(sorted(items)), "copying")
-
-    def plain(self, style: Style, rng: Random) -> Doc:
-        """Plain text: Wikipedia sentences or a dialogue."""
+    def sentence(self, rng: Random) -> str:
+        """A sentence of Wikipedia or of the prose."""
         if rng.random() < 0.6:
+            return rng.choice(rng.choice(self.wiki)[1])
+        paragraph = rng.choice(rng.choice(self.material.prose)[1])
+        return rng.choice(re.split(r"(?<=[a-z][.!?]) (?=[A-Z])", paragraph))
+
+    def split(self, _rng: Random) -> Callable[[Random], tuple[str, str] | None]:
+        """WikiSplit: one long sentence to two."""
+
+        def task(rng: Random) -> tuple[str, str] | None:
+            whole, parts = rng.choice(self.wiki)
+            return (whole, " ".join(parts)) if len(parts) > 1 else None
+
+        return task
+
+    def fuse(self, _rng: Random) -> Callable[[Random], tuple[str, str] | None]:
+        """WikiSplit: two sentences to one."""
+
+        def task(rng: Random) -> tuple[str, str] | None:
+            whole, parts = rng.choice(self.wiki)
+            return (" ".join(parts), whole) if len(parts) > 1 else None
+
+        return task
+
+    def recase(self, _rng: Random) -> Callable[[Random], tuple[str, str] | None]:
+        """Lower case without punctuation to proper writing."""
+
+        def task(rng: Random) -> tuple[str, str] | None:
+            text = self.sentence(rng)
+            return re.sub(r"[^\w\s'-]", "", text).lower(), text
+
+        return task
+
+    def unscramble(self, rng: Random) -> Callable[[Random], tuple[str, str] | None]:
+        """Shuffled words, or words with gaps, to the sentence."""
+        gaps = rng.random() < 0.5
+
+        def task(rng: Random) -> tuple[str, str] | None:
+            text = self.sentence(rng)
+            words = text.split()
+            if not 4 < len(words) < 26:
+                return None
+            kept = ["_" if rng.random() < 0.2 else w for w in words] if gaps else rng.sample(words, len(words))
+            return " ".join(kept), text
+
+        return task
+
+    def find_names(self, rng: Random) -> Callable[[Random], tuple[str, str] | None]:
+        """A sentence to the names and numbers in it."""
+        glue = rng.choice([", ", " | ", "\n"])
+
+        def task(rng: Random) -> tuple[str, str] | None:
+            text = self.sentence(rng)
+            return text, glue.join(dict.fromkeys(m[0] for m in ENTITY.finditer(text) if m[0].lower() not in STOP))
+
+        return task
+
+    def first_sentence(self, _rng: Random) -> Callable[[Random], tuple[str, str] | None]:
+        """A paragraph to its first sentence."""
+
+        def task(rng: Random) -> tuple[str, str] | None:
+            parts = re.split(r"(?<=[a-z][.!?]) (?=[A-Z])", rng.choice(rng.choice(self.material.prose)[1]))
+            return (" ".join(parts[:3]), parts[0]) if len(parts) > 2 else None
+
+        return task
+
+    def title(self, _rng: Random) -> Callable[[Random], tuple[str, str] | None]:
+        """A paragraph to the title of its text."""
+
+        def task(rng: Random) -> tuple[str, str] | None:
+            title, paragraphs = rng.choice(self.material.prose)
+            return (paragraphs[0], title) if title else None
+
+        return task
+
+    def next_turn(self, _rng: Random) -> Callable[[Random], tuple[str, str] | None]:
+        """A dialogue to its next turn."""
+
+        def task(rng: Random) -> tuple[str, str] | None:
+            if rng.random() < 0.25:
+                turns = rng.choice(self.material.drive_through)
+            else:
+                turns = [(t.speaker.capitalize(), t.text) for t in rng.choice(self.sgd)[1]]
+            at = rng.randrange(1, len(turns))
+            return "\n".join(f"{a}: {b}" for a, b in turns[max(0, at - 4) : at]), ": ".join(turns[at])
+
+        return task
+
+    def answer(self, _rng: Random) -> Callable[[Random], tuple[str, str] | None]:
+        """QED: a Wikipedia paragraph and a question to the answer."""
+
+        def task(rng: Random) -> tuple[str, str] | None:
+            question, reply, paragraph = rng.choice(self.material.questions)
+            return f"{paragraph}\n{question}", reply
+
+        return task
+
+    def word_for(self, _rng: Random) -> Callable[[Random], tuple[str, str] | None]:
+        """WordNet: a meaning to its word."""
+
+        def task(rng: Random) -> tuple[str, str] | None:
+            word, part, meaning, _ = rng.choice(self.material.glosses)
+            return f"{meaning} ({part})", word
+
+        return task
+
+    def repeat(self, rng: Random) -> Callable[[Random], tuple[str, str] | None]:
+        """Copying of names in one of several settings, and of sentences."""
+        way = rng.randrange(5)
+
+        def task(rng: Random) -> tuple[str, str] | None:
+            kinds = ["P", "O", "C", "B", "W", "V", "DATE", "NUM", "CODE"]
+            items = [self.names.value(rng.choice(kinds), rng).raw for _ in range(rng.randint(2, 6))]
+            if way == 0:
+                return " | ".join(items), Grammar.join(items) + "."
+            if way == 1:
+                return ", ".join(items), ", ".join(reversed(items))
+            if way == 2:
+                return " | ".join(i.replace(" ", "_") for i in items), ", ".join(items)
+            if way == 3:
+                return ", ".join(items), ", ".join(sorted(items))
+            text = self.sentence(rng)
+            return text, text
+
+        return task
+
+    def plain(self, rng: Random) -> Doc:
+        """Plain text: prose, Wikipedia sentences, dialogues, the Factbook, WordNet."""
+        source = rng.choices(["prose", "wiki", "dialogue", "order", "country", "gloss"], [0.56, 0.16, 0.14, 0.02, 0.04, 0.08])[0]
+        if source == "prose":
+            title, paragraphs = rng.choice(self.material.prose)
+            at = rng.randrange(len(paragraphs))
+            head = f"{title}\n" if title and at == 0 else ""
+            return Doc("", head + "\n".join(paragraphs[at : at + 4]), "prose")
+        if source == "wiki":
             at = rng.randrange(len(self.wiki))
-            return Doc("", " ".join(w for w, _ in self.wiki[at : at + 2]), "plain")
-        turns = rng.choice(self.sgd)[1]
+            return Doc("", " ".join(w for w, _ in self.wiki[at : at + 2]), "wiki")
+        if source == "country":
+            name, field, text = rng.choice(self.material.countries)
+            return Doc("", f"{name}, {field.lower()}: {text}", "factbook")
+        if source == "gloss":
+            word, part, meaning, example = rng.choice(self.material.glosses)
+            return Doc("", f"{word} ({part}): {meaning}." + (f" {sentence_case(example)}" if example else ""), "wordnet")
+        turns = [(t.speaker.capitalize(), t.text) for t in rng.choice(self.sgd)[1]]
+        if source == "order":
+            turns = rng.choice(self.material.drive_through)
         at = rng.randrange(len(turns))
-        return Doc("", "\n".join(t.text for t in turns[at : at + 4]), "plain")
+        return Doc("", "\n".join(f"{who}: {said}" for who, said in turns[at : at + 8]), "dialogue")

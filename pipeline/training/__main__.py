@@ -12,22 +12,30 @@ from types import FrameType
 from typing import NoReturn
 
 from pipeline.errors import PrefixFleetError
-from pipeline.process import RESUME, exit_with_parent, share_cores
+from pipeline.process import RESUME, end_with_launcher, exit_with_parent, share_cores
+
+_ONE_WISH_SECONDS = 1.0  # Ctrl-C twice within this time is one wish
 
 
 class _Stop:
-    """Set by the first SIGTERM or Ctrl-C, which asks for a checkpoint; a second one ends the process as usual."""
+    """Set by SIGTERM or Ctrl-C, which ask for a checkpoint.
+
+    A flow that is cancelled sends SIGTERM more than once, and so does a process group; whoever does not want to wait sends SIGKILL. A second Ctrl-C
+    from a person ends the process as usual.
+    """
 
     def __init__(self) -> None:
         self.asked = False
+        self._since = 0.0
         for number in (signal.SIGTERM, signal.SIGINT):
             # A shell that starts us in the background ignores Ctrl-C for us; so it stays.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._note)
 
-    def _note(self, number: int, _: FrameType | None) -> None:
-        self.asked = True
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.asked and number == signal.SIGINT and time.monotonic() - self._since > _ONE_WISH_SECONDS:
+            signal.default_int_handler(number, frame)
+        self.asked, self._since = True, time.monotonic()
 
 
 # What an exchange says when the process at its other end is no more: gloo, NCCL and torch's store.
@@ -49,13 +57,14 @@ def main() -> int:
     )
     parser.add_argument("job", type=Path, help="job file, as `prefixfleet train FLEET.yaml` writes it")
     arguments = parser.parse_args()
+    stop = _Stop()
     exit_with_parent(grace_seconds=20.0)
+    end_with_launcher()
     share_cores()
     # After the parent is watched, for importing torch takes seconds.
     from pipeline.training.job import read_job
     from pipeline.training.run import Paused, run_job
 
-    stop = _Stop()
     try:
         run_job(read_job(arguments.job), lambda: stop.asked)
     except PrefixFleetError as error:

@@ -12,8 +12,6 @@ IGNORED = -100
 # Lengths are rounded up: the matrix library (oneDNN) keeps a program for every shape that it meets, and hundreds of lengths cost gigabytes.
 ROUND_TO = 8
 ROUND_POSITIONS_TO = 32
-# What a further micro-batch costs, as a part of the token budget, against the padding that it saves.
-_OVERHEAD = 1 / 32
 
 
 class TokenRow(Protocol):
@@ -33,22 +31,43 @@ def tokens_of(row: TokenRow) -> int:
     return len(row.prompt_ids) + len(row.target_ids)
 
 
-def padded_tokens(rows: Sequence[TokenRow]) -> int:
-    """Size of the micro-batch that these rows make, padding included, as budgets count it."""
+def padded_tokens(rows: Sequence[TokenRow], two_sided: bool = False) -> int:
+    """Size of the micro-batch that these rows make, padding included, as budgets count it.
+
+    Args:
+        rows: at least one.
+        two_sided: for an encoder-decoder, whose prompts and targets are padded apart.
+    """
+    if two_sided:
+        return len(rows) * (
+            _rounded(max(len(row.prompt_ids) for row in rows)) + _rounded(max(len(row.target_ids) for row in rows))
+        )
     return len(rows) * _rounded(max(map(tokens_of, rows)))
 
 
-def pack(rows: Sequence[TokenRow], budget: int) -> list[list[int]]:
+def pack(rows: Sequence[TokenRow], budget: int, overhead: int = 48, two_sided: bool = False) -> list[list[int]]:
     """Micro-batches of at most `budget` tokens, padding included, rows of like length together.
 
-    Of all ways to cut the rows, sorted by length, into micro-batches, this one has the least padding, a further micro-batch counting as
-    `_OVERHEAD` of the budget. A row that is longer than the budget makes a micro-batch of its own.
+    Of all ways to cut the rows, sorted by length, into micro-batches, this one has the least padding, a further micro-batch counting as `overhead`
+    tokens. A row that is longer than the budget makes a micro-batch of its own.
+
+    Args:
+        rows: to be cut.
+        budget: see above.
+        overhead: what a further forward and backward pass costs, against the padding that it saves.
+        two_sided: see `padded_tokens`.
 
     Returns:
         indices of `rows`, each exactly once; the longest rows first, so that what does not fit in memory shows at once.
     """
-    order = sorted(range(len(rows)), key=lambda i: (-tokens_of(rows[i]), -len(rows[i].target_ids), i))
-    lengths = [_rounded(tokens_of(rows[i])) for i in order]
+    if two_sided:
+        # Targets are short and alike: each counts as the longest, so that rows need be sorted by one length only.
+        target = _rounded(max((len(row.target_ids) for row in rows), default=0))
+        sizes = [_rounded(len(row.prompt_ids)) + target for row in rows]
+    else:
+        sizes = [_rounded(tokens_of(row)) for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: (-sizes[i], -tokens_of(rows[i]), -len(rows[i].target_ids), i))
+    lengths = [sizes[i] for i in order]
     starts = [i for i in range(len(order)) if i == 0 or lengths[i] != lengths[i - 1]] + [len(order)]  # of each length that occurs
     # best[k]: least cost of all rows from the k-th length on, and where the group that begins there ends.
     best: list[tuple[float, int]] = [(0.0, 0)] * len(starts)
@@ -56,7 +75,7 @@ def pack(rows: Sequence[TokenRow], budget: int) -> list[list[int]]:
         length = lengths[starts[k]]
         most = max(1, budget // length)
         best[k] = min(
-            (length * count + _OVERHEAD * budget * math.ceil(count / most) + best[end][0], end)
+            (length * count + overhead * math.ceil(count / most) + best[end][0], end)
             for end, count in ((end, starts[end] - starts[k]) for end in range(k + 1, len(starts)))
         )
     batches = []

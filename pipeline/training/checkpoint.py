@@ -38,8 +38,10 @@ class Checkpoint:
         length: columns of the bank.
         slots: the customer in each slot, or None.
         finished: customers who are done but whose prefixes may not have been written yet.
+        parked: customers in training of whom this run of the job was not asked for.
+        done: customers of the job who are through and whose prefixes are written.
         failed: customers who were given up, and why.
-        states: of everybody in `slots` and `finished`.
+        states: of everybody in `slots`, `finished` and `parked`.
     """
 
     tick: int
@@ -48,7 +50,9 @@ class Checkpoint:
     length: int
     slots: list[CustomerKey | None]
     finished: list[CustomerKey] = field(default_factory=list)
+    parked: list[CustomerKey] = field(default_factory=list)
     failed: dict[CustomerKey, str] = field(default_factory=dict)
+    done: int = 0
     states: dict[CustomerKey, State] = field(default_factory=dict)
 
 
@@ -58,7 +62,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, before: Iterable[Cust
     Args:
         folder: the job's.
         checkpoint: what to write.
-        before: the customers of the checkpoint that this one replaces.
+        before: the customers of the checkpoint that this one replaces, see `sweep`.
 
     Raises:
         StorageError: the disk is full or a folder cannot be written; the checkpoint before still counts.
@@ -78,11 +82,13 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, before: Iterable[Cust
             "length": checkpoint.length,
             "slots": [None if key is None else str(key) for key in checkpoint.slots],
             "finished": [str(key) for key in checkpoint.finished],
+            "parked": [str(key) for key in checkpoint.parked],
+            "done": checkpoint.done,
             "failed": {str(key): reason for key, reason in checkpoint.failed.items()},
         },
     )
     for key in {*checkpoint.states, *before}:
-        _sweep(folder, key, checkpoint.tick if key in checkpoint.states else None)
+        _delete_others(key.below(folder), checkpoint.tick if key in checkpoint.states else None)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint | None:
@@ -102,9 +108,11 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
             manifest["length"],
             [None if name is None else CustomerKey.parse(name) for name in manifest["slots"]],
             [CustomerKey.parse(name) for name in manifest["finished"]],
+            [CustomerKey.parse(name) for name in manifest["parked"]],
             {CustomerKey.parse(name): reason for name, reason in manifest["failed"].items()},
+            manifest["done"],
         )
-        for key in itertools.chain(checkpoint.slots, checkpoint.finished):
+        for key in itertools.chain(checkpoint.slots, checkpoint.finished, checkpoint.parked):
             if key is not None:
                 checkpoint.states[key] = _read_state(_path(folder, key, checkpoint.tick))
     except (KeyError, TypeError, AttributeError) as error:
@@ -112,12 +120,20 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
     return checkpoint
 
 
-def delete_checkpoint(folder: Path, keys: Iterable[CustomerKey]) -> None:
+def delete_checkpoint(folder: Path) -> None:
     """Forget a checkpoint, the manifest first."""
     (folder / MANIFEST).unlink(missing_ok=True)
     (folder / BUDGET).unlink(missing_ok=True)
-    for key in keys:
-        _sweep(folder, key, None)
+    sweep(folder, None)
+
+
+def sweep(folder: Path, checkpoint: Checkpoint | None) -> None:
+    """Delete what killed processes left in a job's folder: files that do not belong to its checkpoint, or that were being written."""
+    kept = {} if checkpoint is None else {key.below(folder): checkpoint.tick for key in checkpoint.states}
+    for place in {file.parent for file in folder.glob("*/*/*checkpoint-*")}:
+        _delete_others(place, kept.get(place))
+    for file in folder.glob(f".{MANIFEST}.*.tmp"):
+        file.unlink(missing_ok=True)
 
 
 def note_budget(folder: Path, asked: int, budget: int) -> None:
@@ -158,10 +174,9 @@ def _path(folder: Path, key: CustomerKey, tick: int) -> Path:
     return key.below(folder) / f"checkpoint-{tick:08d}.safetensors"
 
 
-def _sweep(folder: Path, key: CustomerKey, keep: int | None) -> None:
-    """Delete a customer's files of other ticks, and what a killed process left half written."""
-    kept = () if keep is None else (_path(folder, key, keep).name, _path(folder, key, keep).with_suffix(".json").name)
-    place = key.below(folder)
+def _delete_others(place: Path, tick: int | None) -> None:
+    """Delete a customer's files of other ticks, and those half written."""
+    kept = () if tick is None else (f"checkpoint-{tick:08d}.safetensors", f"checkpoint-{tick:08d}.json")
     for file in [*place.glob("checkpoint-*"), *place.glob(".checkpoint-*.tmp")]:
         if file.name not in kept:
             with contextlib.suppress(OSError):

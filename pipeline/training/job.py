@@ -5,6 +5,7 @@ Plain dataclasses and YAML, for it is read on bare GPU nodes. No field has a def
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -17,6 +18,7 @@ from pipeline.files import write_text
 from pipeline.keys import CustomerKey
 
 FORMAT = 2
+SCHEDULES = ("linear", "cosine", "constant")
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,38 @@ def read_job(path: Path) -> Job:
         raise ConfigError(f"{path}: cannot be read as a job file ({error}).") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ConfigError(f"{path}: is no job file of format {FORMAT}. Write it again with `prefixfleet train FLEET.yaml`.")
-    return _build(Job, content, str(path))
+    job: Job = _build(Job, content, str(path))
+    _check(job, str(path))
+    return job
+
+
+def _check(job: Job, place: str) -> None:
+    """Refuse values that a fleet file would not give: a job file may have been written by hand."""
+    at_least: list[tuple[str, float | None, float]] = [
+        ("mixing.slots", job.mixing.slots, 1),
+        ("mixing.max_tokens_per_micro_batch", job.mixing.max_tokens_per_micro_batch, 1),
+        ("mixing.checkpoint_every_seconds", job.mixing.checkpoint_every_seconds, 0),
+    ]
+    seen: set[CustomerKey] = set()
+    for i, customer in enumerate(job.customers):
+        here, training = f"customers[{i}]", customer.training
+        if customer.key in seen:
+            raise ConfigError(f"{place}.{here}: {customer.key} stands twice. Delete one.")
+        seen.add(customer.key)
+        whole = ("max_steps", "batch_size", "gradient_accumulation_steps", "eval_every", "early_stopping")
+        at_least += [(f"{here}.training.{name}", getattr(training, name), 1) for name in whole]
+        none_below_zero = ("warmup_steps", "weight_decay", "seed")
+        at_least += [(f"{here}.training.{name}", getattr(training, name), 0) for name in none_below_zero]
+        at_least += [(f"{here}.prefix.length", customer.prefix.length, 1)]
+        for name in ("lr", "max_grad_norm"):
+            value = getattr(training, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"{place}.{here}.training.{name}: {value} is not a positive number")
+        if training.schedule not in SCHEDULES:
+            raise ConfigError(f"{place}.{here}.training.schedule: {training.schedule!r} is none of {', '.join(SCHEDULES)}")
+    for name, value, least in at_least:
+        if value is not None and not (math.isfinite(value) and value >= least):
+            raise ConfigError(f"{place}.{name}: {value} must be at least {least:g}")
 
 
 def _build(kind: Any, content: Any, place: str) -> Any:

@@ -7,10 +7,9 @@ row has a loss of its own, divided by its own customer's target tokens; norms, c
 shared is the shape of a micro-batch, that is, the order in which floating-point numbers are added up.
 """
 
-import contextlib
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,9 +17,12 @@ from accelerate import Accelerator
 
 from pipeline.errors import TrainingError
 from pipeline.prefix import FrozenBase, PrefixBank
+from pipeline.prefix.bank import Flat
 from pipeline.training.batches import TokenRow, pack, padded_tokens, row_losses, tokens_of
 from pipeline.training.engines import Engine
 from pipeline.training.resident import Resident
+
+_NO_MEMORY = "out of device memory"
 
 
 class Interrupted(Exception):
@@ -149,14 +151,19 @@ class Mixed:
         started = time.monotonic()
         report = Report()
         residents = dict(self.seated)
-        flats = {}
+        flats: dict[int, Flat] = {}
+        rows: dict[int, list[TokenRow]] = {}
         for slot, resident in residents.items():
-            with self._own_affair(slot, report):
-                flats[slot] = resident.flat()
-                self.bank.fill(slot, flats[slot], resident.infix)
+
+            def begin(slot: int = slot, resident: Resident = resident) -> None:
+                flat = resident.flat()
+                self.bank.fill(slot, flat, resident.infix)
+                rows[slot] = resident.next_rows()
+                flats[slot] = flat
+
+            self._alone(slot, report, begin)
         if not flats:
             return report
-        rows = {slot: residents[slot].next_rows() for slot in flats}
         tokens = {slot: sum(len(row.target_ids) for row in own) for slot, own in rows.items()}
         scale = torch.zeros(len(self.residents), device=self.base.device, dtype=torch.float64)
         scale[list(tokens)] = torch.tensor([1 / n for n in tokens.values()], device=scale.device, dtype=scale.dtype)
@@ -171,12 +178,14 @@ class Mixed:
             gradients = torch.autograd.grad((own * scale[slots].to(own.dtype)).sum(), leaves, allow_unused=True)
             if not counts:
                 return
+            shares = own.detach().double() * scale[slots]
+            # From here on nothing more is allocated.
             for total, gradient in zip(sums, gradients, strict=True):
                 if gradient is not None:
                     total += gradient
-            losses.index_add_(0, slots, own.detach().double() * scale[slots])
+            losses.index_add_(0, slots, shares)
 
-        self._pass([Item(slot, row) for slot, own in rows.items() for row in own], learn, report)
+        self._pass([Item(slot, row) for slot in flats for row in rows[slot]], learn, report)
         self._add_up([*sums, losses], report)
 
         norms = {}
@@ -187,8 +196,11 @@ class Mixed:
                     for site, total in zip(sites, sums, strict=True)
                     if site in flat
                 }
-                with self._own_affair(slot, report):
+
+                def end(slot: int = slot, flat: Flat = flat, own: dict[str, torch.Tensor] = own) -> None:
                     norms[slot] = residents[slot].backward(flat, own)
+
+                self._alone(slot, report, end)
         # One transfer from the device for everybody.
         numbers = torch.stack([norm.double() for norm in norms.values()]).tolist() if norms else []
         all_losses = losses.tolist()
@@ -222,8 +234,11 @@ class Mixed:
         if not due:
             return report
         for slot, resident in due:
-            with self._own_affair(slot, report):
+
+            def begin(slot: int = slot, resident: Resident = resident) -> None:
                 self.bank.fill(slot, resident.flat(), resident.infix)
+
+            self._alone(slot, report, begin)
         due = [(slot, resident) for slot, resident in due if slot not in report.failed]
         totals = torch.zeros(len(self.residents), device=self.base.device, dtype=torch.float64)
 
@@ -242,16 +257,29 @@ class Mixed:
                 resident.judge(report.losses[slot], lambda slot=slot: self.bank.take(slot))  # type: ignore[misc]  # bound now
         return report
 
-    @contextlib.contextmanager
-    def _own_affair(self, slot: int, report: Report) -> Iterator[None]:
-        """What goes wrong inside fails this customer alone. With several processes it ends them all: the others may be waiting for this one."""
-        try:
-            yield
-        except Exception as error:
-            if self.accelerator.num_processes > 1:
-                raise
-            traceback.print_exc()
-            report.failed[slot] = f"{type(error).__name__}: {error}. The traceback is in the log."
+    def _alone(self, slot: int, report: Report, action: Callable[[], None]) -> None:
+        """Do what concerns one customer only; what goes wrong fails that customer.
+
+        With several processes it ends them all: the others may be waiting for this one. Memory is looked for once more before it is given up.
+        """
+        for last in (False, True):
+            try:
+                action()
+                return
+            except torch.OutOfMemoryError as error:
+                problem = (
+                    f"out of device memory outside the micro-batches ({error}). Lower launch.slots or max_tokens_per_micro_batch."
+                )
+            except Exception as error:
+                if self.accelerator.num_processes > 1:
+                    raise
+                traceback.print_exc()
+                report.failed[slot] = f"{type(error).__name__}: {error}. The traceback is in the log."
+                return
+            if last:
+                report.failed[slot] = problem
+            elif torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     def _pass(self, items: list[Item], compute: Compute, report: Report) -> None:
         """Run `compute` over this process's share of `items`, micro-batch by micro-batch, within the budget and the memory there is.
@@ -261,56 +289,77 @@ class Mixed:
             OutOfMemoryAlone: see there.
         """
         processes, own = self.accelerator.num_processes // self.engine.parts, self.accelerator.process_index // self.engine.parts
-        share = items[own::processes]
-        waiting = [[share[i] for i in batch] for batch in pack(share, self.budget)]
+        waiting = self._packed(items[own::processes])
         idle = 0
         if self.engine.equal_passes:
             # Every process has all rows, so it knows how many passes the others make without asking.
-            idle = max(len(pack(items[i::processes], self.budget)) for i in range(processes)) - len(waiting)
+            idle = max(len(self._packed(items[i::processes])) for i in range(processes)) - len(waiting)
         while waiting and not self._out_of_memory:
             # Several processes stop together, at the end of the pass: some may already be waiting for the others there.
             if self.accelerator.num_processes == 1 and self.asked_to_stop():
                 raise Interrupted
             batch = waiting.pop(0)
-            if self._try(batch, compute):
+            problem = self._try(batch, compute)
+            slots = list(dict.fromkeys(item.slot for item in batch))
+            if problem is None:
                 report.tokens += sum(map(tokens_of, batch))
-                report.padded += padded_tokens(batch)
-            elif self.engine.place is not None:
+                report.padded += padded_tokens(batch, self.base.is_encoder_decoder)
+            elif problem is _NO_MEMORY and self.engine.place is not None:
+                self._halve(batch)
                 raise OutOfMemoryAlone
-            elif self.accelerator.num_processes > 1:
-                self._out_of_memory = True
-            elif len(batch) == 1:
-                slot = batch[0].slot
-                report.failed[slot] = (
-                    f"a row of {tokens_of(batch[0])} tokens does not fit in the device's memory. Lower prompt.max_input_tokens, or set "
-                    "launch.gradient_checkpointing: true."
-                )
-                waiting = [kept for rows in waiting if (kept := [item for item in rows if item.slot != slot])]
+            elif problem is _NO_MEMORY and len(batch) > 1:
+                self._halve(batch)
+                if self.accelerator.num_processes > 1:
+                    self._out_of_memory = True
+                else:
+                    waiting = self._packed([item for rows in [batch, *waiting] for item in rows])
+            elif len(slots) > 1:  # whose fault is it?
+                waiting = [[item for item in batch if item.slot == slot] for slot in slots] + waiting
             else:
-                rest = [item for rows in [batch, *waiting] for item in rows]
-                waiting = [[rest[i] for i in rows] for rows in pack(rest, self.budget)]
+                if problem is _NO_MEMORY:
+                    problem = (
+                        f"a row of {tokens_of(batch[0])} tokens does not fit in the device's memory. Lower prompt.max_input_tokens, or set "
+                        "launch.gradient_checkpointing: true."
+                    )
+                report.failed[slots[0]] = problem
+                waiting = [kept for rows in waiting if (kept := [item for item in rows if item.slot != slots[0]])]
         for _ in range(idle if items else 0):
             # What comes of it is thrown away, so that not even a NaN of it reaches anybody.
-            if not self._try([Item(items[0].slot, _Idle([self.pad], [self.pad]))], compute, counts=False):
+            if self._try([Item(items[0].slot, _Idle([self.pad], [self.pad]))], compute, counts=False) is not None:
                 raise OutOfMemoryAlone
         self.base.placed.settle()
 
-    def _try(self, batch: Sequence[Item], compute: Compute, counts: bool = True) -> bool:
-        """Whether a micro-batch fitted in memory; if not, the budget is half of it from now on."""
+    def _packed(self, items: Sequence[Item]) -> list[list[Item]]:
+        # On a GPU a further pass costs as much as many tokens; on a processor padding does.
+        overhead = self.budget // 32 if self.base.device.type == "cuda" else 48
+        return [[items[i] for i in batch] for batch in pack(items, self.budget, overhead, self.base.is_encoder_decoder)]
+
+    def _try(self, batch: Sequence[Item], compute: Compute, counts: bool = True) -> str | None:
+        """Run a micro-batch; returns what went wrong, if anything did."""
         slots = torch.tensor([item.slot for item in batch], device=self.base.device)
         try:
             with self.base.prefixes(self.bank, slots):
                 compute(batch, slots, counts)
-            return True
+            return None
         except torch.OutOfMemoryError:
             pass  # the error's traceback holds the tensors of the failed pass; they are free only behind this block
+        except Exception as error:
+            if self.accelerator.num_processes > 1:
+                raise
+            if len({item.slot for item in batch}) == 1:
+                traceback.print_exc()
+            return f"{type(error).__name__}: {error}. The traceback is in the log."
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        self.budget = max(1, min(self.budget, padded_tokens(batch)) // 2)
+        return _NO_MEMORY
+
+    def _halve(self, batch: Sequence[Item]) -> None:
+        """Lower the budget after a micro-batch that did not fit."""
+        size = padded_tokens(batch, self.base.is_encoder_decoder)
+        self.budget = max(1, min(self.budget, size) // 2)
         if not self._told:
-            self.say(f"out of device memory: max_tokens_per_micro_batch is {self.budget} from now on; nothing is lost")
+            self.say(f"out of device memory in a micro-batch of {size} tokens: smaller ones from now on; nothing is lost")
             self._told = True
-        return False
 
     def _add_up(self, tensors: Sequence[torch.Tensor], report: Report) -> None:
         """Sum over the processes, in place and in one exchange; all of them stop together if one was asked to or ran out of memory.
@@ -320,19 +369,25 @@ class Mixed:
         """
         if self.accelerator.num_processes == 1:
             return
-        facts = [float(self._out_of_memory), float(self.asked_to_stop()), float(report.tokens), float(report.padded)]
+        failed = [float(slot in report.failed) for slot in range(len(self.residents))]
+        facts = [float(self._out_of_memory), float(self.asked_to_stop()), float(report.tokens), float(report.padded), *failed]
         # In the precision of the gradients: twice the bytes for a handful of sums would not be worth it.
         parts = [*(tensor.flatten().to(tensors[0].dtype) for tensor in tensors), torch.tensor(facts, dtype=tensors[0].dtype)]
         bucket = torch.cat([part.to(self.base.device) for part in parts])
         torch.distributed.all_reduce(bucket)
         *sums, facts_of_all = bucket.split([part.numel() for part in parts])
-        out_of_memory, asked, tokens, padded = facts_of_all.tolist()
+        out_of_memory, asked, tokens, padded, *failed = facts_of_all.tolist()
         if out_of_memory:
             budget = torch.tensor([self.budget], device=self.base.device)
             torch.distributed.all_reduce(budget, op=torch.distributed.ReduceOp.MIN)
             self.budget = int(budget)
         if out_of_memory or asked:
             raise Interrupted
+        for slot, count in enumerate(failed):
+            if count:
+                report.failed.setdefault(
+                    slot, "a row does not fit in the memory of another process's device. Lower prompt.max_input_tokens."
+                )
         # Processes that make one pass together have the same rows: `parts` times the same losses and tokens.
         report.tokens, report.padded = int(tokens), int(padded)
         for tensor, total in zip(tensors, sums, strict=True):

@@ -5,13 +5,13 @@ is computed is in `pipeline.training.mixed`, what a customer is in `pipeline.tra
 """
 
 import json
+import os
 import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -20,10 +20,12 @@ from typing import Any, TextIO
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from filelock import FileLock, Timeout
 
 from pipeline.data import Record, read_card, read_split
 from pipeline.data.prompt import load_tokenizer
 from pipeline.errors import ConfigError, DataError, PrefixFleetError, StorageError, TrainingError
+from pipeline.files import write_text
 from pipeline.keys import CustomerKey
 from pipeline.prefix import FrozenBase, load_base, save_prefix
 from pipeline.prefix.base import choose_dtype
@@ -38,6 +40,7 @@ from pipeline.training.checkpoint import (
     note_budget,
     noted_budget,
     read_checkpoint,
+    sweep,
     write_checkpoint,
 )
 from pipeline.training.engines import Engine, chosen
@@ -46,7 +49,11 @@ from pipeline.training.mixed import Interrupted, Mixed, OutOfMemoryAlone, Report
 from pipeline.training.plan import refuse_what_cannot_fit
 from pipeline.training.resident import Resident
 from pipeline.training.results import PREFIX_FILES, is_whole, write_result
-from pipeline.training.tracking import Run
+from pipeline.training.tracking import Run, Tracker
+
+_WAIT_SECONDS = 30.0  # for another process on the same job to end
+_FLUSH_SECONDS = 30.0  # for the last metrics to reach MLflow at the end of a job
+_PAUSE_SECONDS = 3.0  # and when it was asked to stop: whoever asked will not wait long
 
 # How long a process waits for the others in an exchange before it gives the job up: longer than the first one takes to write a checkpoint or to read
 # a base from a slow disk while the others are through with theirs.
@@ -74,18 +81,15 @@ class _Member:
 
     def state(self) -> State:
         tensors, plain = self.resident.state()
-        run_id = None if self.run is None else self.run.id
-        return tensors, {"train_digest": self.customer.train_digest, "parent": self.parent, "run_id": run_id, **plain}
+        where = {"train_digest": self.customer.train_digest, "prefix_dir": self.customer.prefix_dir}
+        return tensors, {**where, "parent": self.parent, **plain}
 
     def close(self, status: str | None) -> None:
         """End its metrics; None leaves the MLflow run open for whoever goes on."""
         if self.metrics is not None:
             self.metrics.close()
         if self.run is not None:
-            if status is None:
-                self.run.pause()
-            else:
-                self.run.close(status)
+            self.run.close(status)
 
 
 def run_job(job: Job, asked_to_stop: Callable[[], bool] = lambda: False) -> int:
@@ -103,37 +107,82 @@ def run_job(job: Job, asked_to_stop: Callable[[], bool] = lambda: False) -> int:
         StorageError: a checkpoint cannot be written or read. The last good one stays.
         BaseModelError, ConfigError: nothing of the job can be done.
     """
+    _join_after_restart(os.environ)
     # With a GPU-less machine Accelerate would otherwise look for one when the launcher's config names several processes.
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(), kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=_PATIENCE_SECONDS))]
     )
-    folder = Path(job.folder)
-    saved = read_checkpoint(folder)
-    # What the first process sees holds for all: another one may look when a file has just come.
-    trained = _of_first([is_whole(Path(c.prefix_dir), PREFIX_FILES) for c in job.customers], accelerator)
-    due = [customer for customer, done in zip(job.customers, trained, strict=True) if not done]
-    if accelerator.is_main_process:
-        for customer, done in zip(job.customers, trained, strict=True):
-            if done:
-                write_result(job, customer, "train", time.monotonic())
-    if not due:
-        if accelerator.is_main_process and saved is not None:
-            delete_checkpoint(folder, saved.states)
-        return 0
-    if job.base.quantization == "int8" and job.mixing.slots > 1:
-        raise ConfigError(
-            f"{folder}: slots is {job.mixing.slots}, but LLM.int8 treats a column as large that is large in any row of a batch, so that customers "
-            "would touch one another. Set launch.slots: 1, or quantization: int4."
-        )
-    dtype = choose_dtype(job.base.dtype, accelerator.device)
-    engine = chosen(accelerator, dtype)
-    if accelerator.device.type == "cuda" and Path(job.base.path).is_dir() and job.base.quantization is None:
-        memory = torch.cuda.get_device_properties(accelerator.device).total_memory
-        refuse_what_cannot_fit(Path(job.base.path), dtype, engine.name, accelerator.num_processes, memory)
-    base = load_base(job.base, accelerator.device, engine.place)
     with ExitStack() as stack:
-        training = _Training(job, due, base, accelerator, engine, asked_to_stop, saved, stack)
-        return training.work()
+        folder = Path(job.folder)
+        if accelerator.is_main_process:
+            stack.enter_context(_only_one(folder))
+        accelerator.wait_for_everyone()
+        saved = read_checkpoint(folder)
+        # What the first process sees holds for all: another one may look when a file has just come.
+        trained = _of_first([is_whole(Path(c.prefix_dir), PREFIX_FILES) for c in job.customers], accelerator)
+        due = [customer for customer, done in zip(job.customers, trained, strict=True) if not done]
+        if accelerator.is_main_process:
+            sweep(folder, saved)
+            for customer, done in zip(job.customers, trained, strict=True):
+                if done:
+                    write_result(job, customer, "train", time.monotonic())
+        if not due:
+            if accelerator.is_main_process and saved is not None and all(key is None for key in saved.slots) and not saved.parked:
+                delete_checkpoint(folder)
+            return 0
+        if job.base.quantization == "int8" and job.mixing.slots > 1:
+            raise ConfigError(
+                f"{folder}: slots is {job.mixing.slots}, but LLM.int8 treats a column as large that is large in any row of a batch, so "
+                "customers would touch one another. Set slots to 1 (launch.slots in a fleet file), or quantization: int4."
+            )
+        dtype = choose_dtype(job.base.dtype, accelerator.device)
+        engine = chosen(accelerator, dtype)
+        if accelerator.device.type == "cuda" and Path(job.base.path).is_dir() and job.base.quantization is None:
+            memory = torch.cuda.get_device_properties(accelerator.device).total_memory
+            refuse_what_cannot_fit(Path(job.base.path), dtype, engine.name, accelerator.num_processes, memory)
+        base = load_base(job.base, accelerator.device, engine.place)
+        return _Training(job, due, base, accelerator, engine, asked_to_stop, saved, stack).work()
+
+
+def _join_after_restart(environment: Mapping[str, str]) -> None:
+    """Meet the other processes under a name of this attempt, if the launcher has started them all again (`--max_restarts`).
+
+    torch (2.13) keeps the store of a static rendezvous, which is Accelerate's default, over restarts: the processes would find the addresses of those
+    that are dead.
+    """
+    attempt = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if attempt == 0 or torch.distributed.is_initialized():
+        return
+    world, patience = int(environment["WORLD_SIZE"]), timedelta(seconds=_PATIENCE_SECONDS)
+    store = torch.distributed.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), world, False, patience)
+    named = torch.distributed.PrefixStore(f"attempt-{attempt}", store)
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(int(environment["LOCAL_RANK"]))
+    # Parts of the base that wait in the machine's memory are exchanged there.
+    backend = "cuda:nccl,cpu:gloo" if gpu else "gloo"
+    torch.distributed.init_process_group(backend, store=named, rank=int(environment["RANK"]), world_size=world, timeout=patience)
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Hold the job, so that no two processes write its files.
+
+    The trainer of a flow that was killed may still be writing its last checkpoint.
+
+    Raises:
+        StorageError: another one is at work on it, or the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "lock", timeout=_WAIT_SECONDS):
+            yield
+    except Timeout as error:
+        raise StorageError(f"{folder}: another process is training this job. Wait for it or stop it.") from error
+    except OSError as error:
+        if error.filename is None or not str(error.filename).startswith(str(folder)):
+            raise
+        raise StorageError(f"{folder}: cannot be written ({error.strerror}). Check the folder and its permissions.") from error
 
 
 class _Training:
@@ -158,16 +207,14 @@ class _Training:
         if job.mixing.gradient_checkpointing:
             base.checkpoint_gradients()
         self.saved_keys = set() if saved is None else set(saved.states)
-        self.sender = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
-        stack.callback(self.sender.shutdown)
-        self.progress = (
-            stack.enter_context(Progress("train", sum(c.training.max_steps for c in due), "steps")) if self.main else None
-        )
+        self.tracker = Tracker()
         self.members: dict[CustomerKey, _Member] = {}  # of those in a slot
-        self.finished: list[_Member] = []  # done, not yet committed
+        self.finished: list[_Member] = []  # done, but their prefixes are not written yet
+        self.unwritten: set[CustomerKey] = set()  # of those, whom that was told of
+        self.parked: dict[CustomerKey, State] = {}
         self.failed: dict[CustomerKey, str] = {}
-        self.done = 0
-        self.unwritten = 0
+        self.done = len(job.customers) - len(due) if saved is None else saved.done
+        self.settled = 0  # steps of those who have left, all that they might have taken
         self.rate = _Rate()
         self.tick = 0 if saved is None else saved.tick
         self.mixed = Mixed(
@@ -181,13 +228,17 @@ class _Training:
             self._say,
             engine,
         )
+        self.progress: Progress | None = None
         self.metrics: _MetricsFile | None = None
         self.run: Run | None = None
         if self.main:
-            self.metrics = _MetricsFile(self.folder / "metrics.jsonl", keep_until=self.tick)
+            self.progress = stack.enter_context(Progress("train", sum(c.training.max_steps for c in due), "steps"))
+            kept = [] if saved is None else _lines_until(self.folder / "metrics.jsonl", self.tick)
+            self.metrics = _MetricsFile(self.folder / "metrics.jsonl", kept)
             stack.callback(self.metrics.close)
             tags = {"prefixfleet.job": job.name, "prefixfleet.base_digest": job.base.digest}
-            self.run = Run(job.experiment, f"job {job.name}", asdict(job.mixing), tags, self.sender)
+            note = self.folder / "mlflow_run.json"
+            self.run = Run(self.tracker, job.experiment, f"job {job.name}", asdict(job.mixing), tags, note)
         self.queue = deque(due)
         self.last_checkpoint = time.monotonic()
         if saved is not None:
@@ -197,7 +248,8 @@ class _Training:
 
     def work(self) -> int:
         """Until the queue is empty and every slot is free; returns the number of failed customers."""
-        status = "FAILED"
+        status: str | None = "FAILED"
+        patience = _FLUSH_SECONDS
         try:
             self._publish()
             while True:
@@ -206,6 +258,7 @@ class _Training:
                 if judged.losses or judged.failed:
                     self._give_up(judged)
                     self._finish()
+                    self._show()
                     continue
                 if not self.members:
                     break
@@ -216,12 +269,13 @@ class _Training:
                 self._tell(report)
                 self._give_up(report)
             self._checkpoint()
-            if self.main and not self.unwritten:
-                delete_checkpoint(self.folder, self.saved_keys)
+            if self.main and not self.finished and not self.parked:
+                delete_checkpoint(self.folder)
             status = "FINISHED"
         except OutOfMemoryAlone:
             # The others wait inside a pass, so that no checkpoint of this moment can be had: the last one holds, with the smaller budget.
             note_budget(self.folder, self.job.mixing.max_tokens_per_micro_batch, self.mixed.budget)
+            status, patience = None, _PAUSE_SECONDS
             raise Paused(
                 f"{self.job.name}: out of device memory in process {self.accelerator.process_index}. Run the same command again: it goes on from its "
                 f"last checkpoint with micro-batches of {self.mixed.budget} tokens."
@@ -230,6 +284,7 @@ class _Training:
             self._checkpoint()
             for member in self.members.values():
                 member.close(None)
+            status, patience = None, _PAUSE_SECONDS
             raise Paused(
                 f"{self.job.name}: stopped at a checkpoint with {len(self.members)} customers in training and {len(self.queue)} waiting. "
                 "Run the same command again to go on."
@@ -237,7 +292,8 @@ class _Training:
         finally:
             if self.run is not None:
                 self.run.close(status)
-        return len(self.failed) + self.unwritten
+            self.tracker.close(patience)
+        return len(self.failed) + len(self.finished)
 
     def _budget(self, saved: Checkpoint | None) -> int:
         """Tokens of a micro-batch: as asked for, or what was left of that when memory ran out before."""
@@ -253,23 +309,28 @@ class _Training:
         """Let the next customers of the queue into the free slots."""
         while self.queue and (slot := self.mixed.free_slot()) is not None:
             customer = self.queue.popleft()
-            try:
-                member = self._open(customer, None)
-            except PrefixFleetError as error:
-                self._fail(customer, str(error))
-            except Exception as error:  # whatever it is, it is this customer's; the others go on
-                if self.accelerator.num_processes > 1:
-                    # The other processes may be waiting in an exchange of gradients: going on here would mix two customers'. The launcher
-                    # ends them all, and the flow starts the job again.
-                    raise
-                traceback.print_exc()
-                self._fail(
-                    customer,
-                    f"{type(error).__name__}: {error}. The traceback is in the log; this is a bug or the machine is out of memory.",
-                )
-            else:
+            member = self._opened(customer, None)
+            if member is not None:
                 self.mixed.residents[slot] = member.resident
                 self.members[customer.key] = member
+
+    def _opened(self, customer: JobCustomer, saved: State | None) -> _Member | None:
+        """As `_open`; a customer that cannot be opened fails alone."""
+        try:
+            return self._open(customer, saved)
+        except PrefixFleetError as error:
+            self._fail(customer, str(error))
+        except Exception as error:  # whatever it is, it is this customer's; the others go on
+            if self.accelerator.num_processes > 1:
+                # The other processes may be waiting in an exchange of gradients: going on here would mix two customers'. The launcher ends
+                # them all, and the flow starts the job again.
+                raise
+            traceback.print_exc()
+            self._fail(
+                customer,
+                f"{type(error).__name__}: {error}. The traceback is in the log; this is a bug or the machine is out of memory.",
+            )
+        return None
 
     def _open(self, customer: JobCustomer, saved: State | None) -> _Member:
         """A customer ready for its next step: the first one, or the one that follows a checkpoint.
@@ -281,7 +342,7 @@ class _Training:
         error: PrefixFleetError | None = None
         try:
             card, train_rows, dev_rows = _read(customer)
-            _check_lengths(self.base, customer, [*train_rows, *dev_rows], mixed=len(self.mixed.residents) > 1)
+            _check_rows(self.base, customer, train_rows, dev_rows)
         except PrefixFleetError as found:
             error = found
         _agree(error, self.accelerator)
@@ -294,12 +355,15 @@ class _Training:
                 member.parent = plain["parent"]
                 resident.restore(tensors, plain)
             if self.main:
-                member.metrics = _MetricsFile(customer.key.below(self.folder) / "metrics.jsonl")
-                for entry in resident.history:
-                    member.metrics.write(entry)
-                run_id = None if saved is None else saved[1]["run_id"]
+                place = customer.key.below(self.folder)
+                member.metrics = _MetricsFile(place / "metrics.jsonl", resident.history)
                 member.run = Run(
-                    self.job.experiment, str(customer.key), _params(customer), _tags(self.job, customer), self.sender, run_id
+                    self.tracker,
+                    self.job.experiment,
+                    str(customer.key),
+                    _params(customer),
+                    _tags(self.job, customer),
+                    place / "mlflow_run.json",
                 )
         except PrefixFleetError as found:
             error = found
@@ -316,33 +380,53 @@ class _Training:
     def _go_on(self, saved: Checkpoint) -> None:
         """Put everybody back where the checkpoint has them."""
         waiting = {customer.key: customer for customer in self.queue}
-        for key, state in saved.states.items():
-            if key in waiting and state[1].get("train_digest") != waiting[key].train_digest:
-                raise StorageError(
-                    f"{self.folder}: its checkpoint is of {key} with other settings or data. Delete {self.folder / 'checkpoint.json'} to train "
-                    "the job's unfinished customers from their beginning."
+        states = dict(saved.states)
+        for key in list(states):
+            if key in waiting and states[key][1].get("train_digest") != waiting[key].train_digest:
+                self._message(
+                    str(key), "warning", "its settings or data were changed since the checkpoint: trained from its beginning"
                 )
-        steps = 0
+                del states[key]
         seats = saved.slots if len(saved.slots) == len(self.mixed.residents) else [key for key in saved.slots if key is not None]
+        done = 0
         for slot, seat in enumerate(seats):
-            if seat is not None and seat in waiting:
-                member = self._open(waiting.pop(seat), saved.states[seat])
+            if seat in states and seat in waiting and (member := self._opened(waiting.pop(seat), states[seat])) is not None:
                 self.mixed.residents[slot] = member.resident
                 self.members[seat] = member
-                steps += member.resident.step
-        for key in saved.finished:
-            if key in waiting:
-                member = self._open(waiting.pop(key), saved.states[key])
-                self.finished.append(member)
-                self.done += 1
-                steps += member.customer.training.max_steps
+                done += member.resident.step
+        for key in [*saved.finished, *saved.parked]:
+            if key in states and key in waiting and (member := self._opened(waiting[key], states[key])) is not None:
+                through = key in saved.finished or member.resident.finished
+                free = self.mixed.free_slot()
+                if not through and free is None:
+                    member.close(None)  # another time: there are fewer slots now
+                    self.parked[key] = states[key]
+                    del waiting[key]
+                    continue
+                del waiting[key]
+                if through:
+                    self.finished.append(member)
+                    self.settled += member.customer.training.max_steps
+                    done += member.customer.training.max_steps
+                else:
+                    assert free is not None
+                    self.mixed.residents[free] = member.resident
+                    self.members[key] = member
+                    done += member.resident.step
         for key, reason in saved.failed.items():
-            if key in waiting:
+            if key in waiting and key not in self.failed:
                 self._fail(waiting.pop(key), reason)
-        self.queue = deque(customer for customer in self.queue if customer.key in waiting)
+        # Whoever is not among those asked for this time keeps what was reached: the flow leaves out those it cannot ask about just now.
+        asked = {customer.key for customer in self.queue}
+        self.parked |= {
+            key: state
+            for key, state in states.items()
+            if key not in asked and not is_whole(Path(state[1].get("prefix_dir", "")), PREFIX_FILES)
+        }
+        self.queue = deque(customer for customer in self.queue if customer.key in waiting and customer.key not in self.failed)
         if self.progress is not None:
-            self.progress.skip(steps)
-            self.progress.message(self.job.name, "resumed", f"from the checkpoint at tick {saved.tick}")
+            self.progress.reach(done, skipped=done)
+        self._message(self.job.name, "resumed", f"from the checkpoint at tick {saved.tick}")
 
     def _finish(self) -> None:
         """Take those out of their slots who are through."""
@@ -350,11 +434,8 @@ class _Training:
             if not member.resident.finished:
                 continue
             self._leave(slot, member)
-            # Steps that early stopping saved count as done.
-            self._skip_steps(member)
             if member.resident.best:
                 self.finished.append(member)
-                self.done += 1
             else:
                 self._fail(member.customer, "no dev loss was finite. Lower training.lr or look at the data.", member)
 
@@ -363,7 +444,6 @@ class _Training:
         seats = dict(self._seats())
         for slot, reason in report.failed.items():
             self._leave(slot, seats[slot])
-            self._skip_steps(seats[slot])
             self._fail(seats[slot].customer, reason, seats[slot])
 
     def _seats(self) -> list[tuple[int, _Member]]:
@@ -373,21 +453,29 @@ class _Training:
     def _leave(self, slot: int, member: _Member) -> None:
         self.mixed.leave(slot)
         del self.members[member.key]
-
-    def _skip_steps(self, member: _Member) -> None:
+        steps = member.customer.training.max_steps
+        self.settled += steps
         if self.progress is not None:
-            self.progress.update(member.customer.training.max_steps - member.resident.step)
+            self.progress.skip(steps - member.resident.step)  # what early stopping or a failure saved is no work
 
     def _fail(self, customer: JobCustomer, reason: str, member: _Member | None = None) -> None:
         self.failed[customer.key] = reason
         if member is not None:
             member.close("FAILED")
-        elif self.progress is not None:
-            self.progress.update(customer.training.max_steps)
+        else:
+            self.settled += customer.training.max_steps
+            if self.progress is not None:
+                self.progress.skip(customer.training.max_steps)
+        self._note(customer, 0.0 if member is None else member.resident.seconds, reason)
+        self._message(str(customer.key), "failed", reason)
+
+    def _note(self, customer: JobCustomer, seconds: float, reason: str | None = None) -> None:
+        """Write a customer's result. One that cannot be written is that customer's trouble alone."""
         if self.main:
-            write_result(self.job, customer, "train", time.monotonic() - (member.resident.seconds if member else 0.0), reason)
-        if self.progress is not None:
-            self.progress.message(str(customer.key), "failed", reason)
+            try:
+                write_result(self.job, customer, "train", time.monotonic() - seconds, reason)
+            except StorageError as error:
+                self._message(str(customer.key), "warning", str(error))
 
     def _checkpoint(self) -> None:
         """Save where everybody stands, and only then write the prefixes of those who are through.
@@ -400,22 +488,25 @@ class _Training:
             self.finished = []
             return
         of = {id(member.resident): member.key for member in self.members.values()}
+        states = {member.key: member.state() for member in [*self.members.values(), *self.finished]}
         checkpoint = Checkpoint(
-            self.tick,
-            self.mixed.budget,
-            self.job.mixing.max_tokens_per_micro_batch,
-            self.mixed.bank.length,
-            [None if resident is None else of[id(resident)] for resident in self.mixed.residents],
-            [member.key for member in self.finished],
-            dict(self.failed),
-            {member.key: member.state() for member in [*self.members.values(), *self.finished]},
+            tick=self.tick,
+            budget=self.mixed.budget,
+            asked_budget=self.job.mixing.max_tokens_per_micro_batch,
+            length=self.mixed.bank.length,
+            slots=[None if resident is None else of[id(resident)] for resident in self.mixed.residents],
+            finished=[member.key for member in self.finished],
+            parked=list(self.parked),
+            failed=dict(self.failed),
+            done=self.done,
+            states={**states, **self.parked},
         )
         write_checkpoint(self.folder, checkpoint, self.saved_keys)
         self.saved_keys = set(checkpoint.states)
         self._publish()
 
     def _publish(self) -> None:
-        """Write the prefixes of the finished."""
+        """Write the prefixes of the finished. Who cannot be written stays finished, in this checkpoint and the next, until it can be."""
         if self.finished and self.base.versions() != self.untouched:
             raise TrainingError(
                 "the weights of the base changed during training. This is a bug; nothing of these customers was kept."
@@ -424,17 +515,19 @@ class _Training:
         if not self.main:
             return
         for member in finished:
-            reason = None
             try:
-                config = _config(self.job, member, self.base)
-                save_prefix(Path(member.customer.prefix_dir), member.resident.best, config)
-            except PrefixFleetError as error:  # it stays finished in the checkpoint, so a second try has only this left to do
-                reason = str(error)
-                self.unwritten += 1
-                if self.progress is not None:
-                    self.progress.message(str(member.key), "failed", reason)
-            member.close("FINISHED" if reason is None else "FAILED")
-            write_result(self.job, member.customer, "train", time.monotonic() - member.resident.seconds, reason)
+                save_prefix(Path(member.customer.prefix_dir), member.resident.best, _config(self.job, member, self.base))
+            except PrefixFleetError as error:
+                self.finished.append(member)
+                if member.key not in self.unwritten:
+                    self.unwritten.add(member.key)
+                    self._message(str(member.key), "failed", str(error))
+                    self._note(member.customer, member.resident.seconds, str(error))
+            else:
+                self.done += 1
+                member.close("FINISHED")
+                self._note(member.customer, member.resident.seconds)
+        self._show()
 
     def _tell(self, report: Report) -> None:
         """Log a step of everybody, and show it."""
@@ -444,11 +537,10 @@ class _Training:
         for slot, note in report.notes.items():
             self.progress.message(str(seats[slot].key), "warning", note)
         self.rate.add(report.tokens, report.seconds)
-        counts = {"resident": len(self.members), "queued": len(self.queue), "done": self.done, "failed": len(self.failed)}
         losses = {str(seats[slot].key): loss for slot, loss in report.losses.items()}
         entry = {
             "step": float(self.tick),
-            **{name: float(count) for name, count in counts.items()},
+            **{name: float(count) for name, count in self._counts().items()},
             **({"loss": sum(losses.values()) / len(losses)} if losses else {}),
             "tokens_per_second": self.rate.tokens_per_second,
             "padding_share": 1 - report.tokens / max(1, report.padded),
@@ -457,12 +549,24 @@ class _Training:
         }
         self.metrics.write(entry)
         self.run.log(entry)
-        steps = len(report.losses) + len(report.notes) + len(report.failed)
-        self.progress.update(steps, customers=counts, tokens_per_second=self.rate.tokens_per_second, losses=losses)
+        self._show(losses)
+
+    def _counts(self) -> dict[str, int]:
+        through = self.done + len(self.finished)
+        return {"resident": len(self.members), "queued": len(self.queue), "done": through, "failed": len(self.failed)}
+
+    def _show(self, losses: dict[str, float] | None = None) -> None:
+        if self.progress is not None:
+            steps = self.settled + sum(member.resident.step for member in self.members.values())
+            rate: dict[str, Any] = {"tokens_per_second": self.rate.tokens_per_second} if self.rate.tokens_per_second else {}
+            self.progress.reach(steps, customers=self._counts(), **rate, losses=losses or {})
+
+    def _message(self, who: str, status: str, text: str) -> None:
+        if self.progress is not None:
+            self.progress.message(who, status, text)
 
     def _say(self, text: str) -> None:
-        if self.progress is not None:
-            self.progress.message(self.job.name, "warning", text)
+        self._message(self.job.name, "warning", text)
 
 
 class _Rate:
@@ -476,6 +580,7 @@ class _Rate:
 
     @property
     def tokens_per_second(self) -> float:
+        """0 before the first step."""
         return sum(tokens for tokens, _ in self._last) / max(1e-9, sum(seconds for _, seconds in self._last))
 
 
@@ -488,21 +593,30 @@ def _read(customer: JobCustomer) -> tuple[dict[str, Any], list[Record], list[Rec
     return card, read_split(prepared, "train"), read_split(prepared, "dev")
 
 
-def _check_lengths(base: FrozenBase, customer: JobCustomer, rows: list[Record], mixed: bool) -> None:
-    """Refuse rows that the base has no positions for, or that would change how it turns the positions of other rows.
+def _check_rows(base: FrozenBase, customer: JobCustomer, train: list[Record], dev: list[Record]) -> None:
+    """Refuse rows that the base cannot take, or that would change how it turns the positions of other rows.
 
     Raises:
+        DataError: there are none, or of another vocabulary.
         PrefixError: too long for the base.
         TrainingError: too long to share a batch.
     """
+    rows = [*train, *dev]
+    if not train or not dev or not all(row.prompt_ids and row.target_ids for row in rows):
+        raise DataError(
+            f"{customer.prepared}: has no rows to train on, no dev rows, or empty ones. Run `prefixfleet prepare` again."
+        )
+    vocabulary = base.model.get_input_embeddings().weight.shape[0]
+    if not all(0 <= token < vocabulary for row in rows for token in (*row.prompt_ids, *row.target_ids)):
+        raise DataError(f"{customer.prepared}: has tokens that the base does not know. Run `prefixfleet prepare` again.")
     length = customer.prefix.length
     longest = 0 if base.is_encoder_decoder else max(map(tokens_of, rows))
     base.check_length(length, longest)
     limit = base.rotary_limit
-    if mixed and limit is not None and length + longest > limit:
+    if limit is not None and length + longest > limit:
         raise TrainingError(
             f"prefix of {length} and a row of {longest} tokens pass {limit} positions, from where on this base turns the positions of all rows of "
-            "a batch by its longest one, so that customers would touch one another. Shorten the input, or give the customer launch.slots: 1."
+            "a batch by its longest one, so that rows and customers would touch one another. Shorten the input or the target."
         )
 
 
@@ -529,17 +643,14 @@ def _memory_bytes() -> int:
 class _MetricsFile:
     """`metrics.jsonl`, line by line. Training does not end for it: what cannot be written any more is left out, and that is said once."""
 
-    def __init__(self, path: Path, keep_until: int | None = None) -> None:
-        """Begin the file; with `keep_until`, its lines up to that step stay."""
+    def __init__(self, path: Path, kept: Sequence[dict[str, float]] = ()) -> None:
+        """Begin the file with the lines `kept`, all at once, so that a kill now loses none of them."""
         self._path = path
+        write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            kept = _lines_until(path, keep_until) if keep_until else []
-            self._file: TextIO | None = path.open("w", encoding="utf-8")
+            self._file: TextIO | None = path.open("a", encoding="utf-8")
         except OSError as error:
             raise StorageError(f"{path}: cannot be written ({error.strerror}). Check the folder and its permissions.") from error
-        for entry in kept:
-            self.write(entry)
 
     def write(self, entry: dict[str, float]) -> None:
         """Add a line."""

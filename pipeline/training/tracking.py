@@ -1,71 +1,117 @@
 """Live metrics of training in MLflow, when a tracking store is configured. Never a reason for training to fail or to wait."""
 
 import os
+import queue
 import sys
+import threading
 import time
-from concurrent.futures import Executor
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from pipeline.errors import StorageError
+from pipeline.files import read_json, write_json
 from pipeline.registry.store import experiment_id, redact, set_environment
 
+FORMAT = 1
 EVERY_SECONDS = 5.0
 
 
+class Tracker:
+    """The connection to MLflow: one thread that does all that needs the network. Without `MLFLOW_TRACKING_URI` there is none.
+
+    The first failure ends it for this process: a store that is away would otherwise take its time-out for every customer.
+    """
+
+    def __init__(self) -> None:
+        self.client: Any = None
+        self.lost = not os.environ.get("MLFLOW_TRACKING_URI")
+        self._todo: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+        if not self.lost:
+            # Also where nobody called `ensure_store`: with training started by hand.
+            set_environment()
+            self._thread.start()
+
+    def submit(self, task: Callable[[], None]) -> None:
+        """Have something done, in order, some time."""
+        if not self.lost:
+            self._todo.put(task)
+
+    def close(self, seconds: float) -> None:
+        """Finish what was submitted, but take no longer than this."""
+        if self._thread.is_alive():
+            self._todo.put(None)
+            self._thread.join(seconds)
+
+    def _work(self) -> None:
+        while (task := self._todo.get()) is not None:
+            if self.lost:
+                continue
+            try:
+                if self.client is None:
+                    from mlflow import MlflowClient
+
+                    self.client = MlflowClient()
+                task()
+            except Exception as error:  # MLflow raises its own, requests' and SQLAlchemy's errors; none of them may stop training
+                self.lost = True
+                print(
+                    f"warning: MLflow takes no metrics ({type(error).__name__}: {redact(str(error))}). Training goes on; they are in "
+                    "metrics.jsonl.",
+                    file=sys.stderr,
+                )
+
+
 class Run:
-    """One MLflow run. Without `MLFLOW_TRACKING_URI`, or when the store is away, it does nothing.
+    """One MLflow run.
 
     Attributes:
-        id: the run's id, or None.
+        id: the run's id; None until it is created, and if there is no store.
     """
 
     def __init__(
-        self,
-        experiment: str,
-        name: str,
-        params: dict[str, Any],
-        tags: dict[str, str],
-        sender: Executor,
-        id: str | None = None,
+        self, tracker: Tracker, experiment: str, name: str, params: dict[str, Any], tags: dict[str, str], note: Path
     ) -> None:
-        """Create the run, or go on with the one that has `id`.
+        """Have the run created, or go on with the one that an interrupted job began.
 
         Args:
+            tracker: does it.
             experiment: its name; it is created if there is none.
             name: of the run.
             params: logged once.
-            tags: of the run.
-            sender: does the sending, of one run after another, so that no step waits for the network.
-            id: of the run that an interrupted job had begun.
+            tags: of the run; they also tell whether the run in `note` is this one's.
+            note: a file that holds the id while the run is open.
         """
-        self.id = id
-        self._client: Any = None
-        self._sender = sender
+        self.id: str | None = None
+        self._tracker, self._note = tracker, note
         self._waiting: list[Any] = []
         self._last = time.monotonic()
-        if not os.environ.get("MLFLOW_TRACKING_URI"):
-            return
-        # Also where nobody called `ensure_store`: with training started by hand.
-        set_environment()
-        try:
-            from mlflow import MlflowClient
+
+        def begin() -> None:
             from mlflow.entities import Param, RunTag
 
-            client = MlflowClient()
-            if id is None:
-                run = client.create_run(experiment_id(experiment), run_name=name)
-                self.id = run.info.run_id
-                client.log_batch(
-                    self.id,
-                    params=[Param(k, str(v)[:6000]) for k, v in params.items()],
-                    tags=[RunTag(k, v) for k, v in tags.items()],
-                )
-            self._client = client
-        except Exception as error:  # MLflow raises its own, requests' and SQLAlchemy's errors; none of them may stop training
-            self._lost(error)
+            try:
+                noted = read_json(note, FORMAT)
+                if noted.get("tags") == tags and noted.get("store") == redact(os.environ["MLFLOW_TRACKING_URI"]):
+                    self.id = noted["id"]
+                    return
+            except StorageError:
+                pass
+            run = tracker.client.create_run(experiment_id(experiment), run_name=name)
+            self.id = run.info.run_id
+            write_json(note, {"format": FORMAT, "id": self.id, "tags": tags, "store": redact(os.environ["MLFLOW_TRACKING_URI"])})
+            tracker.client.log_batch(
+                self.id,
+                params=[Param(k, str(v)[:6000]) for k, v in params.items()],
+                tags=[RunTag(k, v) for k, v in tags.items()],
+            )
+
+        tracker.submit(begin)
 
     def log(self, entry: dict[str, float]) -> None:
         """Take note of one line of the training log; sent in batches."""
-        if self._client is None:
+        if self._tracker.lost:
             return
         from mlflow.entities import Metric
 
@@ -77,37 +123,21 @@ class Run:
     def _send(self) -> None:
         self._last = time.monotonic()
         waiting, self._waiting = self._waiting, []
-        self._sender.submit(self._deliver, waiting)
 
-    def _deliver(self, metrics: list[Any]) -> None:
-        try:
-            for i in range(0, len(metrics), 900):  # MLflow takes at most 1,000 metrics a call
-                if self._client is not None:
-                    self._client.log_batch(self.id, metrics=metrics[i : i + 900])
-        except Exception as error:
-            self._lost(error)
+        def deliver() -> None:
+            for i in range(0, len(waiting), 900):  # MLflow takes at most 1,000 metrics a call
+                self._tracker.client.log_batch(self.id, metrics=waiting[i : i + 900])
 
-    def _lost(self, error: Exception) -> None:
-        print(
-            f"warning: MLflow takes no metrics ({type(error).__name__}: {redact(str(error))}). Training goes on; they are in metrics.jsonl.",
-            file=sys.stderr,
-        )
-        self._client = None
+        self._tracker.submit(deliver)
 
-    def pause(self) -> None:
-        """Send what is waiting and leave the run open: an interrupted job will go on with it."""
-        if self._client is not None:
-            self._send()
+    def close(self, status: str | None) -> None:
+        """Send what is waiting and end the run as `FINISHED` or `FAILED`; None leaves it open for the job that will go on."""
+        self._send()
+        if status is None:
+            return
 
-    def close(self, status: str) -> None:
-        """Send what is waiting and end the run as `FINISHED` or `FAILED`."""
-        if self._client is not None:
-            self._send()
-            self._sender.submit(self._terminate, status)
+        def end() -> None:
+            self._tracker.client.set_terminated(self.id, status)
+            self._note.unlink(missing_ok=True)
 
-    def _terminate(self, status: str) -> None:
-        try:
-            if self._client is not None:
-                self._client.set_terminated(self.id, status)
-        except Exception as error:
-            self._lost(error)
+        self._tracker.submit(end)

@@ -92,6 +92,13 @@ def test_max_new_tokens_is_the_prompt_s_target_length_unless_given(tmp_path: Pat
     assert member.evaluation.max_new_tokens == 33
 
 
+def plan(
+    fleet: Fleet, members: list[tuple[Customer, Any]], home: Home, chosen: list[Customer] | None = None
+) -> list[jobs.PlannedJob]:
+    due = {customer.key: member for customer, member in members}
+    return jobs.plan(fleet, list(fleet.customers) if chosen is None else chosen, due, base(), home)
+
+
 def test_one_job_for_each_way_to_launch(tmp_path: Path) -> None:
     home = Home(tmp_path)
     customers = [
@@ -102,12 +109,33 @@ def test_one_job_for_each_way_to_launch(tmp_path: Path) -> None:
     ]
     fleet = Fleet(base_model={"path": "base"}, customers=customers, name="My Fleet!")  # type: ignore[arg-type]
     members = [(c, jobs.job_customer(c, CARD, base(), "auto", home)) for c in fleet.customers]
-    planned = jobs.plan(fleet, members, base(), home)
+    planned = plan(fleet, members, home)
     assert [[str(c.key) for c in p.job.customers] for p in planned] == [["a", "c", "a/menu"], ["b"]]
     assert all(p.job.name.startswith("my-fleet-") for p in planned)
     assert planned[0].path.parent == home.job(planned[0].job.name)
     # The same work finds the same folder, and so its checkpoints.
-    assert [p.job.name for p in jobs.plan(fleet, members, base(), home)] == [p.job.name for p in planned]
+    assert [p.job.name for p in plan(fleet, members, home)] == [p.job.name for p in planned]
+
+
+def test_a_job_keeps_its_folder_when_fewer_are_due_or_the_work_is_cut_otherwise(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+
+    def made(**launch: Any) -> tuple[Fleet, list[tuple[Customer, Any]]]:
+        customers = [customer("a", launch=launch), customer("b", launch=launch), customer("c", launch={**launch, "slots": 7})]
+        fleet = Fleet(base_model={"path": "base"}, customers=customers)  # type: ignore[arg-type]
+        return fleet, [(c, jobs.job_customer(c, CARD, base(), "auto", home)) for c in fleet.customers]
+
+    fleet, members = made()
+    names = [p.job.name for p in plan(fleet, members, home)]
+    assert len(set(names)) == 2, "two ways to launch are two jobs, even if they differ only in how the work is cut"
+    assert [p.job.name for p in plan(fleet, members[1:], home)] == names, "a is through"
+    assert [p.job.name for p in plan(fleet, members[2:], home)] == names[1:], "a and b are through"
+    less, members_of_less = made(slots=2, max_tokens_per_micro_batch=100)
+    assert [p.job.name for p in plan(less, members_of_less, home)] == names
+    assert plan(*made(accelerate_config="cpu_2proc"), home)[0].job.name not in names
+    assert plan(fleet, members[:1], home, [fleet.customers[0]])[0].job.name not in names, (
+        "a run of its own, perhaps at the same time"
+    )
 
 
 def test_written_job_reads_back_equal_and_forgets_old_results(tmp_path: Path) -> None:
@@ -116,7 +144,7 @@ def test_written_job_reads_back_equal_and_forgets_old_results(tmp_path: Path) ->
     of_base = {"path": "base", "quantization": "int8", "attention": "flex_attention"}
     fleet = Fleet(base_model=of_base, customers=[customer(prefix=which)])  # type: ignore[arg-type]
     members = [(c, jobs.job_customer(c, CARD, base(), "auto", home)) for c in fleet.customers]
-    (planned,) = jobs.plan(fleet, members, base(), home)
+    (planned,) = plan(fleet, members, home)
     result = home.job(planned.job.name) / "acme" / "default" / "train_result.json"
     result.parent.mkdir(parents=True)
     result.write_text('{"format": 1, "reason": "old", "seconds": 1.0}')
@@ -132,7 +160,7 @@ def test_result_says_done_only_if_the_folder_is_whole(tmp_path: Path) -> None:
     home = Home(tmp_path)
     fleet = Fleet(base_model={"path": "base"}, customers=[customer()])  # type: ignore[arg-type]
     members = [(c, jobs.job_customer(c, CARD, base(), "auto", home)) for c in fleet.customers]
-    (planned,) = jobs.plan(fleet, members, base(), home)
+    (planned,) = plan(fleet, members, home)
     folder = Path(members[0][1].prefix_dir)
     folder.mkdir(parents=True)
     assert jobs.due_in(planned, "train") and not jobs.due_in(planned, "evaluate")
@@ -160,7 +188,7 @@ def test_a_warm_start_counts_by_the_content_it_starts_from_and_champion_by_the_w
     warm = customer(prefix={"init": "prefix", "init_prefix": "champion"})
     fleet = Fleet(base_model={"path": "base"}, customers=[warm])  # type: ignore[arg-type]
     member = jobs.job_customer(warm, CARD, base(), "auto", home)
-    (planned,) = jobs.plan(fleet, [(warm, member)], base(), home)
+    (planned,) = plan(fleet, [(warm, member)], home)
     jobs.write(planned, "train", {warm.key: tmp_path / "one"})
     (written,) = read_job(planned.path).customers
     assert written.prefix.init_prefix == str(tmp_path / "one") and written.train_digest == member.train_digest

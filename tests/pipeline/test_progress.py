@@ -23,7 +23,7 @@ def test_a_fleet_is_told_in_one_line_with_so_many_losses_as_fit() -> None:
 
 def test_time_left_goes_by_what_was_done_since_the_start() -> None:
     assert time_left(60.0, 30, 15) == "about 0:30 left"
-    assert time_left(60.0, 1, 70) == "about 70:00 left"
+    assert time_left(60.0, 1, 70) == "about 1:10:00 left"
     assert time_left(60.0, 0, 15) == time_left(60.0, 15, 0) == ""
 
 
@@ -44,7 +44,7 @@ def test_plain_lines_come_every_five_seconds_and_steps_of_an_earlier_run_say_not
 ) -> None:
     monkeypatch.delenv("PREFIXFLEET_PROGRESS", raising=False)
     with Progress("train", 100, "steps") as progress:
-        progress.skip(50)
+        progress.reach(50, skipped=50)
         for _ in range(6):
             clock(2.0)
             progress.update(5, losses={"acme": 1.5})

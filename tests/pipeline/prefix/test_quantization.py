@@ -22,7 +22,7 @@ def test_a_quantised_base_trains_a_prefix_and_stays_as_it_is(
     make_job: MakeJob, quantization: str, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     pytest.importorskip("bitsandbytes")
-    job, _ = make_job(max_steps=30, eval_every=10, lr=0.1, quantization=quantization)
+    job, _ = make_job(max_steps=30, eval_every=10, lr=0.1, quantization=quantization, mixing={"slots": 1})
     caplog.clear()
     base = load_base(job.base, CPU)
     assert type(base.model.model.layers[0].self_attn.q_proj).__name__ == kind

@@ -181,8 +181,9 @@ def test_errors_of_the_database_are_translated() -> None:
 
 def test_training_started_by_hand_sends_no_telemetry_and_shows_no_password(root: Path, tmp_path: Path) -> None:
     code = (
-        "import os, sys; from pipeline.training.tracking import Run; assert 'mlflow' not in sys.modules\n"
-        "run = Run('e', 'n', {}, {}, None); assert run.id is None and 'mlflow' in sys.modules\n"
+        "import os, pathlib, sys; from pipeline.training.tracking import Run, Tracker; assert 'mlflow' not in sys.modules\n"
+        "tracker = Tracker(); run = Run(tracker, 'e', 'n', {}, {}, pathlib.Path('note.json')); tracker.close(60)\n"
+        "assert run.id is None and tracker.lost and 'mlflow' in sys.modules\n"
         "print(os.environ['MLFLOW_DISABLE_TELEMETRY'], os.environ['DO_NOT_TRACK'])"
     )
     dropped = ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK", "MLFLOW_REGISTRY_URI")

@@ -18,7 +18,7 @@ def launch(root: Path) -> Iterator[Launch]:
     children: list[subprocess.Popen[str]] = []
 
     def start(config: str, *arguments: str, prefix: Sequence[str] = (), **environment: str) -> subprocess.Popen[str]:
-        file = root / "accelerate_configs" / f"{config}.yaml"
+        file = Path(config) if "/" in config else root / "accelerate_configs" / f"{config}.yaml"
         command = [*prefix, sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), *arguments]
         child = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=root,

@@ -176,9 +176,9 @@ def test_budget_noted_by_a_process_that_ran_out_of_memory_holds_for_the_next_run
     budgets: set[int] = set()
     real = mixed.pack
 
-    def noting(rows: Any, budget: int) -> Any:
+    def noting(rows: Any, budget: int, *rest: Any) -> Any:
         budgets.add(budget)
-        return real(rows, budget)
+        return real(rows, budget, *rest)
 
     mixed.pack = noting
     try:

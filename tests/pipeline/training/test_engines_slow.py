@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -41,15 +42,18 @@ def test_four_processes_come_to_the_same_prefixes_and_keep_a_quarter(launch: Lau
 
 
 @pytest.mark.parametrize("how", ["zero3_offload", "zero3_file", "fsdp2_offload"])
-def test_parts_that_wait_in_memory_come_to_the_same_prefixes(launch: Launch, tmp_path: Path, how: str) -> None:
+def test_parts_that_wait_elsewhere_come_to_the_same_prefixes(launch: Launch, tmp_path: Path, root: Path, how: str) -> None:
     cases = ("llama:float64:plain",)
     split_worker.run(str(tmp_path / "alone.safetensors"), cases)
     options: list[str] = []
     config = how
     if how == "zero3_file":
-        config, file = "zero3_2proc_cpu", tmp_path / "ds.json"
+        file = tmp_path / "ds.json"
         file.write_text('{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}')
-        options = ["--deepspeed_config_file", str(file)]
+        ours = yaml.safe_load((root / "accelerate_configs" / "zero3_2proc_cpu.yaml").read_text())
+        ours["deepspeed_config"] = {"deepspeed_config_file": str(file), "zero3_init_flag": False}
+        config = str(tmp_path / "zero3_file.yaml")
+        Path(config).write_text(yaml.safe_dump(ours))
     if how == "fsdp2_offload":
         config, options = "fsdp2_2proc_cpu", ["--fsdp_offload_params", "true"]
     if how.startswith("zero3") and importlib.util.find_spec("deepspeed") is None:

@@ -23,14 +23,16 @@ CROWD = [
 ]
 
 
-def test_in_a_crowd_it_is_trained_as_alone_on_the_processor() -> None:
+def test_in_a_crowd_it_is_trained_as_alone_and_as_on_the_processor() -> None:
     base = attached()
     base.model.cuda()
     residents, _ = trained(base, [w.resident(base) for w in [Wanted(1), *CROWD]], slots=5, budget=200, cpu=False)
+    [alone], _ = trained(base, [Wanted(1).resident(base)], slots=1, cpu=False)
+    assert difference(final(residents[0]), final(alone)) < 1e-8
     processor = attached()
-    [alone], _ = trained(processor, [Wanted(1).resident(processor)], slots=1, cpu=False)
-    there = {site: tensor.cpu() for site, tensor in final(residents[0]).items()}
-    assert difference(there, final(alone)) < 1e-8
+    [there], _ = trained(processor, [Wanted(1).resident(processor)], slots=1, cpu=False)
+    # Llama's norms and rotations are computed in float32, which the two devices round apart.
+    assert difference({site: tensor.cpu() for site, tensor in final(alone).items()}, final(there)) < 1e-5
 
 
 def test_real_lack_of_memory_halves_the_budget_and_loses_nothing() -> None:

@@ -171,6 +171,29 @@ def test_job_file_comes_back_and_mistakes_name_their_place(make_job: MakeJob) ->
         read_job(path.with_name("none.yaml"))
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "place"),
+    [
+        ("slots: 32", "slots: 0", "mixing.slots: 0 must be at least 1"),
+        ("max_tokens_per_micro_batch: 4096", "max_tokens_per_micro_batch: -5", "mixing.max_tokens_per_micro_batch"),
+        ("batch_size: 6", "batch_size: 0", r"customers\[0\].training.batch_size"),
+        ("eval_every: 4", "eval_every: 0", r"customers\[0\].training.eval_every"),
+        ("max_steps: 12", "max_steps: 0", r"customers\[0\].training.max_steps"),
+        ("early_stopping: null", "early_stopping: 0", r"customers\[0\].training.early_stopping"),
+        ("lr: 0.02", "lr: .inf", r"customers\[0\].training.lr"),
+        ("schedule: linear", "schedule: steep", "none of linear, cosine, constant"),
+        ("customer: c1", "customer: c0", r"customers\[1\]: c0 stands twice"),
+    ],
+)
+def test_values_that_no_fleet_file_would_give_are_refused(make_job: MakeJob, old: str, new: str, place: str) -> None:
+    _, path = make_job(customers=2)
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(ConfigError, match=place):
+        read_job(path)
+
+
 def test_an_encoder_decoder_trains_and_answers_with_its_prefix(make_job: MakeJob, tiny_encoder_decoder: Path) -> None:
     job, _ = make_job(base=tiny_encoder_decoder, max_steps=40, eval_every=10, lr=0.1)
     assert run_job(job) == 0
