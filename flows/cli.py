@@ -100,6 +100,22 @@ def _parser() -> argparse.ArgumentParser:
             command(stage, _stage, text, [f"prefixfleet {stage} {_FLEET}", f"prefixfleet {stage} {_FLEET} --customer bistro"])
         )
 
+    planned = command(
+        "plan",
+        _plan,
+        "what a job takes of each device's memory, and with which engine it fits, before anything is loaded",
+        [
+            "prefixfleet plan .prefixfleet/jobs/<job>/job.yaml --devices 8 --memory 80GiB",
+            "prefixfleet plan job.yaml --devices 1 --memory 24GiB --json",
+        ],
+    )
+    planned.add_argument("job", type=Path, metavar="JOB.yaml", help="a job file, as `prefixfleet train` writes it")
+    planned.add_argument("--devices", type=int, required=True, metavar="N", help="over all machines")
+    planned.add_argument("--memory", required=True, metavar="SIZE", help="of each device: 80GiB, 24GB, 512MiB")
+    planned.add_argument(
+        "--cpu", action="store_true", help="the devices are processes on a processor: without what a GPU takes for itself"
+    )
+
     generate = command(
         "generate",
         _generate,
@@ -270,6 +286,53 @@ def _show_plan(todo: "Work", as_json: bool) -> int:
         text = "prepare, then whatever changed data needs" if "prepare" in due else ", ".join(due) or "nothing to do"
         print(f"{key!s:<{width}}  {text}")
     return OK
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    """Exit status 1 if nothing fits."""
+    from pipeline.errors import ConfigError
+    from pipeline.process import share_cores
+
+    if arguments.devices < 1:
+        raise ConfigError(f"--devices {arguments.devices}: at least one is needed")
+    share_cores()
+    from pipeline.training.job import read_job
+    from pipeline.training.plan import gib, parse_bytes, plan
+
+    memory = parse_bytes(arguments.memory)
+    found = plan(read_job(arguments.job), arguments.devices, memory, gpu=not arguments.cpu)
+    best = found.best
+    if arguments.json:
+        _print_json(found.as_json())
+    else:
+        shape = found.shape
+        print(
+            f"base {gib(found.weights)}; micro-batches of {shape.rows} x ({shape.input_tokens} + {shape.target_tokens}) tokens\n"
+        )
+        names = ("weights", "gathered", "activations", "prefixes", "optimiser", "buffers")
+        print(f"{'engine':<14} {'checkpointing':<13}", *(f"{name:>11}" for name in (*names, "total")))
+        for need in found.needs:
+            sizes = [gib(getattr(need, name)) for name in names] + [gib(need.total)]
+            mark = "  fits" if need.total <= memory else ""
+            print(
+                f"{need.engine:<14} {'yes' if need.checkpointing else 'no':<13}",
+                *(f"{size:>11}" for size in sizes),
+                mark,
+                sep=" ",
+            )
+        if best is not None:
+            config = {"none": "single_gpu", "ddp": "multi_gpu_ddp"}.get(best.engine, best.engine)
+            with_checkpointing = ", gradient_checkpointing: true" if best.checkpointing else ""
+            print(f"\nrecommended: launch: {{accelerate_config: {config}, num_processes: {found.devices}{with_checkpointing}}}")
+            print(f"crosses the wire: {gib(found.wire_bytes)} per device and step")
+    if best is None:
+        least = min(found.needs, key=lambda need: need.total)
+        print(
+            f"error: nothing fits in {gib(memory)} per device; {least.engine} with gradient checkpointing comes nearest with {gib(least.total)}. "
+            "Lower launch.max_tokens_per_micro_batch, launch.slots or prompt.max_input_tokens, or take more devices.",
+            file=sys.stderr,
+        )
+    return OK if best is not None else FAILED
 
 
 def _generate(arguments: argparse.Namespace) -> int:

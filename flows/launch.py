@@ -13,6 +13,7 @@ import logging
 import os
 import queue
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -34,7 +35,15 @@ from pipeline.progress import MARK
 CONFIGS = Path(__file__).resolve().parent.parent / "accelerate_configs"
 GRACE_SECONDS = 8.0  # between asking a child to stop and killing it; the whole must stay under ten
 _LAST_LINES = 30
+_NOTICE_SECONDS = 20.0  # that the processes of other machines have to see that one is gone
 _KEPT_LINES = 200  # more than are shown: the launcher adds a long traceback of its own at the end
+
+# What a machine has to be told of our environment, if it is set.
+_CARRIED = (
+    "PREFIXFLEET_PROGRESS", "PREFIXFLEET_EXIT_WITH_PARENT", "PREFIXFLEET_HOME", "PYTHONUNBUFFERED", "PYTHONPATH", "MLFLOW_TRACKING_URI",
+    "MLFLOW_REGISTRY_URI", "HF_HOME", "HF_HUB_OFFLINE",
+)  # fmt: skip
+_RANK = "{machine}"
 
 Event = dict[str, Any]
 
@@ -79,7 +88,35 @@ def command(module: str, job_file: Path, launch: LaunchSettings) -> list[str]:
     # The number of processes of the config file holds unless the fleet file names one.
     wanted = ["--num_processes", str(launch.num_processes)] if "num_processes" in launch.model_fields_set else []
     config = ["--config_file", str(config_file(launch))]
-    return [sys.executable, "-m", "accelerate.commands.launch", *config, *wanted, "-m", module, str(job_file)]
+    where: list[str] = []
+    if launch.main_address is not None:
+        host, _, port = launch.main_address.partition(":")
+        machines = ["--num_machines", str(launch.num_machines), "--machine_rank", _RANK]
+        where = [*machines, "--main_process_ip", host, "--main_process_port", port]
+    return [sys.executable, "-m", "accelerate.commands.launch", *config, *wanted, *where, "-m", module, str(job_file)]
+
+
+def commands(module: str, job_file: Path, launch: LaunchSettings) -> list[list[str]]:
+    """The command lines to start here: one, or with a launcher one for each machine unless the launcher starts them all."""
+    arguments = command(module, job_file, launch)
+    if launch.launcher is None:
+        return [arguments]
+    env = environment(launch)
+    # Nothing of our environment is there on another machine, unless the launcher takes it along.
+    there = ["env", *(f"{name}={env[name]}" for name in _CARRIED if name in env), *arguments]
+    per_machine = any("{machine}" in part for part in launch.launcher)
+    started = []
+    for machine in range(launch.num_machines if per_machine else 1):
+        rank = str(machine) if per_machine else launch.machine_rank
+        # The rank may be for the shell there to find out, so it alone is not quoted.
+        line = " ".join(rank if argument == _RANK else shlex.quote(argument) for argument in there)
+        started.append([_filled(part, machine, launch.num_machines, line) for part in launch.launcher])
+    return started
+
+
+def _filled(part: str, machine: int, machines: int, line: str) -> str:
+    values = {"{machine}": str(machine), "{machines}": str(machines), "{command}": line}
+    return re.sub(r"\{machines?\}|\{command\}", lambda found: values[found[0]], part)
 
 
 def environment(launch: LaunchSettings) -> dict[str, str]:
@@ -89,7 +126,7 @@ def environment(launch: LaunchSettings) -> dict[str, str]:
     if "num_processes" not in launch.model_fields_set:
         processes = int(yaml.safe_load(file.read_text(encoding="utf-8")).get("num_processes") or 1)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    defaults = {"OMP_NUM_THREADS": str(max(1, cores // processes))}
+    defaults = {"OMP_NUM_THREADS": str(max(1, cores * launch.num_machines // processes))}
     root = str(Path(__file__).resolve().parent.parent)
     always = {
         "PREFIXFLEET_PROGRESS": "json",
@@ -125,7 +162,48 @@ def run_module(
         TrainingError, EvaluationError: the child refused the job or was asked to stop.
         ConfigError: there is no such accelerate config.
     """
-    run_process(command(module, job_file, launch), environment(launch), module, on_event, log)
+    started = commands(module, job_file, launch)
+    if len(started) == 1:
+        run_process(started[0], environment(launch), module, on_event, log)
+    else:
+        _run_together(started, environment(launch), module, on_event, log)
+
+
+def _run_together(
+    started: list[list[str]],
+    env: dict[str, str],
+    name: str,
+    on_event: Callable[[Event], None],
+    log: logging.Logger | logging.LoggerAdapter[Any],
+) -> None:
+    """As `run_process`, for several that need one another: when one fails the others are ended, and what it failed with is raised."""
+    stop = threading.Event()
+    failures: list[PrefixFleetError] = []
+
+    def one(arguments: list[str]) -> None:
+        try:
+            run_process(arguments, env, name, on_event, log, stop)
+        except PrefixFleetError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=one, args=(arguments,)) for arguments in started]
+    for thread in threads:
+        thread.start()
+    try:
+        deadline = None
+        while any(thread.is_alive() for thread in threads):
+            time.sleep(0.1)
+            if failures and deadline is None:
+                # They notice by themselves and say so; those that cannot are ended.
+                deadline = time.monotonic() + _NOTICE_SECONDS
+            if deadline is not None and time.monotonic() > deadline:
+                stop.set()
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    if failures:
+        raise failures[0]
 
 
 def run_process(
@@ -134,8 +212,9 @@ def run_process(
     name: str,
     on_event: Callable[[Event], None],
     log: logging.Logger | logging.LoggerAdapter[Any],
+    stop: threading.Event | None = None,
 ) -> None:
-    """As `run_module`, for any command line; `name` is what error messages call it."""
+    """As `run_module`, for any command line; `name` is what error messages call it. Once `stop` is set the child is ended, which is no error."""
     child = subprocess.Popen(arguments, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     family: dict[int, psutil.Process] = {}
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -157,6 +236,8 @@ def run_process(
                 # A launcher that was killed leaves ranks behind, which hold the pipe open: its end is what counts, not the end of output.
                 if child.poll() is not None:
                     break
+            if stop is not None and stop.is_set():
+                return
         child.wait()
     finally:
         _end(child, family)
@@ -228,7 +309,8 @@ def _end(child: subprocess.Popen[bytes], family: dict[int, psutil.Process]) -> N
 
 def _error(name: str, status: int, lines: list[str]) -> PrefixFleetError:
     """What a non-zero exit status of the launcher means: it ends with 1 whatever happened to the processes it started, and says what in words."""
-    text = "\n".join(lines)
+    # Of several processes the launcher names the one that ended first last; those that it then ended itself say nothing.
+    text = "\n".join(lines).rpartition("Root Cause (first observed failure)")[2]
     if status == 1:
         died = re.findall(r"died with <Signals\.\w+: (\d+)>|Signal (\d+) \(SIG\w+\) received", text)
         ended = re.findall(r"returned non-zero exit status (\d+)|exitcode\s*:\s*(-?\d+)", text)

@@ -76,7 +76,21 @@ class LaunchSettings(Settings):
         "cpu", description="the name of a file of accelerate_configs/, or the path of one (with a / or ending in .yaml)"
     )
     num_processes: int = Field(1, ge=1, description="processes in all")
-    num_machines: Literal[1] = Field(1, description="machines")
+    num_machines: int = Field(
+        1, ge=1, description="machines; more than one need launcher and main_address, see docs/distributed.md"
+    )
+    launcher: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+        None,
+        description="for several machines, the command that runs another on one of them: started once for each {machine} (0, 1, …), or once for all "
+        "if it does not name it; {command} is what to run there, {machines} their number",
+    )
+    main_address: str | None = Field(
+        None, pattern=r"^[^\s:]+:\d{1,5}$", description="for several machines, HOST:PORT of the first, as the others see it"
+    )
+    machine_rank: str = Field(
+        "{machine}",
+        description="for a launcher that is started once for all: what the shell of a machine knows its number by, such as $SLURM_NODEID",
+    )
     slots: int = Field(
         32, ge=1, le=4096, description="customers trained at once in mixed batches; when one finishes, the next takes its slot"
     )
@@ -89,6 +103,25 @@ class LaunchSettings(Settings):
     checkpoint_every_seconds: float = Field(
         60.0, ge=0, description="between two checkpoints of a job; 0: before every step. SIGTERM makes one at once"
     )
+
+    @model_validator(mode="after")
+    def _machines_can_be_reached(self) -> "LaunchSettings":
+        if self.num_machines == 1:
+            if self.launcher is not None or self.main_address is not None:
+                raise ValueError("launcher and main_address are for several machines; set num_machines, or remove them")
+            return self
+        if self.launcher is None or self.main_address is None:
+            raise ValueError(f"num_machines: {self.num_machines} needs launcher and main_address")
+        if not any("{command}" in part for part in self.launcher):
+            raise ValueError("launcher must hold {command}, the place of what a machine is to run")
+        per_machine = any("{machine}" in part for part in self.launcher)
+        if not per_machine and self.machine_rank == "{machine}":
+            raise ValueError(
+                "launcher does not hold {machine}, so it is started once for all machines: set machine_rank to what a machine knows its number by"
+            )
+        if "num_processes" in self.model_fields_set and self.num_processes % self.num_machines:
+            raise ValueError(f"num_processes: {self.num_processes} must be a multiple of num_machines: {self.num_machines}")
+        return self
 
 
 class PromptSettings(Settings):

@@ -1,12 +1,15 @@
 """`accelerate launch --config_file accelerate_configs/cpu.yaml -m pipeline.training JOB.yaml`."""
 
 import argparse
+import os
 import re
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from pipeline.errors import PrefixFleetError
 from pipeline.process import RESUME, end_with_launcher, exit_with_parent, share_cores
@@ -85,5 +88,19 @@ def main() -> int:
     return 0
 
 
+def entry() -> NoReturn:
+    """`main` as a process. One of several that fails leaves at once: the tidying of gloo and DeepSpeed may wait for the others, who wait for it."""
+    try:
+        status = main()
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    if status != 0 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # every file is written whole or not at all
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -5,11 +5,12 @@ is computed is in `pipeline.training.mixed`, what a customer is in `pipeline.tra
 """
 
 import json
+import os
 import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -45,6 +46,7 @@ from pipeline.training.checkpoint import (
 from pipeline.training.engines import Engine, chosen
 from pipeline.training.job import Job, JobCustomer
 from pipeline.training.mixed import Interrupted, Mixed, OutOfMemoryAlone, Report
+from pipeline.training.plan import refuse_what_cannot_fit
 from pipeline.training.resident import Resident
 from pipeline.training.results import PREFIX_FILES, is_whole, write_result
 from pipeline.training.tracking import Run, Tracker
@@ -105,6 +107,7 @@ def run_job(job: Job, asked_to_stop: Callable[[], bool] = lambda: False) -> int:
         StorageError: a checkpoint cannot be written or read. The last good one stays.
         BaseModelError, ConfigError: nothing of the job can be done.
     """
+    _join_after_restart(os.environ)
     # With a GPU-less machine Accelerate would otherwise look for one when the launcher's config names several processes.
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(), kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=_PATIENCE_SECONDS))]
@@ -132,9 +135,33 @@ def run_job(job: Job, asked_to_stop: Callable[[], bool] = lambda: False) -> int:
                 f"{folder}: slots is {job.mixing.slots}, but LLM.int8 treats a column as large that is large in any row of a batch, so "
                 "customers would touch one another. Set slots to 1 (launch.slots in a fleet file), or quantization: int4."
             )
-        engine = chosen(accelerator, choose_dtype(job.base.dtype, accelerator.device))
+        dtype = choose_dtype(job.base.dtype, accelerator.device)
+        engine = chosen(accelerator, dtype)
+        if accelerator.device.type == "cuda" and Path(job.base.path).is_dir() and job.base.quantization is None:
+            memory = torch.cuda.get_device_properties(accelerator.device).total_memory
+            refuse_what_cannot_fit(Path(job.base.path), dtype, engine.name, accelerator.num_processes, memory)
         base = load_base(job.base, accelerator.device, engine.place)
         return _Training(job, due, base, accelerator, engine, asked_to_stop, saved, stack).work()
+
+
+def _join_after_restart(environment: Mapping[str, str]) -> None:
+    """Meet the other processes under a name of this attempt, if the launcher has started them all again (`--max_restarts`).
+
+    torch (2.13) keeps the store of a static rendezvous, which is Accelerate's default, over restarts: the processes would find the addresses of those
+    that are dead.
+    """
+    attempt = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if attempt == 0 or torch.distributed.is_initialized():
+        return
+    world, patience = int(environment["WORLD_SIZE"]), timedelta(seconds=_PATIENCE_SECONDS)
+    store = torch.distributed.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), world, False, patience)
+    named = torch.distributed.PrefixStore(f"attempt-{attempt}", store)
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(int(environment["LOCAL_RANK"]))
+    # Parts of the base that wait in the machine's memory are exchanged there.
+    backend = "cuda:nccl,cpu:gloo" if gpu else "gloo"
+    torch.distributed.init_process_group(backend, store=named, rank=int(environment["RANK"]), world_size=world, timeout=patience)
 
 
 @contextmanager

@@ -2,7 +2,10 @@
 
 import logging
 import os
+import re
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -12,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from pydantic import ValidationError
 
 from flows import launch
 from pipeline.config import LaunchSettings
@@ -210,3 +214,85 @@ def test_two_process_config_starts_two_processes(
     with caplog.at_level(logging.INFO, logger="test_launch"):
         launch.run_module("ranks", tmp_path / "job.yaml", LaunchSettings(accelerate_config="cpu_2proc"), lambda event: None, LOG)
     assert {"rank 0 of 2", "rank 1 of 2"} <= {record.getMessage() for record in caplog.records}
+
+
+# Stands for SSH, srun or kubectl: runs the command on "another machine" with nothing of our environment but where programs are.
+STAND_IN = ["env", "-i", "PATH=/usr/bin:/bin", "MACHINE={machine}", "bash", "-c", "exec {command}"]
+
+
+def on_two_machines(**settings: Any) -> LaunchSettings:
+    port = str(free_port())
+    whole = {
+        "accelerate_config": "cpu_2proc",
+        "num_processes": 4,
+        "num_machines": 2,
+        "main_address": f"127.0.0.1:{port}",
+        **settings,
+    }
+    return LaunchSettings(**{"launcher": STAND_IN, **whole})
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def test_launcher_is_started_for_each_machine_with_a_quoted_command() -> None:
+    settings = on_two_machines(launcher=["ssh", "node{machine}", "cd /srv && exec {command}"], main_address="node0:29500")
+    first, second = launch.commands("pipeline.training", Path("/jobs/a b/job.yaml"), settings)
+    assert (first[:2], second[:2]) == (["ssh", "node0"], ["ssh", "node1"])
+    words = shlex.split(second[2].removeprefix("cd /srv && exec "))
+    assert words[words.index("--machine_rank") + 1] == "1" and words[words.index("--num_machines") + 1] == "2"
+    assert words[words.index("--main_process_ip") + 1] == "node0" and words[words.index("--main_process_port") + 1] == "29500"
+    assert words[0] == "env" and "PREFIXFLEET_EXIT_WITH_PARENT=1" in words and words[-1] == "/jobs/a b/job.yaml"
+
+
+def test_launcher_that_starts_all_machines_is_started_once_and_leaves_the_rank_to_their_shells() -> None:
+    srun = ["srun", "--nodes={machines}", "--ntasks-per-node=1", "--input=all", "bash", "-c", "exec {command}"]
+    (only,) = launch.commands("m", Path("job.yaml"), on_two_machines(launcher=srun, machine_rank="$SLURM_NODEID"))
+    assert only[1] == "--nodes=2"
+    assert "--machine_rank $SLURM_NODEID" in only[-1]
+
+
+def test_two_machines_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    script = (
+        "import os\nprint('machine {MACHINE} rank {RANK} of {WORLD_SIZE}'.format(**os.environ) + '\\n', end='', flush=True)\n"
+    )
+    (tmp_path / "ranks.py").write_text(script)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with caplog.at_level(logging.INFO, logger="test_launch"):
+        launch.run_module("ranks", tmp_path / "job.yaml", on_two_machines(), lambda event: None, LOG)
+    said = {record.getMessage() for record in caplog.records}
+    assert {f"machine {rank // 2} rank {rank} of 4" for rank in range(4)} <= said
+
+
+def test_one_machine_that_asks_to_be_resumed_ends_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = "import os, sys, time\nsys.exit(75) if os.environ['RANK'] == '3' else time.sleep(600)\n"
+    (tmp_path / "waits.py").write_text(script)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(launch, "_NOTICE_SECONDS", 1.0)
+    before = set(psutil.pids())
+    with pytest.raises(launch.ProcessPaused):
+        launch.run_module("waits", tmp_path / "job.yaml", on_two_machines(), lambda event: None, LOG)
+    left = [p for p in psutil.process_iter(["cmdline"]) if p.pid not in before and "waits" in (p.info["cmdline"] or [])]
+    assert not left
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"num_machines": 2}, "needs launcher and main_address"),
+        ({"launcher": ["ssh", "{command}"]}, "set num_machines"),
+        ({"num_machines": 2, "main_address": "a:1", "launcher": ["ssh", "node{machine}"]}, "must hold {command}"),
+        ({"num_machines": 2, "main_address": "a:1", "launcher": ["srun", "{command}"]}, "set machine_rank"),
+        ({"num_machines": 2, "main_address": "a", "launcher": ["ssh", "n{machine}", "{command}"]}, "pattern"),
+        (
+            {"num_machines": 2, "num_processes": 3, "main_address": "a:1", "launcher": ["ssh", "n{machine}", "{command}"]},
+            "multiple",
+        ),
+    ],
+)
+def test_machines_that_cannot_be_reached_are_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(said)):
+        LaunchSettings(**settings)

@@ -29,7 +29,10 @@ def fsdp2(model: Any, device: torch.device, dtype: torch.dtype, reshard: bool, o
     if device.type == "cpu" or offload:
         give_memory_back()
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    options: dict[str, Any] = {"mesh": mesh, "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "offload_policy": CPUOffloadPolicy(pin_memory=device.type != "cpu") if offload else OffloadPolicy(),
+    }
     # T5 (transformers 5.23) has the table of relative positions in its first block, and the prefix's part of the bias is looked up in it from
     # every block: so it is a unit of its own.
     tables = [

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -17,9 +17,9 @@ def launch(root: Path) -> Iterator[Launch]:
     """Start `accelerate launch` with a config; whatever of it is alive at the end of the test is killed."""
     children: list[subprocess.Popen[str]] = []
 
-    def start(config: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-        file = root / "accelerate_configs" / f"{config}.yaml"
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), *arguments]
+    def start(config: str, *arguments: str, prefix: Sequence[str] = (), **environment: str) -> subprocess.Popen[str]:
+        file = Path(config) if "/" in config else root / "accelerate_configs" / f"{config}.yaml"
+        command = [*prefix, sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), *arguments]
         child = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=root,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environment},

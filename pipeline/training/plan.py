@@ -1,0 +1,375 @@
+"""What a job takes of each device's memory, before anything is loaded.
+
+In: a job, the number of devices and their memory. Out: bytes, by what they are for, for every engine with and without gradient checkpointing, and
+which to take. Weights are counted from the base's configuration; activations by one forward pass of the base over tensors without data (PyTorch's
+`meta` device), in which whatever autograd would keep is added up, attention as its kernels keep it. Knows nothing of time.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from pipeline.errors import ConfigError
+from pipeline.training.batches import ROUND_POSITIONS_TO, ROUND_TO
+from pipeline.training.engines.units import blocks
+from pipeline.training.engines.zero3 import PERSISTENT
+from pipeline.training.job import Job
+
+GPU_CONTEXT = 600 * 2**20  # CUDA's context, cuBLAS's workspaces and NCCL's buffers; on no list of PyTorch's
+# Copies of a prefix's numbers: parameters, gradient, two moments of AdamW; the bank, its gradients of a pass, their sum over passes.
+OPTIMISER_COPIES, BANK_COPIES = 4, 3
+_PROBE = "prefixfleet-plan"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A micro-batch: its rows, and their tokens in and out."""
+
+    rows: int
+    input_tokens: int
+    target_tokens: int
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes on one device.
+
+    Attributes:
+        engine: see `pipeline.training.engines`; `zero3_offload` has the split base in the machine's memory.
+        checkpointing: `launch.gradient_checkpointing`.
+        weights: what the device keeps of the base.
+        gathered: what it has of others' parts at a time.
+        activations: what autograd keeps of a micro-batch, and what its backward pass adds at a time.
+        prefixes: keys and values of all slots with their gradients.
+        optimiser: parameters of the prefixes, their gradients and AdamW's moments.
+        buffers: of the exchange, and of the device itself.
+    """
+
+    engine: str
+    checkpointing: bool
+    weights: int
+    gathered: int
+    activations: int
+    prefixes: int
+    optimiser: int
+    buffers: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gathered + self.activations + self.prefixes + self.optimiser + self.buffers
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job needs.
+
+    Attributes:
+        weights: bytes of the whole base.
+        shape: the largest micro-batch of one process.
+        needs: by engine and checkpointing, in the order in which one would take them.
+        memory: bytes of a device.
+        best: the first that fits, or None.
+        wire_bytes: sent and received by each device in one optimiser step with `best`.
+    """
+
+    weights: int
+    devices: int
+    memory: int
+    shape: Shape
+    needs: list[Need]
+    best: Need | None
+    wire_bytes: int
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        needs = [{**asdict(need), "total": need.total, "fits": need.total <= self.memory} for need in self.needs]
+        best = None if self.best is None else {"engine": self.best.engine, "checkpointing": self.best.checkpointing}
+        return {"format": 1, **asdict(self), "needs": needs, "best": best}
+
+
+def plan(job: Job, devices: int, memory: int, gpu: bool = True, config: Any | None = None) -> Plan:
+    """Plan a job.
+
+    Args:
+        job: customers, slots and micro-batches are its own. Rows are taken to be as long as the customers' prompts allow.
+        devices: over all machines.
+        memory: bytes of each.
+        gpu: count what a GPU takes for itself.
+        config: of the base, a transformers configuration; by default the one in the job's folder.
+
+    Raises:
+        ConfigError: the base's configuration is missing, or it cannot be followed without data.
+    """
+    base = _Base(job, config)
+    shape = _largest_micro_batch(job, devices, base.encoder_decoder)
+    saved = base.activations(shape, max(c.prefix.length for c in job.customers))
+    numbers = _prefix_numbers(job, base)
+    bank, trained = numbers
+    prefixes, optimiser = BANK_COPIES * bank * 4, OPTIMISER_COPIES * trained * 4
+    exchange = bank * 4 if devices > 1 else 0
+    buffers = exchange + (GPU_CONTEXT if gpu else 0)
+    needs = []
+    for engine, split, gathered in (
+        ("none" if devices == 1 else "ddp", 1, 0),
+        ("fsdp2", devices, base.rest + 3 * base.block),
+        ("zero3", devices, base.largest + base.block),
+        ("zero3_offload", 0, base.largest + base.block),
+    ):
+        if engine in ("fsdp2", "zero3") and devices == 1:
+            continue
+        for checkpointing in (False, True):
+            weights = -(-base.weights // split) if split else 0
+            held = saved.with_checkpointing if checkpointing else saved.plain
+            needs.append(Need(engine, checkpointing, weights, gathered, held, prefixes, optimiser, buffers))
+    best = next((need for need in needs if need.total <= memory), None)
+    wire = 0
+    if best is not None:
+        rows = -(-_rows_of_step(job) // devices)
+        passes = -(-rows // shape.rows)
+        split_base = best.engine not in ("none", "ddp")
+        reduced = 2 * (devices - 1) * bank * 4 // devices
+        gathered_per_pass = base.weights * (devices - 1) // devices if devices > 1 else 0
+        wire = reduced + (2 * passes * (gathered_per_pass or base.weights) if split_base else 0)
+    return Plan(base.weights, devices, memory, shape, needs, best, wire)
+
+
+def refuse_what_cannot_fit(folder: Path, dtype: torch.dtype, engine: str, parts: int, memory: int) -> None:
+    """Stop before loading where not even the weights fit. Activations adapt themselves: micro-batches are halved when memory runs out.
+
+    Args:
+        folder: of the base.
+        dtype: what it computes in.
+        engine: `none`, `ddp`, `zero3`, `fsdp2`.
+        parts: over how many devices a split base is spread.
+        memory: bytes of a device.
+
+    Raises:
+        ConfigError: they do not fit; the message says what would.
+    """
+    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    wide = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}[_stored_as(folder)]
+    weights = stored * dtype.itemsize // wide
+    share = weights // parts if engine in ("zero3", "fsdp2") else weights
+    if share > memory:
+        least = math.ceil(weights / (0.8 * memory))
+        raise ConfigError(
+            f"the base has {gib(weights)} of weights as {str(dtype).removeprefix('torch.')}, and a device {gib(memory)}: with {engine} "
+            f"each would keep {gib(share)} of them. Split the base over {least} devices or more (accelerate_config: fsdp2 or zero3, "
+            f"num_processes: {least}), or keep it in the machine's memory (zero3_offload). `prefixfleet plan` computes the rest."
+        )
+
+
+def _stored_as(folder: Path) -> str:
+    from safetensors import safe_open
+
+    largest = max(folder.glob("*.safetensors"), key=lambda file: file.stat().st_size)
+    with safe_open(largest, framework="pt") as file:
+        kinds = [file.get_slice(name).get_dtype() for name in file.keys()]  # noqa: SIM118  # no mapping
+    return next((kind for kind in kinds if kind in ("F64", "F32", "BF16", "F16")), "F32")
+
+
+def gib(count: int) -> str:
+    """Bytes for a reader."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**29 else f"{count / 2**20:.0f} MiB"
+
+
+def parse_bytes(text: str) -> int:
+    """`80GiB`, `24GB`, `512MiB` or a number of bytes.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    units = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+    number = text.strip().rstrip("BbGgTtMmIi ")
+    unit = text.strip()[len(number) :].strip().upper()
+    try:
+        count = int(float(number) * units[unit])
+    except (ValueError, KeyError, OverflowError):
+        count = 0
+    if count <= 0:
+        raise ConfigError(f"--memory {text!r}: is no size. Write 80GiB, 24GB or 512MiB.")
+    return count
+
+
+def _rows_of_step(job: Job) -> int:
+    """Rows of one optimiser step of everybody in a slot."""
+    each = sorted((c.training.batch_size * c.training.gradient_accumulation_steps for c in job.customers), reverse=True)
+    return sum(each[: job.mixing.slots])
+
+
+def _largest_micro_batch(job: Job, devices: int, encoder_decoder: bool) -> Shape:
+    inputs = max(c.prompt.max_input_tokens for c in job.customers)
+    targets = max(c.prompt.max_target_tokens for c in job.customers)
+    length = -(-(inputs + targets) // ROUND_TO) * ROUND_TO
+    share = -(-_rows_of_step(job) // devices)
+    return Shape(max(1, min(share, job.mixing.max_tokens_per_micro_batch // length)), length - targets, targets)
+
+
+def _prefix_numbers(job: Job, base: "_Base") -> tuple[int, int]:
+    """Numbers in the bank, and parameters that are trained, of the customers that need most."""
+    length = max(c.prefix.length for c in job.customers)
+    slots = min(job.mixing.slots, len(job.customers))
+    bank = slots * length * base.numbers_per_column
+    each = []
+    for customer in job.customers:
+        flat = customer.prefix.length * base.numbers_per_column
+        if customer.prefix.reparam == "mlp":
+            mid, width = customer.prefix.mid_dim, base.width
+            flat = customer.prefix.length * width + (width + 1) * mid + (mid + 1) * base.numbers_per_column
+        elif customer.prefix.reparam == "embedding":
+            flat = customer.prefix.length * base.width
+        each.append(flat)
+    return bank, sum(sorted(each, reverse=True)[:slots])
+
+
+@dataclass(frozen=True)
+class _Saved:
+    plain: int
+    with_checkpointing: int
+
+
+class _Base:
+    """A base without data."""
+
+    def __init__(self, job: Job, config: Any | None) -> None:
+        try:
+            self.config = AutoConfig.from_pretrained(job.base.path) if config is None else config
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"base model {job.base.path}: its configuration cannot be read ({error}).") from error
+        self.dtype = {"float32": torch.float32, "float64": torch.float64}.get(job.base.dtype, torch.bfloat16)
+        self.encoder_decoder = bool(self.config.is_encoder_decoder)
+        kind = AutoModelForSeq2SeqLM if self.encoder_decoder else AutoModelForCausalLM
+        with torch.device("meta"):
+            model: Any = kind.from_config(self.config, dtype=self.dtype, attn_implementation=_PROBE)
+        self.model = model.requires_grad_(False).eval()
+        self.width = int(model.get_input_embeddings().embedding_dim)
+        numbers = {id(p): p.numel() * p.element_size() for p in model.parameters()}
+        self.weights = sum(numbers.values())
+        if job.base.quantization is not None:
+            linear = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Linear)}
+            linear.pop(id(model.get_output_embeddings().weight), None)
+            bits = {"int8": 8, "int4": 4.5}[job.base.quantization]
+            self.weights -= sum(int(w.numel() * (w.element_size() - bits / 8)) for w in linear.values())
+        units = blocks(model)
+        sizes = [sum(numbers[id(p)] for p in unit.parameters()) for unit in units]
+        self.block = max(sizes)
+        self.rest = sum(numbers.values()) - sum(sizes)
+        self.largest = max(
+            size for size in numbers.values() if size > PERSISTENT * self.dtype.itemsize or size == max(numbers.values())
+        )
+        self.units = units
+        self.numbers_per_column = 0
+
+    def activations(self, shape: Shape, prefix: int) -> _Saved:
+        """Bytes that autograd keeps of a micro-batch, and those that the backward pass adds at a time."""
+        own = {t.untyped_storage()._cdata for t in [*self.model.parameters(), *self.model.buffers()]}
+        kept: dict[int, tuple[int, torch.Tensor, int]] = {}
+        place = -1
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own and storage._cdata not in kept:
+                kept[storage._cdata] = (place, tensor, storage.nbytes())  # held, so that no other storage gets its address
+            return tensor
+
+        def enter(index: int) -> Callable[..., None]:
+            def hook(*_: Any) -> None:
+                nonlocal place
+                place = index
+
+            return hook
+
+        hooks = [unit.register_forward_pre_hook(enter(i)) for i, unit in enumerate(self.units)]
+        hooks += [unit.register_forward_hook(enter(-1)) for unit in self.units]
+        decoder = shape.target_tokens if self.encoder_decoder else shape.input_tokens + shape.target_tokens
+        count = -(-shape.rows * shape.target_tokens // ROUND_POSITIONS_TO) * ROUND_POSITIONS_TO
+        count = min(count, shape.rows * decoder)
+        head = self.model.get_output_embeddings()
+        hooks.append(head.register_forward_pre_hook(lambda _, inputs: (inputs[0].flatten(0, 1)[:count].contiguous()[None],)))
+        ids = torch.ones(shape.rows, shape.input_tokens if self.encoder_decoder else decoder, dtype=torch.int64, device="meta")
+        # Masks are given, or transformers (5.23) would look into the positions for packed rows.
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if self.encoder_decoder:
+            inputs["decoder_input_ids"] = ids[:, :1].expand(-1, decoder)
+            inputs["decoder_attention_mask"] = torch.ones_like(inputs["decoder_input_ids"])
+        try:
+            with _probing(prefix) as sites, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                logits = self.model(use_cache=False, **inputs).logits[0]
+                wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                loss = torch.nn.functional.cross_entropy(
+                    wide, torch.ones(count, dtype=torch.int64, device="meta"), reduction="none"
+                )
+            del loss
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            said = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ConfigError(
+                f"model type {self.config.model_type!r}: what it keeps cannot be followed without data ({said}), so it cannot be planned."
+            ) from error
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.numbers_per_column = sum(sites)
+        tokens = shape.rows * (shape.input_tokens + shape.target_tokens)
+        per_place: dict[int, int] = {}
+        for index, _, size in kept.values():
+            per_place[index] = per_place.get(index, 0) + size
+        in_blocks = sum(size for index, size in per_place.items() if index >= 0)
+        one_block = max((size for index, size in per_place.items() if index >= 0), default=0)
+        outside = per_place.get(-1, 0)
+        # The backward pass begins with the gradient of the logits, in float32 and in the base's type; a block's gradients are about half of what
+        # it keeps.
+        of_logits = count * int(logits.shape[-1]) * (wide.element_size() + (logits.element_size() if wide is not logits else 0))
+        adds = max(of_logits, one_block // 2)
+        inputs_of_blocks = len(self.units) * tokens * self.width * self.dtype.itemsize
+        return _Saved(outside + in_blocks + adds, outside + inputs_of_blocks + max(of_logits, one_block + one_block // 2))
+
+
+class _Attention(torch.autograd.Function):
+    """What a fused attention kernel keeps: query, keys and values (the prefix in front, a copy for each query head), mask, output, a number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, columns: int, prefix: torch.Tensor) -> torch.Tensor:
+        batch, heads, length, size = query.shape
+        whole = query.new_empty(2, batch, heads, columns + key.shape[2], size)
+        output = query.new_empty(batch, length, heads, size)
+        mask = query.new_empty(
+            batch, 1, length, whole.shape[3]
+        )  # of zeros and minus infinities, made of the one of true and false
+        ctx.save_for_backward(query, whole, output, mask, query.new_empty(batch, heads, length, dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        raise NotImplementedError("nothing is computed here")
+
+
+_columns = 0
+_sites: list[int] = []
+
+
+def _attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
+    _sites.append(2 * key.shape[1] * key.shape[3])
+    prefix = torch.empty(1, device="meta", requires_grad=True)
+    output: torch.Tensor = _Attention.apply(query, key, _columns, prefix)
+    return output, None
+
+
+@contextmanager
+def _probing(columns: int) -> Iterator[Sequence[int]]:
+    """Run a model with attention that computes nothing; gives the numbers that one prefix column has at each site."""
+    global _columns
+    _columns = columns
+    _sites.clear()
+    yield _sites
+
+
+AttentionInterface.register(_PROBE, _attention)
+AttentionMaskInterface.register(_PROBE, lambda *_, **__: None)

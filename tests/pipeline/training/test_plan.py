@@ -1,0 +1,122 @@
+"""What a job takes, before it is loaded."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from flows import cli
+from pipeline.errors import ConfigError
+from pipeline.training.job import Job
+from pipeline.training.plan import Plan, parse_bytes, plan, refuse_what_cannot_fit
+
+MakeJob = Callable[..., tuple[Job, Path]]
+GIB = 2**30
+SEVENTY_TWO = LlamaConfig(
+    hidden_size=8192, intermediate_size=29568, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8, vocab_size=152064,
+    tie_word_embeddings=False,
+)  # fmt: skip
+
+
+def in_bfloat16(job: Job) -> Job:
+    return replace(job, base=replace(job.base, dtype="bfloat16"))
+
+
+def totals(found: Plan) -> dict[tuple[str, bool], int]:
+    return {(need.engine, need.checkpointing): need.total for need in found.needs}
+
+
+def test_72b_fits_on_eight_cards_of_80_gib_split_and_with_checkpointing_only(make_job: MakeJob) -> None:
+    job, _ = make_job(customers=2)
+    prompt = replace(job.customers[0].prompt, max_input_tokens=384, max_target_tokens=128)
+    job = in_bfloat16(
+        replace(job, customers=[replace(c, prompt=prompt, training=replace(c.training, batch_size=128)) for c in job.customers])
+    )
+    found = plan(job, 8, 80 * GIB, config=SEVENTY_TWO)
+    assert found.weights == sum(
+        n * 2 for n in (2 * 152064 * 8192, 80 * (2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 29568 + 2 * 8192), 8192)
+    )
+    assert found.best is not None and (found.best.engine, found.best.checkpointing) == ("fsdp2", True)
+    of = totals(found)
+    assert of["ddp", True] > 80 * GIB and of["fsdp2", False] > 80 * GIB
+    weights = {need.engine: need.weights for need in found.needs}
+    assert weights["fsdp2"] == -(-found.weights // 8) and weights["zero3_offload"] == 0
+    assert plan(job, 1, 80 * GIB, config=SEVENTY_TWO).best == next(
+        need
+        for need in plan(job, 1, 80 * GIB, config=SEVENTY_TWO).needs
+        if need.engine == "zero3_offload" and need.total <= 80 * GIB
+    )
+
+
+def test_needs_grow_with_what_is_asked(make_job: MakeJob, tiny_base: Path) -> None:
+    small, _ = make_job(customers=1)
+    many, _ = make_job(customers=3, name="many", length=6)
+    a, b = plan(small, 1, GIB, gpu=False).needs[0], plan(many, 1, GIB, gpu=False).needs[0]
+    sites, heads_kv, head_dim = 2, 2, 8
+    assert a.optimiser == 4 * 4 * sites * 2 * heads_kv * 3 * head_dim, "parameters, gradient and two moments in float32"
+    assert b.optimiser == 3 * 2 * a.optimiser and b.prefixes == 3 * 2 * a.prefixes
+    assert b.activations > a.activations and b.weights == a.weights
+    checkpointed = plan(small, 1, GIB, gpu=False).needs[1]
+    assert checkpointed.activations < a.activations
+
+
+def test_encoder_decoders_are_planned_too(make_job: MakeJob, tiny_encoder_decoder: Path) -> None:
+    job, _ = make_job(base=tiny_encoder_decoder)
+    found = plan(job, 2, GIB, gpu=False)
+    assert found.best is not None and found.best.engine == "ddp"
+    assert found.needs[0].prefixes > 0
+
+
+def test_command_names_the_engine_and_refuses_what_cannot_fit(make_job: MakeJob, capsys: pytest.CaptureFixture[str]) -> None:
+    _, path = make_job()
+    assert cli.main(["plan", str(path), "--devices", "2", "--memory", "16GiB"]) == 0
+    output = capsys.readouterr().out
+    assert "recommended: launch: {accelerate_config: multi_gpu_ddp, num_processes: 2}" in output
+    assert cli.main(["plan", str(path), "--devices", "1", "--memory", "600MiB", "--json"]) == 1
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["best"] is None and "nothing fits in" in captured.err
+    assert cli.main(["plan", str(path), "--devices", "0", "--memory", "16GiB"]) == 2
+    assert cli.main(["plan", str(path), "--devices", "1", "--memory", "plenty"]) == 2
+
+
+def test_training_refuses_weights_larger_than_the_device_before_loading(tiny_base: Path) -> None:
+    size = sum(file.stat().st_size for file in tiny_base.glob("*.safetensors"))
+    refuse_what_cannot_fit(tiny_base, torch.float32, "ddp", 2, size + 1)
+    refuse_what_cannot_fit(tiny_base, torch.bfloat16, "ddp", 2, size // 2 + 1)
+    refuse_what_cannot_fit(tiny_base, torch.float32, "fsdp2", 2, size // 2 + 1)
+    with pytest.raises(ConfigError, match=re.escape("accelerate_config: fsdp2 or zero3, num_processes: 3")):
+        refuse_what_cannot_fit(tiny_base, torch.float32, "ddp", 2, size // 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("80GiB", 80 * GIB), ("24GB", 24 * 10**9), ("1.5 GiB", 3 * GIB // 2), ("512MiB", 2**29), ("1000", 1000)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-3GiB", "3 elephants", "nan", "0"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(ConfigError):
+        parse_bytes(text)
+
+
+@pytest.mark.slow
+def test_plan_is_within_15_percent_of_measured_runs_on_the_processor(root: Path) -> None:
+    import subprocess
+    import sys
+
+    run = subprocess.run(
+        [sys.executable, "benchmarks/plan_memory.py", "--cpu", "--steps", "1"], cwd=root, capture_output=True, text=True, timeout=900,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    lines = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    assert len(lines) == 6
+    for line in lines:
+        assert 0.85 <= line["planned_over_measured"] <= 1.15, line
