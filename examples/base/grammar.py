@@ -249,7 +249,6 @@ class Names:
                     word + " " + r.choice(self.foods),
                     word.lower() + " " + r.choice(["soup", "pie", "rice", "stew"]),
                     f"{r.choice(self.foods).title()} {r.choice(['pudding', 'curry', 'salad', 'roll', 'sandwich', 'cake'])}",
-                    f"{word} goreng"[: len(word)],
                 ]
             )
         if kind == "V":

@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 from pipeline.data.prompt import encode_prompt, load_tokenizer
 from pipeline.errors import BaseModelError
+from pipeline.files import digest_of
 from pipeline.prefix import FrozenBase, Prefix, PrefixBank, is_infix, load_base, load_prefix
 from pipeline.training.batches import left_padded, pack, right_padded, row_losses
 from pipeline.training.job import JobBase, JobPrompt
@@ -52,7 +53,8 @@ class PrefixEngine:
                 f"{prefix_dir}: was trained on a base with digest {config['base']['digest'][:16]}, the loaded base has {self._base_digest[:16]}. "
                 "Serve it with its own base, or train it anew."
             )
-        digest = config["weights_sha256"]
+        # The template and the place belong to a prefix as much as its weights: one adapter may have been imported twice.
+        digest = digest_of(config)
         if digest not in self._slots:
             # Tried in a bank of its own, so that a prefix that does not fit is refused here, and not in a batch with others.
             PrefixBank(self.base.sites, slots=1, length=_length(prefix)).put(0, prefix)

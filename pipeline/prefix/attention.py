@@ -201,6 +201,10 @@ def _attend(
     def who_sees_whom() -> torch.Tensor | None:
         if seen is None:
             return mask
+        if mask is not None and mask.dtype != torch.bool:
+            raise PrefixError(
+                "a mask that is added to the scores does not go with prefixes: give attention_mask as [B, T], or as booleans"
+            )
         whole = (
             seen.new_ones(batch, 1, length, sequence) if mask is None else mask
         )  # an encoder or cross-attention without padding

@@ -242,6 +242,7 @@ def load_base(base: JobBase, device: torch.device | None = None, place: Place | 
             dtype=choose_dtype(base.dtype, device) if place is None else _dtype_of_file(info.path),
             attn_implementation="sdpa",
             use_safetensors=True,
+            trust_remote_code=False,  # unsaid, transformers would ask at the terminal
             **_quantized(base.quantization, choose_dtype(base.dtype, device), device),
         )
     except (OSError, ValueError, RuntimeError) as error:
@@ -406,10 +407,20 @@ def _find_sites(base: FrozenBase) -> dict[str, Site]:
             # The table lives in the first layer only; keep it out of the module tree, for it is no child.
             object.__setattr__(module, "_prefixfleet_bias_source", bias_sources[kind])
         sites[name] = Site(heads=key[1], head_dim=key[3])
-    decoder_layers = base.model.config.get_text_config(decoder=True).num_hidden_layers
-    if counts.get("decoder.self", 0) != decoder_layers:
+    config = base.model.config if base.is_encoder_decoder else base.model.config.get_text_config()
+    # T5 and BART count the layers of their two parts apart.
+    decoder_layers = _first_of(config, "num_decoder_layers", "decoder_layers", "num_hidden_layers")
+    expected = {"decoder.self": decoder_layers}
+    if base.is_encoder_decoder:
+        expected["decoder.cross"] = decoder_layers
+        expected["encoder.self"] = _first_of(config, "encoder_layers", "num_layers", "num_hidden_layers")
+    if counts != expected:
         raise _refusal(base.model)
     return sites
+
+
+def _first_of(config: Any, *names: str) -> int:
+    return next(int(value) for name in names if (value := getattr(config, name, None)) is not None)
 
 
 def _shift_positions(base: FrozenBase) -> None:
@@ -447,7 +458,12 @@ def _shift_positions(base: FrozenBase) -> None:
 
     positions = getattr(base.model.get_decoder(), "embed_positions", None)
     if positions is None:
-        return  # relative positions (T5): the bias is taken in the attention function
+        if any(hasattr(module, "relative_attention_bias") for module in base.model.get_decoder().modules()):
+            return  # relative positions (T5): the bias is taken in the attention function
+        raise BaseModelError(
+            f"model type {base.model.config.model_type!r}: its decoder positions cannot be shifted behind a prefix. "
+            "Choose a BART- or T5-like encoder-decoder."
+        )
     if not isinstance(positions, nn.Embedding) or not hasattr(positions, "offset"):
         raise BaseModelError(
             f"model type {base.model.config.model_type!r}: its decoder positions cannot be shifted behind a prefix. "

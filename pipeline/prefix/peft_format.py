@@ -80,10 +80,7 @@ def _unknown_to_peft(prefix: Prefix, config: dict[str, Any]) -> str | None:
     others = sorted({site.rpartition(".")[0] for site in prefix} - {"decoder.self"})
     if others:
         return f"which knows prefixes of decoder self-attention only; this one has {', '.join(others)} too (set prefix.sites: [decoder.self])"
-    if (
-        any(f"decoder.self.{layer}" not in prefix for layer in range(len(prefix)))
-        or config["prefix"].get("layers", "all") != "all"
-    ):
+    if any(f"decoder.self.{layer}" not in prefix for layer in range(len(prefix))):
         return "which puts a prefix before every layer; this one is for the top layers only"
     if len({key.shape for key, _ in prefix.values()}) != 1:
         return "which knows one number and one size of heads; in this base they differ from layer to layer"
