@@ -6,7 +6,7 @@
 `mixed` and `one-by-one` are the same code with as many slots as customers, and with one slot. `peft` trains one customer after another with
 PEFT's PrefixTuning as its documentation shows it, the base loaded once. All three use the same rows in the same order, P = 10, AdamW, the base in
 bfloat16 and no dev losses. Every measurement is a process of its own; the kinds take turns, `--rounds` times, and the medians are shown. Loading
-the base is not counted.
+the base is not counted. CPU seconds, with OMP_NUM_THREADS=1, compare even on a machine that others use too.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def measure(kind: str, arguments: argparse.Namespace, count: int) -> dict[str, f
     )  # what is made at the first use is not counted
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    started = time.monotonic()
+    started, began = time.monotonic(), time.process_time()
     real, padded = run(kind, model, customers, arguments, tokenizer.pad_token_id, arguments.steps)
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -79,6 +79,7 @@ def measure(kind: str, arguments: argparse.Namespace, count: int) -> dict[str, f
     )
     return {
         "seconds": seconds,
+        "cpu_seconds": time.process_time() - began,
         "tokens_per_second": real / seconds,
         "padding_share": 1 - real / padded,
         "memory_mib": memory / 2**20,
@@ -199,7 +200,7 @@ def main() -> None:
                     print(f"{done}/{total} {kind}, {count} customers, batch {size}", file=sys.stderr, flush=True)
                     found.setdefault((count, size, kind), []).append(_child(kind, count, size))
     print(
-        "| customers | batch | kind | seconds | against mixed | tokens/s | padding | peak MiB |\n|---|---|---|---|---|---|---|---|"
+        "| customers | batch | kind | seconds | against mixed | CPU seconds | tokens/s | padding | peak MiB |\n|---|---|---|---|---|---|---|---|---|"
     )
     medians = {key: {name: statistics.median(r[name] for r in runs) for name in runs[0]} for key, runs in found.items()}
     for (count, size, kind), m in medians.items():
@@ -210,8 +211,8 @@ def main() -> None:
         ]
         ratio = f"{statistics.median(ratios):.2f}" if ratios else ""
         print(
-            f"| {count} | {size} | {kind} | {m['seconds']:.1f} | {ratio} | {m['tokens_per_second']:,.0f} | {m['padding_share']:.1%} "
-            f"| {m['memory_mib']:,.0f} |"
+            f"| {count} | {size} | {kind} | {m['seconds']:.1f} | {ratio} | {m['cpu_seconds']:.1f} | {m['tokens_per_second']:,.0f} "
+            f"| {m['padding_share']:.1%} | {m['memory_mib']:,.0f} |"
         )
     if arguments.json:
         arguments.json.write_text(json.dumps([{"key": key, "runs": runs} for key, runs in found.items()]))

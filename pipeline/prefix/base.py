@@ -8,12 +8,14 @@ import hashlib
 import importlib.util
 import logging
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
 from transformers.utils.logging import disable_progress_bar
@@ -23,6 +25,7 @@ from pipeline.errors import BaseModelError, PrefixError
 from pipeline.prefix.attention import IMPLEMENTATION, IMPLEMENTATION_PACKED, ActivePrefix
 from pipeline.prefix.bank import PrefixBank, Site
 from pipeline.prefix.kernels import GPU_ONLY, KERNELS
+from pipeline.prefix.placing import Place, Placed, whole_where_it_is
 from pipeline.prefix.proof import prove
 from pipeline.training.job import JobBase
 
@@ -50,6 +53,7 @@ class FrozenBase:
             `decoder.cross.*`).
         folder: where it was loaded from; its tokenizer is there too.
         max_positions: the longest decoder sequence, prefix included; None if unlimited.
+        placed: where its weights lie.
     """
 
     model: Any
@@ -59,11 +63,12 @@ class FrozenBase:
     is_encoder_decoder: bool
     max_positions: int | None
     lock: threading.RLock
+    placed: Placed
 
     @property
     def device(self) -> torch.device:
         """Where its inputs go."""
-        return next(self.model.parameters()).device
+        return self.placed.device
 
     @contextlib.contextmanager
     def prefixes(self, bank: PrefixBank, rows: torch.Tensor) -> Iterator[None]:
@@ -129,8 +134,23 @@ class FrozenBase:
             )
 
     def versions(self) -> list[tuple[int, int]]:
-        """Where each weight lies and how often it was written to: cheap to compare, whatever the size of the base."""
-        return [(tensor.data_ptr(), tensor._version) for tensor in self.model.parameters()]
+        """Where each weight of this process lies and how often it was written to: cheap to compare, whatever the size of the base."""
+        return [(tensor.data_ptr(), tensor._version) for tensor in self.placed.kept()]
+
+    @torch.no_grad()
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """The input embeddings [T, hidden size] of tokens [T], as the model itself looks them up: a split table is only there while it runs."""
+        found: list[torch.Tensor] = []
+        embeddings = self.model.get_input_embeddings()
+        hook = embeddings.register_forward_hook(lambda _, __, output: found.append(output))
+        inputs = {"input_ids": token_ids[None]}
+        if self.is_encoder_decoder:
+            inputs["decoder_input_ids"] = token_ids[None, :1]
+        try:
+            self.model(**inputs, use_cache=False)
+        finally:
+            hook.remove()
+        return found[0][0].clone()
 
     def checkpoint_gradients(self) -> None:
         """Keep no activations for `backward` but the blocks' inputs, and compute the rest again."""
@@ -186,8 +206,13 @@ class FrozenBase:
             )
 
 
-def load_base(base: JobBase, device: torch.device | None = None) -> FrozenBase:
+def load_base(base: JobBase, device: torch.device | None = None, place: Place | None = None) -> FrozenBase:
     """Load a base, check that it is the one the job means, freeze it and attach the prefix hook.
+
+    Args:
+        base: which one.
+        device: where it computes; by default the GPU if there is one.
+        place: what puts its weights there in parts (`pipeline.training.engines`). By default `device` gets all of them.
 
     Raises:
         BaseModelError: not found, another digest than `base.digest`, attention that takes no prefix, or a kernel that this machine or this base
@@ -206,23 +231,37 @@ def load_base(base: JobBase, device: torch.device | None = None) -> FrozenBase:
         )
     disable_progress_bar()  # of loading weights: noise in a log
     kind = AutoModelForSeq2SeqLM if info.is_encoder_decoder else AutoModelForCausalLM
+    if place is not None and base.quantization is not None:
+        raise BaseModelError(
+            f"base_model.quantization: {base.quantization} is for bases that each process has whole. Remove it, or launch with multi_gpu_ddp."
+        )
     try:
         model: Any = kind.from_pretrained(
             info.path,
-            dtype=choose_dtype(base.dtype, device),
+            # In the type of its file a model is a view of that file: no memory of ours until a part of it is copied.
+            dtype=choose_dtype(base.dtype, device) if place is None else _dtype_of_file(info.path),
             attn_implementation="sdpa",
             use_safetensors=True,
             **_quantized(base.quantization, choose_dtype(base.dtype, device), device),
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise BaseModelError(f"base model {base.path}: cannot be loaded ({error}).") from error
-    if base.quantization is None:  # bitsandbytes puts its weights where they belong while loading
+    if base.quantization is None and place is None:  # bitsandbytes puts its weights where they belong while loading
         model = model.to(device)
     for module in model.modules():
         # bitsandbytes (0.50) repacks 4-bit weights at the first inference on some processors, which rounds their scales: a base never changes.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    return attach(model, info.max_positions, "sdpa" if base.attention == "auto" else base.attention)
+    attention = "sdpa" if base.attention == "auto" else base.attention
+    return attach(model, info.max_positions, attention, place or whole_where_it_is)
+
+
+def _dtype_of_file(folder: Path) -> torch.dtype:
+    """What most weights of a model folder are stored in."""
+    with safe_open(max(folder.glob("*.safetensors"), key=lambda file: file.stat().st_size), framework="pt") as file:
+        kinds = Counter(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118  # no mapping
+    stored = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    return next((stored[kind] for kind, _ in kinds.most_common() if kind in stored), torch.float32)
 
 
 def _quantized(quantization: str | None, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -246,7 +285,7 @@ def _quantized(quantization: str | None, dtype: torch.dtype, device: torch.devic
     return {"quantization_config": config, "device_map": {"": device}}
 
 
-def attach(model: Any, max_positions: int | None = None, attention: str = "sdpa") -> FrozenBase:
+def attach(model: Any, max_positions: int | None = None, attention: str = "sdpa", place: Place = whole_where_it_is) -> FrozenBase:
     """Freeze a transformers model, attach the prefix hook to each of its attention modules, and prove that it works.
 
     Args:
@@ -254,6 +293,7 @@ def attach(model: Any, max_positions: int | None = None, attention: str = "sdpa"
         max_positions: see `FrozenBase`.
         attention: what computes attention behind the hook, see `pipeline.prefix.kernels`. Where SDPA lacks something that the model needs (soft
             caps, attention sinks), the model's own eager function is taken all the same.
+        place: what puts its weights where they belong, once the model has its hooks.
 
     Raises:
         BaseModelError: its attention does not go through transformers' attention interface, so a prefix would be ignored silently; the kernel
@@ -297,11 +337,14 @@ def attach(model: Any, max_positions: int | None = None, attention: str = "sdpa"
         is_encoder_decoder=bool(model.config.is_encoder_decoder),
         max_positions=max_positions,
         lock=threading.RLock(),
+        placed=whole_where_it_is(model),
     )
     model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (_chosen(active, inputs[0]),))
     try:
-        base.sites = _find_sites(base)
         _shift_positions(base)
+        # Behind all hooks of ours: those of DeepSpeed that let go of a module's weights come after them.
+        base.placed = place(model)
+        base.sites = _find_sites(base)
         prove(base)
     except (RuntimeError, NotImplementedError, ValueError) as error:
         if attention not in GPU_ONLY:

@@ -65,7 +65,7 @@ def parameterise(
         of_text = from_text(base, text, settings.length)
         start = {name: of_text[name] for name in sites}
     if settings.reparam == "mlp":
-        width = base.model.get_input_embeddings().weight.shape[1]
+        width = base.model.get_input_embeddings().embedding_dim  # its weight may be split
         return Reparameterised(sites, settings.length, width, settings.mid_dim, seed, base.device, start), parent
     assert start is not None
     return Direct(start, base.device), parent

@@ -39,7 +39,7 @@ def prove(base: "FrozenBase") -> None:
         BaseModelError: a prefix is not seen as it must be, or by not all sites, or changes nothing.
     """
     model = base.model
-    ids = torch.arange(8, device=base.device).view(2, 4) % model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(8, device=base.device).view(2, 4) % model.get_input_embeddings().num_embeddings
     real = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]], device=base.device)
     inputs = {"input_ids": ids, "attention_mask": real}
     if base.is_encoder_decoder:
@@ -93,7 +93,7 @@ def _random_bank(base: "FrozenBase") -> PrefixBank:
 
 def _behind_a_text(base: "FrozenBase") -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [4, vocabulary] behind the prefix that a text gives, and those of the model's own eager attention after that text as a prompt."""
-    ids = torch.arange(1, COLUMNS + 5, device=base.device)[None] % base.model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(1, COLUMNS + 5, device=base.device)[None] % base.model.get_input_embeddings().num_embeddings
     text, sequence = ids[:, :COLUMNS], ids[:, COLUMNS:]
     with base.capturing() as captured:
         base.model(input_ids=text, use_cache=False)

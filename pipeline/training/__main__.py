@@ -1,6 +1,7 @@
 """`accelerate launch --config_file accelerate_configs/cpu.yaml -m pipeline.training JOB.yaml`."""
 
 import argparse
+import re
 import signal
 import sys
 import time
@@ -34,6 +35,17 @@ class _Stop:
         self.asked, self._since = True, time.monotonic()
 
 
+# What an exchange says when the process at its other end is no more: gloo, NCCL and torch's store.
+_LOST = re.compile(
+    r"onnection (closed|reset|refused)|roken pipe|imed out|remote process exited|NCCL communicator was aborted|DistNetworkError"
+)
+_PATIENCE_SECONDS = 3.0
+
+
+def _is_lost_peer(error: RuntimeError) -> bool:
+    return type(error).__name__.startswith("Dist") or ("gloo" in str(error) and _LOST.search(str(error)) is not None)
+
+
 def main() -> int:
     """Exit status: 0 the process did its work (failed customers say so in their results), 2 the job or its base is unusable, 75 resume me."""
     parser = argparse.ArgumentParser(
@@ -58,6 +70,18 @@ def main() -> int:
     except Paused as paused:
         print(paused, file=sys.stderr)
         return RESUME
+    except RuntimeError as error:
+        if not _is_lost_peer(error):
+            raise
+        reason = next(iter(str(error).splitlines()), "")
+        print(
+            f"error: another process of this job ended or cannot be reached ({reason}). Run the same command again: it goes on from the last "
+            "checkpoint. If it happens again, the log of the process that ended first says why.",
+            file=sys.stderr,
+            flush=True,
+        )
+        time.sleep(_PATIENCE_SECONDS)  # so that the launcher sees first who ended first, and reports that
+        return 1
     return 0
 
 

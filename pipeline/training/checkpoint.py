@@ -22,6 +22,7 @@ from pipeline.keys import CustomerKey
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"
+BUDGET = "budget.json"
 
 # Tensors and plain values of one customer.
 State = tuple[dict[str, torch.Tensor], dict[str, Any]]
@@ -122,6 +123,7 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
 def delete_checkpoint(folder: Path) -> None:
     """Forget a checkpoint, the manifest first."""
     (folder / MANIFEST).unlink(missing_ok=True)
+    (folder / BUDGET).unlink(missing_ok=True)
     sweep(folder, None)
 
 
@@ -132,6 +134,26 @@ def sweep(folder: Path, checkpoint: Checkpoint | None) -> None:
         _delete_others(place, kept.get(place))
     for file in folder.glob(f".{MANIFEST}.*.tmp"):
         file.unlink(missing_ok=True)
+
+
+def note_budget(folder: Path, asked: int, budget: int) -> None:
+    """Keep the tokens of a micro-batch that are left of `asked`, for a process that ran out of memory where no checkpoint can be written.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    write_json(folder / BUDGET, {"format": FORMAT, "asked": asked, "budget": budget})
+
+
+def noted_budget(folder: Path, asked: int) -> int | None:
+    """What `note_budget` kept for the same `asked`; None if nothing."""
+    if not (folder / BUDGET).exists():
+        return None
+    try:
+        noted = read_json(folder / BUDGET, FORMAT)
+        return int(noted["budget"]) if noted["asked"] == asked else None
+    except (StorageError, KeyError, TypeError, ValueError):
+        return None  # a note, not a record: without it the budget is halved once more
 
 
 def _read_state(path: Path) -> State:

@@ -19,6 +19,7 @@ from pipeline.errors import TrainingError
 from pipeline.prefix import FrozenBase, PrefixBank
 from pipeline.prefix.bank import Flat
 from pipeline.training.batches import TokenRow, pack, padded_tokens, row_losses, tokens_of
+from pipeline.training.engines import Engine
 from pipeline.training.resident import Resident
 
 _NO_MEMORY = "out of device memory"
@@ -26,6 +27,10 @@ _NO_MEMORY = "out of device memory"
 
 class Interrupted(Exception):
     """Stop here: every resident is as it was before the pass under way, and can be saved so."""
+
+
+class OutOfMemoryAlone(Interrupted):
+    """The same in this process, with a split base left in the middle of a pass, and the others waiting for its part: it has to leave."""
 
 
 @dataclass
@@ -47,11 +52,23 @@ class Item:
 
 
 @dataclass
+class _Idle:
+    """A row that stands for none: one token in, one token out."""
+
+    prompt_ids: list[int]
+    target_ids: list[int]
+
+
+# Computes what a micro-batch is for: given its rows, the slot of each [B], and whether the outcome counts.
+Compute = Callable[[Sequence[Item], torch.Tensor, bool], None]
+
+
+@dataclass
 class Report:
     """What one pass over the residents did.
 
     Attributes:
-        tokens: real tokens that went through the base in this process.
+        tokens: real tokens that went through the base, in all processes.
         padded: the same, padding included.
         seconds: wall-clock.
         losses: slot -> mean cross-entropy per target token (of those whose step was taken, or who were judged).
@@ -86,6 +103,7 @@ class Mixed:
         accelerator: Accelerator,
         asked_to_stop: Callable[[], bool] = lambda: False,
         say: Callable[[str], None] = print,
+        engine: Engine | None = None,
     ) -> None:
         """Make empty slots.
 
@@ -98,9 +116,11 @@ class Mixed:
             accelerator: knows of the other processes; each takes its share of every step's rows.
             asked_to_stop: looked at between micro-batches; see `Interrupted`.
             say: told once that memory ran out.
+            engine: how the base lies on the processes; by default each has all of it.
         """
         self.base, self.pad, self.budget, self.accelerator = base, pad, budget, accelerator
         self.asked_to_stop, self.say = asked_to_stop, say
+        self.engine = engine or Engine("none" if accelerator.num_processes == 1 else "ddp")
         self.residents: list[Resident | None] = [None] * slots
         self.bank = PrefixBank(base.sites, slots, length, base.device, torch.promote_types(base.model.dtype, torch.float32))
         for tensor in self.bank.tensors.values():
@@ -152,10 +172,12 @@ class Mixed:
         sums = [torch.zeros_like(leaf) for leaf in leaves]
         losses = torch.zeros_like(scale)
 
-        def learn(items: Sequence[Item], slots: torch.Tensor) -> None:
+        def learn(items: Sequence[Item], slots: torch.Tensor, counts: bool) -> None:
             own = row_losses(self.base, items, self.pad)
             # Gradients come back whole or not at all, so that a micro-batch that ran out of memory leaves nothing behind.
             gradients = torch.autograd.grad((own * scale[slots].to(own.dtype)).sum(), leaves, allow_unused=True)
+            if not counts:
+                return
             shares = own.detach().double() * scale[slots]
             # From here on nothing more is allocated.
             for total, gradient in zip(sums, gradients, strict=True):
@@ -220,8 +242,10 @@ class Mixed:
         due = [(slot, resident) for slot, resident in due if slot not in report.failed]
         totals = torch.zeros(len(self.residents), device=self.base.device, dtype=torch.float64)
 
-        def look(items: Sequence[Item], slots: torch.Tensor) -> None:
-            totals.index_add_(0, slots, row_losses(self.base, items, self.pad).double())
+        def look(items: Sequence[Item], slots: torch.Tensor, counts: bool) -> None:
+            own = row_losses(self.base, items, self.pad).double()
+            if counts:
+                totals.index_add_(0, slots, own)
 
         self._pass([Item(slot, row) for slot, resident in due for row in resident.dev_rows], look, report)
         self._add_up([totals], report)
@@ -257,10 +281,19 @@ class Mixed:
             elif torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    def _pass(self, items: list[Item], compute: Callable[[Sequence[Item], torch.Tensor], None], report: Report) -> None:
-        """Run `compute` over this process's share of `items`, micro-batch by micro-batch, within the budget and the memory there is."""
-        share = items[self.accelerator.process_index :: self.accelerator.num_processes]
-        waiting = self._packed(share)
+    def _pass(self, items: list[Item], compute: Compute, report: Report) -> None:
+        """Run `compute` over this process's share of `items`, micro-batch by micro-batch, within the budget and the memory there is.
+
+        Raises:
+            Interrupted: this process, the only one, was asked to stop.
+            OutOfMemoryAlone: see there.
+        """
+        processes, own = self.accelerator.num_processes // self.engine.parts, self.accelerator.process_index // self.engine.parts
+        waiting = self._packed(items[own::processes])
+        idle = 0
+        if self.engine.equal_passes:
+            # Every process has all rows, so it knows how many passes the others make without asking.
+            idle = max(len(self._packed(items[i::processes])) for i in range(processes)) - len(waiting)
         while waiting and not self._out_of_memory:
             # Several processes stop together, at the end of the pass: some may already be waiting for the others there.
             if self.accelerator.num_processes == 1 and self.asked_to_stop():
@@ -271,6 +304,9 @@ class Mixed:
             if problem is None:
                 report.tokens += sum(map(tokens_of, batch))
                 report.padded += padded_tokens(batch, self.base.is_encoder_decoder)
+            elif problem is _NO_MEMORY and self.engine.place is not None:
+                self._halve(batch)
+                raise OutOfMemoryAlone
             elif problem is _NO_MEMORY and len(batch) > 1:
                 self._halve(batch)
                 if self.accelerator.num_processes > 1:
@@ -287,18 +323,23 @@ class Mixed:
                     )
                 report.failed[slots[0]] = problem
                 waiting = [kept for rows in waiting if (kept := [item for item in rows if item.slot != slots[0]])]
+        for _ in range(idle if items else 0):
+            # What comes of it is thrown away, so that not even a NaN of it reaches anybody.
+            if self._try([Item(items[0].slot, _Idle([self.pad], [self.pad]))], compute, counts=False) is not None:
+                raise OutOfMemoryAlone
+        self.base.placed.settle()
 
     def _packed(self, items: Sequence[Item]) -> list[list[Item]]:
         # On a GPU a further pass costs as much as many tokens; on a processor padding does.
         overhead = self.budget // 32 if self.base.device.type == "cuda" else 48
         return [[items[i] for i in batch] for batch in pack(items, self.budget, overhead, self.base.is_encoder_decoder)]
 
-    def _try(self, batch: Sequence[Item], compute: Callable[[Sequence[Item], torch.Tensor], None]) -> str | None:
+    def _try(self, batch: Sequence[Item], compute: Compute, counts: bool = True) -> str | None:
         """Run a micro-batch; returns what went wrong, if anything did."""
         slots = torch.tensor([item.slot for item in batch], device=self.base.device)
         try:
             with self.base.prefixes(self.bank, slots):
-                compute(batch, slots)
+                compute(batch, slots, counts)
             return None
         except torch.OutOfMemoryError:
             pass  # the error's traceback holds the tensors of the failed pass; they are free only behind this block
@@ -321,25 +362,33 @@ class Mixed:
             self._told = True
 
     def _add_up(self, tensors: Sequence[torch.Tensor], report: Report) -> None:
-        """Sum over the processes, in place; all of them stop together if one was asked to or ran out of memory.
+        """Sum over the processes, in place and in one exchange; all of them stop together if one was asked to or ran out of memory.
 
         Raises:
             Interrupted: see there.
         """
         if self.accelerator.num_processes == 1:
             return
-        flags = torch.zeros(2 + len(self.residents), device=self.base.device)
-        flags[0], flags[1] = float(self._out_of_memory), float(self.asked_to_stop())
-        for slot in report.failed:
-            flags[2 + slot] = 1.0
-        flags = self.accelerator.reduce(flags, reduction="sum")
-        budget = self.accelerator.gather(torch.tensor([self.budget], device=self.base.device))
-        if float(flags[:2].sum()):
-            self.budget = int(budget.min())
+        failed = [float(slot in report.failed) for slot in range(len(self.residents))]
+        facts = [float(self._out_of_memory), float(self.asked_to_stop()), float(report.tokens), float(report.padded), *failed]
+        # In the precision of the gradients: twice the bytes for a handful of sums would not be worth it.
+        parts = [*(tensor.flatten().to(tensors[0].dtype) for tensor in tensors), torch.tensor(facts, dtype=tensors[0].dtype)]
+        bucket = torch.cat([part.to(self.base.device) for part in parts])
+        torch.distributed.all_reduce(bucket)
+        *sums, facts_of_all = bucket.split([part.numel() for part in parts])
+        out_of_memory, asked, tokens, padded, *failed = facts_of_all.tolist()
+        if out_of_memory:
+            budget = torch.tensor([self.budget], device=self.base.device)
+            torch.distributed.all_reduce(budget, op=torch.distributed.ReduceOp.MIN)
+            self.budget = int(budget)
+        if out_of_memory or asked:
             raise Interrupted
-        for slot in flags[2:].nonzero()[:, 0].tolist():
-            report.failed.setdefault(
-                slot, "a row does not fit in the memory of another process's device. Lower prompt.max_input_tokens."
-            )
-        for tensor in tensors:
-            tensor.copy_(self.accelerator.reduce(tensor, reduction="sum"))
+        for slot, count in enumerate(failed):
+            if count:
+                report.failed.setdefault(
+                    slot, "a row does not fit in the memory of another process's device. Lower prompt.max_input_tokens."
+                )
+        # Processes that make one pass together have the same rows: `parts` times the same losses and tokens.
+        report.tokens, report.padded = int(tokens), int(padded)
+        for tensor, total in zip(tensors, sums, strict=True):
+            tensor.copy_(total.view(tensor.shape))

@@ -12,12 +12,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
 
 from pipeline.data import Record, read_card, read_split
@@ -26,13 +27,24 @@ from pipeline.errors import ConfigError, DataError, PrefixFleetError, StorageErr
 from pipeline.files import write_text
 from pipeline.keys import CustomerKey
 from pipeline.prefix import FrozenBase, load_base, save_prefix
+from pipeline.prefix.base import choose_dtype
 from pipeline.prefix.parameterise import parameterise
 from pipeline.process import code_version, peak_memory_bytes
 from pipeline.progress import Progress
 from pipeline.training.batches import tokens_of
-from pipeline.training.checkpoint import Checkpoint, State, delete_checkpoint, read_checkpoint, sweep, write_checkpoint
+from pipeline.training.checkpoint import (
+    Checkpoint,
+    State,
+    delete_checkpoint,
+    note_budget,
+    noted_budget,
+    read_checkpoint,
+    sweep,
+    write_checkpoint,
+)
+from pipeline.training.engines import Engine, chosen
 from pipeline.training.job import Job, JobCustomer
-from pipeline.training.mixed import Interrupted, Mixed, Report
+from pipeline.training.mixed import Interrupted, Mixed, OutOfMemoryAlone, Report
 from pipeline.training.resident import Resident
 from pipeline.training.results import PREFIX_FILES, is_whole, write_result
 from pipeline.training.tracking import Run, Tracker
@@ -40,6 +52,10 @@ from pipeline.training.tracking import Run, Tracker
 _WAIT_SECONDS = 30.0  # for another process on the same job to end
 _FLUSH_SECONDS = 30.0  # for the last metrics to reach MLflow at the end of a job
 _PAUSE_SECONDS = 3.0  # and when it was asked to stop: whoever asked will not wait long
+
+# How long a process waits for the others in an exchange before it gives the job up: longer than the first one takes to write a checkpoint or to read
+# a base from a slow disk while the others are through with theirs.
+_PATIENCE_SECONDS = 900.0
 
 
 class Paused(Exception):
@@ -90,7 +106,9 @@ def run_job(job: Job, asked_to_stop: Callable[[], bool] = lambda: False) -> int:
         BaseModelError, ConfigError: nothing of the job can be done.
     """
     # With a GPU-less machine Accelerate would otherwise look for one when the launcher's config names several processes.
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(), kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=_PATIENCE_SECONDS))]
+    )
     with ExitStack() as stack:
         folder = Path(job.folder)
         if accelerator.is_main_process:
@@ -114,8 +132,9 @@ def run_job(job: Job, asked_to_stop: Callable[[], bool] = lambda: False) -> int:
                 f"{folder}: slots is {job.mixing.slots}, but LLM.int8 treats a column as large that is large in any row of a batch, so "
                 "customers would touch one another. Set slots to 1 (launch.slots in a fleet file), or quantization: int4."
             )
-        base = load_base(job.base, accelerator.device)
-        return _Training(job, due, base, accelerator, asked_to_stop, saved, stack).work()
+        engine = chosen(accelerator, choose_dtype(job.base.dtype, accelerator.device))
+        base = load_base(job.base, accelerator.device, engine.place)
+        return _Training(job, due, base, accelerator, engine, asked_to_stop, saved, stack).work()
 
 
 @contextmanager
@@ -148,6 +167,7 @@ class _Training:
         due: list[JobCustomer],
         base: FrozenBase,
         accelerator: Accelerator,
+        engine: Engine,
         asked_to_stop: Callable[[], bool],
         saved: Checkpoint | None,
         stack: ExitStack,
@@ -170,16 +190,16 @@ class _Training:
         self.settled = 0  # steps of those who have left, all that they might have taken
         self.rate = _Rate()
         self.tick = 0 if saved is None else saved.tick
-        asked = job.mixing.max_tokens_per_micro_batch
         self.mixed = Mixed(
             base,
             max(job.mixing.slots, 0 if saved is None else sum(key is not None for key in saved.slots)),
             max([c.prefix.length for c in due] + ([] if saved is None else [saved.length])),
             self.tokenizer.pad_token_id,
-            saved.budget if saved is not None and saved.asked_budget == asked else asked,
+            self._budget(saved),
             accelerator,
             asked_to_stop,
             self._say,
+            engine,
         )
         self.progress: Progress | None = None
         self.metrics: _MetricsFile | None = None
@@ -225,6 +245,14 @@ class _Training:
             if self.main and not self.finished and not self.parked:
                 delete_checkpoint(self.folder)
             status = "FINISHED"
+        except OutOfMemoryAlone:
+            # The others wait inside a pass, so that no checkpoint of this moment can be had: the last one holds, with the smaller budget.
+            note_budget(self.folder, self.job.mixing.max_tokens_per_micro_batch, self.mixed.budget)
+            status, patience = None, _PAUSE_SECONDS
+            raise Paused(
+                f"{self.job.name}: out of device memory in process {self.accelerator.process_index}. Run the same command again: it goes on from its "
+                f"last checkpoint with micro-batches of {self.mixed.budget} tokens."
+            ) from None
         except Interrupted:
             self._checkpoint()
             for member in self.members.values():
@@ -239,6 +267,16 @@ class _Training:
                 self.run.close(status)
             self.tracker.close(patience)
         return len(self.failed) + len(self.finished)
+
+    def _budget(self, saved: Checkpoint | None) -> int:
+        """Tokens of a micro-batch: as asked for, or what was left of that when memory ran out before."""
+        asked = self.job.mixing.max_tokens_per_micro_batch
+        found = [asked]
+        if saved is not None and saved.asked_budget == asked:
+            found.append(saved.budget)
+        if (noted := _of_first(noted_budget(self.folder, asked), self.accelerator)) is not None:
+            found.append(noted)
+        return min(found)
 
     def _seat(self) -> None:
         """Let the next customers of the queue into the free slots."""
@@ -273,11 +311,15 @@ class _Training:
         Raises:
             PrefixFleetError: on every process, what any of them failed with.
         """
+        # What one process alone may fail at comes first, and all hear of it before any of them runs the base or exchanges gradients.
         error: PrefixFleetError | None = None
         try:
-            # What one process alone may fail at comes first, and all hear of it before gradients are exchanged.
             card, train_rows, dev_rows = _read(customer)
             _check_rows(self.base, customer, train_rows, dev_rows)
+        except PrefixFleetError as found:
+            error = found
+        _agree(error, self.accelerator)
+        try:
             method, parent = parameterise(self.base, self.job.base.digest, customer, self.tokenizer, train_rows)
             resident = Resident(method, customer.prefix.placement == "infix", train_rows, dev_rows, customer.training)
             member = _Member(customer, resident, card, parent)
@@ -467,7 +509,7 @@ class _Training:
         seats = dict(self._seats())
         for slot, note in report.notes.items():
             self.progress.message(str(seats[slot].key), "warning", note)
-        self.rate.add(report.tokens * self.accelerator.num_processes, report.seconds)
+        self.rate.add(report.tokens, report.seconds)
         losses = {str(seats[slot].key): loss for slot, loss in report.losses.items()}
         entry = {
             "step": float(self.tick),

@@ -185,7 +185,7 @@ def test_environment_sets_what_is_unset_and_leaves_what_the_user_set(monkeypatch
 
 
 def test_unknown_accelerate_config_is_named_with_those_there_are() -> None:
-    with pytest.raises(ConfigError, match=r"gpus\.yaml.*cpu, cpu_2proc, multi_gpu_ddp, single_gpu"):
+    with pytest.raises(ConfigError, match=r"gpus\.yaml.*cpu, cpu_2proc, fsdp2, .*multi_gpu_ddp, .*single_gpu, zero3"):
         launch.config_file(LaunchSettings(accelerate_config="gpus"))
 
 

@@ -223,7 +223,7 @@ def test_out_of_memory_halves_the_budget_and_loses_nothing(base: FrozenBase, mon
 
     monkeypatch.setattr(module, "row_losses", small_device)
     said: list[str] = []
-    monkeypatch.setattr(module.Mixed.__init__, "__defaults__", (*module.Mixed.__init__.__defaults__[:-1], said.append))
+    monkeypatch.setattr(module.Mixed.__init__, "__defaults__", (lambda: False, said.append, None))
     squeezed, failed = trained(base, [w.resident(base) for w in wanted], slots=3, budget=2000)
     assert failures >= 2 and failed == [None] * 3
     assert len(said) == 1 and "out of device memory" in said[0]

@@ -1,0 +1,131 @@
+"""DeepSpeed ZeRO stage 3: every process keeps one N-th of each weight, and gathers a module's weights while it runs.
+
+The parts wait on the device, in the machine's memory or on an NVMe disk.
+
+In: a model whose weights are views of their files, and the `zero_optimization` section of a DeepSpeed config. Out: the same model with its share of
+them. `deepspeed.initialize` is not used: without an optimiser of its own its engine adds to the hooks below only a call that refuses `backward`
+(DeepSpeed 0.19.8), and it has no float64.
+"""
+
+import gc
+import importlib.util
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.errors import ConfigError
+from pipeline.prefix.placing import Placed
+from pipeline.training.engines.units import blocks, cast, give_memory_back
+
+# Weights no larger than so many numbers stay whole on every process: gathering a bias costs more than it is worth.
+PERSISTENT = 10_000
+
+
+def settings_of(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """The `zero_optimization` section that the launcher's config means.
+
+    Args:
+        environment: as `accelerate launch` set it, from `deepspeed_config` of the file.
+
+    Raises:
+        ConfigError: DeepSpeed is not installed, its config cannot be read, or it is not of stage 3.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(
+            "the accelerate config asks for DeepSpeed, which is not installed: `pip install 'prefixfleet[deepspeed]'`, or use fsdp2."
+        )
+    file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if file != "none":
+        try:
+            section = dict(json.loads(Path(file).read_text(encoding="utf-8"))["zero_optimization"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{file}: cannot be read as a DeepSpeed config with a section zero_optimization ({error!r})."
+            ) from error
+    else:
+        section = {"stage": int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))}
+        device = environment.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none")
+        if device != "none":
+            section["offload_param"] = {"device": device, "pin_memory": torch.cuda.is_available()}
+        if device == "nvme":
+            path = environment.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_NVME_PATH", "none")
+            if path == "none":
+                raise ConfigError(
+                    "offload_param_device is nvme, but Accelerate's launcher passes no path on. Name a DeepSpeed file with `deepspeed_config_file`; "
+                    "its zero_optimization.offload_param has device and nvme_path."
+                )
+            section["offload_param"]["nvme_path"] = path
+    if section.get("stage") != 3:
+        raise ConfigError(
+            f"zero_stage is {section.get('stage')}: stages below 3 split gradients and optimiser states, which a frozen base has not. "
+            "Set zero_stage: 3."
+        )
+    # "auto" is a word of Accelerate's; what it stands for here is DeepSpeed's own default.
+    section = {name: value for name, value in section.items() if value != "auto" and name != "offload_optimizer"}
+    return {"stage3_param_persistence_threshold": PERSISTENT, "stage3_max_reuse_distance": 0, **section}
+
+
+def zero3(model: Any, device: torch.device, dtype: torch.dtype, settings: dict[str, Any]) -> Placed:
+    """Split a model over all processes, block by block, so that no process holds more than one block whole.
+
+    Args:
+        model: frozen, its hooks in place. Hooks that are there before DeepSpeed's still see a module's weights behind its forward pass.
+        device: where this process computes.
+        dtype: what the base computes in.
+        settings: see `settings_of`.
+    """
+    if device.type == "cpu" or settings.get("offload_param"):
+        give_memory_back()
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters, Init
+    from deepspeed.utils.timer import NoopTimer
+
+    # On a processor DeepSpeed (0.19.8) would compile an exchange through shared memory, whose flags a killed process leaves the others spinning on.
+    # Gloo needs no compiler, and notices.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.comm.init_distributed(auto_mpi_discovery=False)  # takes over the process group that Accelerate made
+    world = torch.distributed.get_world_size()
+    whole_config = {"train_batch_size": world, "train_micro_batch_size_per_gpu": 1, "zero_optimization": settings}
+    zero = DeepSpeedConfig(whole_config).zero_config
+    for unit in [*blocks(model), model]:
+        cast(unit, dtype, model)
+        for parameter in unit.parameters():
+            if not hasattr(parameter, "ds_id"):
+                # Copied even if it is here already: DeepSpeed broadcasts into it, which would make the pages of a mapped file memory of ours.
+                parameter.data = parameter.data.to(device, copy=True)
+        Init(module=unit, config_dict_or_path=whole_config, dtype=dtype)
+    model.to(device)  # its buffers
+    gc.collect()
+    offload = DeepSpeedZeRoOffload(
+        model,
+        timers=NoopTimer(),
+        ds_config=whole_config,
+        overlap_comm=bool(zero.overlap_comm),
+        prefetch_bucket_size=zero.prefetch_bucket_size,
+        max_reuse_distance=zero.max_reuse_distance,
+        max_live_parameters=zero.max_live_parameters,
+        param_persistence_threshold=zero.param_persistence_threshold,
+        model_persistence_threshold=zero.model_persistence_threshold,
+        offload_param_config=zero.offload_param,
+    )
+
+    def whole(parameter: nn.Parameter) -> torch.Tensor:
+        with GatheredParameters([parameter]):
+            return parameter.detach().clone()
+
+    return Placed(
+        device=device,
+        kept=lambda: [parameter.ds_tensor for parameter in model.parameters()],
+        whole=whole,
+        # Blocks whose input needs no gradient are not told when their backward pass is over.
+        settle=lambda: offload.get_param_coordinator().release_and_reset_all(model),
+    )
