@@ -354,9 +354,9 @@ def _champions(members: list[JobCustomer], stage: str) -> tuple[dict[CustomerKey
         except Exception as error:  # of whatever kind: the other customers are not to suffer
             if not isinstance(error, PrefixFleetError):
                 log.error("looking up the champion of %s failed", key, exc_info=error)
-            failed[key] = (
-                f"its champion cannot be had: {error if isinstance(error, PrefixFleetError) else f'{type(error).__name__}: {error}'}"
-            )
+            reason = str(error) if isinstance(error, PrefixFleetError) else f"{type(error).__name__}: {error}"
+            # Who starts from a champion has asked for it; that it is compared with one must be said.
+            failed[key] = reason if stage == "train" else f"its champion cannot be had: {reason}"
     return found, failed
 
 
