@@ -94,6 +94,10 @@ def zero3(model: Any, device: torch.device, dtype: torch.dtype, settings: dict[s
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.comm.init_distributed(auto_mpi_discovery=False)  # takes over the process group that Accelerate made
     world = torch.distributed.get_world_size()
+    # How much DeepSpeed fetches ahead, and has together: its own defaults are 50 million numbers and a billion. Two blocks do, as with FSDP2
+    # (measured: 827 instead of 1,136 MB at most per process, half of a base of 537 MB on each).
+    block = max(sum(parameter.numel() for parameter in unit.parameters()) for unit in blocks(model))
+    settings = {"stage3_prefetch_bucket_size": min(block, 50_000_000), "stage3_max_live_parameters": 2 * block, **settings}
     whole_config = {"train_batch_size": world, "train_micro_batch_size_per_gpu": 1, "zero_optimization": settings}
     zero = DeepSpeedConfig(whole_config).zero_config
     for unit in [*blocks(model), model]:

@@ -1,6 +1,6 @@
 """The same prefixes whichever engine splits the base, on two processes of the processor; and what each process keeps.
 
-What takes longer (four processes, memory of a base of 500 MB, two machines) is in test_engines_slow.py.
+What takes longer (four processes, memory of a base of 350 MB, two machines) is in test_engines_slow.py.
 """
 
 import importlib.util

@@ -1,4 +1,4 @@
-"""What takes minutes: four processes, the memory that a base of 500 MB takes, restarts, two machines on one."""
+"""What takes minutes: four processes, the memory that a base of 350 MB takes, restarts, two machines on one."""
 
 import importlib.util
 import json
@@ -65,7 +65,7 @@ def test_parts_that_wait_elsewhere_come_to_the_same_prefixes(launch: Launch, tmp
 
 @pytest.fixture(scope="module")
 def large_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A random Llama of some 500 MB, its blocks of 44 MB."""
+    """A random Llama of some 350 MB, a block of it 28 MB."""
     folder = tmp_path_factory.mktemp("large")
     for file in tiny_base.iterdir():
         if "token" in file.name:
@@ -122,8 +122,8 @@ def test_peak_memory_of_a_process_falls_with_their_number(
     print({"config": config, "base_mb": round(size), "peaks_mb": {n: round(peak) for n, peak in peaks.items()}})
     block = size / 12
     for processes in (1, 2, 4):
-        # Two blocks are together at a time, the one that runs and the next; the rest is activations and buffers of the exchange.
-        assert peaks[processes] - peaks[0] < size / processes + 3 * block + 60, peaks
+        # Two blocks are together at a time, the one that runs and the next, with ZeRO-3 each twice while it is exchanged; the rest is activations.
+        assert peaks[processes] - peaks[0] < size / processes + (6 if config.startswith("zero3") else 3) * block + 60, peaks
     assert peaks[4] < peaks[2] < peaks[1]
 
 
