@@ -192,6 +192,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    for given in args.lr or []:
+        if given.split("=")[0] not in RATES or "=" not in given:
+            parser.error(f"--lr {given}: give method=rate, with one of {', '.join(RATES)}")
     rates = {
         name: [float(r.split("=")[1]) for r in args.lr or [] if r.split("=")[0] == name] or own for name, own in RATES.items()
     }

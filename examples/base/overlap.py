@@ -42,9 +42,10 @@ def strings(value: object) -> Iterator[str]:
 
 def drawn(mix: Mix, seed: int, count: int, shards: int) -> Iterator[tuple[str, str]]:
     """(source, text) of the first 2,500 characters of documents of `count` windows, from all over the shards of a run."""
+    each = -(-count // shards)  # windows of one shard, each looked at once
     for n in range(count):
         size = 0
-        for doc in mix.window(Random(f"{seed}-{n * shards // count}-{n % 7}")):
+        for doc in mix.window(Random(f"{seed}-{n // each * shards // -(-count // each)}-{n % each}")):
             yield f"drawn: {doc.source}", f"{doc.input}\n{doc.target}"
             size += len(doc.input) + len(doc.target)
             if size > 2500:
@@ -60,13 +61,19 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=2000, help="shards that the run drew")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    files = [f for a in args.against for f in ([Path(a)] if Path(a).is_file() else sorted(Path(a).rglob("*.jsonl")))]
+    files = [
+        f
+        for a in args.against
+        for f in ([Path(a)] if Path(a).is_file() else sorted(f for s in ("*.jsonl", "*.txt") for f in Path(a).rglob(s)))
+    ]
     held = set()
     for file in files:
         for line in file.read_text(encoding="utf-8").splitlines():
             for item in strings(json.loads(line)) if file.suffix == ".jsonl" else [line]:
                 held.update(map(hash, grams(item)))
     print(f"{len(files)} files, {len(held):,} 13-grams to look for")
+    if not held:
+        parser.error("--against: no text of 13 words there. Give JSONL or text files, or folders that hold some.")
     material = Material.read(args.material)
     seen: Counter[str] = Counter()
     hits: Counter[str] = Counter()
