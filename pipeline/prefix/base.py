@@ -347,6 +347,11 @@ def attach(model: Any, max_positions: int | None = None, attention: str = "sdpa"
         base.placed = place(model)
         base.sites = _find_sites(base)
         prove(base)
+    except (TypeError, AttributeError, KeyError) as error:
+        raise BaseModelError(
+            f"model type {model.config.model_type!r}: its attention cannot be told apart ({type(error).__name__}: {error}), so it takes no prefix. "
+            "Supported are GPT-2, OPT, Llama, Mistral, Qwen, Phi, Gemma, BART, T5 and many more."
+        ) from error
     except (RuntimeError, NotImplementedError, ValueError) as error:
         if attention not in GPU_ONLY:
             raise

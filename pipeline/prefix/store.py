@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from pipeline.errors import PrefixError
+from pipeline.errors import PrefixError, StorageError
 from pipeline.files import file_digest, read_json, whole_folder, write_json
 from pipeline.prefix.bank import Prefix
 
@@ -39,7 +39,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         StorageError: missing or damaged.
     """
-    return read_json(folder / "prefix.json", FORMAT)
+    config = read_json(folder / "prefix.json", FORMAT)
+    if "weights_sha256" not in config:
+        raise StorageError(f"{folder / 'prefix.json'}: names no weights. It was damaged or changed: train or download it again.")
+    return config
 
 
 def weights_digest(prefix: Prefix) -> str:
@@ -75,4 +78,6 @@ def load_prefix(folder: Path) -> tuple[Prefix, dict[str, Any]]:
     except (OSError, SafetensorError) as error:
         raise PrefixError(f"{file}: cannot be read ({error}). Train or download it again.") from error
     sites = [name.removesuffix(".key") for name in tensors if name.endswith(".key")]
+    if not sites or any(f"{site}.value" not in tensors for site in sites):
+        raise PrefixError(f"{file}: has keys without values, or nothing. Train or download it again.")
     return {site: (tensors[f"{site}.key"], tensors[f"{site}.value"]) for site in sites}, config

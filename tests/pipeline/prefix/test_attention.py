@@ -418,6 +418,42 @@ def test_a_model_whose_keys_and_values_differ_in_size_is_refused() -> None:
         attach(transformers.DeepseekV3ForCausalLM(config))
 
 
+TINY = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "decoder_start_token_id": 1, "pad_token_id": 1}
+
+
+@pytest.mark.parametrize(
+    ("config", "model", "settings"),
+    [
+        # The encoder does not dispatch, the decoder does: prefixes of the encoder would be left out without a word.
+        ("LongT5Config", "LongT5ForConditionalGeneration", {**TINY, "num_layers": 2}),
+        # Its bias function takes other arguments.
+        ("UMT5Config", "UMT5ForConditionalGeneration", {**TINY, "num_layers": 2}),
+    ],
+)
+def test_an_encoder_decoder_that_is_only_like_t5_is_refused(config: str, model: str, settings: dict[str, Any]) -> None:
+    built = getattr(transformers, model)(getattr(transformers, config)(vocab_size=VOCABULARY, **settings))
+    with pytest.raises(BaseModelError, match=rf"{built.config.model_type}.*Supported are"):
+        attach(built)
+
+
+def test_a_t5_with_unequal_parts_takes_prefixes_everywhere() -> None:
+    base = attach(
+        transformers.T5ForConditionalGeneration(
+            transformers.T5Config(vocab_size=VOCABULARY, num_layers=2, num_decoder_layers=3, **TINY)
+        )
+    )
+    kinds = [name.rpartition(".")[0] for name in base.sites]
+    assert {kind: kinds.count(kind) for kind in kinds} == {"encoder.self": 2, "decoder.self": 3, "decoder.cross": 3}
+
+
+def test_a_mask_that_is_added_to_the_scores_is_refused(bank_of_text: Callable[..., PrefixBank]) -> None:
+    base = attach(tiny_double("llama"))
+    bank = bank_of_text(base, [5, 6, 7])
+    mask = torch.zeros(1, 1, 4, 4, dtype=torch.float64).masked_fill(torch.ones(4, 4).triu(1).bool(), -1e9)
+    with base.prefixes(bank, torch.tensor([1])), pytest.raises(PrefixError, match="added to the scores"):
+        base.model(input_ids=torch.tensor([[5, 6, 7, 8]]), attention_mask=mask)
+
+
 # What may go wrong in a hook, each caught by another part of the check at attach time.
 
 
