@@ -107,11 +107,13 @@ class FrozenBase:
     def capturing(self) -> Iterator[dict[str, tuple[torch.Tensor, torch.Tensor]]]:
         """Collect the keys and values [B, heads_kv, T, head_dim] that each site computes in the forward pass run inside, without prefixes."""
         with self.lock:
+            # Also inside `prefixes`: an embedding-only prefix computes its keys and values again in a batch's backward pass.
+            held, self.active.bank = self.active.bank, None
             self.active.captured, self.active.called = {}, []
             try:
                 yield self.active.captured
             finally:
-                self.active.captured, self.active.called = None, []
+                self.active.captured, self.active.called, self.active.bank = None, [], held
 
     def digest(self) -> str:
         """SHA-256 over names and bytes of all parameters and buffers in memory: equal before and after training."""

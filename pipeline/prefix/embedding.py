@@ -16,6 +16,19 @@ from pipeline.prefix.base import FrozenBase
 from pipeline.prefix.initialise import repeated
 
 
+def refuse_encoder_decoder(base: FrozenBase) -> None:
+    """An encoder-decoder has no one row of embeddings in front of everything.
+
+    Raises:
+        PrefixError: the base is one.
+    """
+    if base.is_encoder_decoder:
+        raise PrefixError(
+            f"embedding-only prefixes are for decoder-only bases, and {base.model.config.model_type} is an encoder-decoder. "
+            "Choose reparam: none or mlp."
+        )
+
+
 class EmbeddingOnly(nn.Module):
     """P input embeddings [P, hidden size]; their keys and values are those of a prompt that consists of them."""
 
@@ -26,11 +39,7 @@ class EmbeddingOnly(nn.Module):
             PrefixError: the base is an encoder-decoder.
         """
         super().__init__()
-        if base.is_encoder_decoder:
-            raise PrefixError(
-                f"embedding-only prefixes are for decoder-only bases, and {base.model.config.model_type} is an encoder-decoder. "
-                "Choose reparam: none or mlp."
-            )
+        refuse_encoder_decoder(base)
         self.base = base
         self.embeddings = nn.Parameter(initial.to(base.device, torch.float32, copy=True))
 

@@ -14,7 +14,7 @@ from pipeline.errors import PrefixError
 from pipeline.prefix.bank import Prefix
 from pipeline.prefix.base import FrozenBase
 from pipeline.prefix.direct import Direct
-from pipeline.prefix.embedding import EmbeddingOnly, embeddings_of_text, random_embeddings
+from pipeline.prefix.embedding import EmbeddingOnly, embeddings_of_text, random_embeddings, refuse_encoder_decoder
 from pipeline.prefix.initialise import chosen_sites, from_prefix, from_random, from_text, from_zeros
 from pipeline.prefix.mlp import Reparameterised
 from pipeline.training.job import JobCustomer
@@ -49,6 +49,7 @@ def parameterise(
     sites = chosen_sites(base, settings.sites, settings.layers)
     text = _text(customer, tokenizer, rows)
     if settings.reparam == "embedding":
+        refuse_encoder_decoder(base)
         random = settings.init == "random"
         initial = random_embeddings(base, settings.length, seed) if random else embeddings_of_text(base, text, settings.length)
         return EmbeddingOnly(base, initial), None
