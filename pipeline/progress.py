@@ -4,6 +4,7 @@ A stage that runs as a child of a flow prints one line of JSON a step, which the
 it draws a bar on a terminal and prints plain lines elsewhere. Standard library and tqdm (which transformers needs anyway).
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -44,6 +45,12 @@ def time_left(seconds: float, done: int, left: int) -> str:
     minutes, rest = divmod(round(seconds * left / done), 60)
     hours, minutes = divmod(minutes, 60)
     return f"about {hours}:{minutes:02d}:{rest:02d} left" if hours else f"about {minutes}:{rest:02d} left"
+
+
+def _say(line: str) -> None:
+    """Print a line. Whoever read it may be gone: a flow that was killed must not keep us from writing a last checkpoint."""
+    with contextlib.suppress(OSError):
+        print(line, flush=True)
 
 
 class Progress:
@@ -103,7 +110,7 @@ class Progress:
         elif self._bar is not None:
             self._bar.write(f"{self.stage} {customer}: {status}: {text}")
         else:
-            print(f"{self.stage} {customer}: {status}: {text}", flush=True)
+            _say(f"{self.stage} {customer}: {status}: {text}")
 
     def _emit(self, info: dict[str, Any] | None = None, force: bool = False) -> None:
         # A line a step floods a log: JSON at most five times a second, plain lines every five seconds.
@@ -118,14 +125,11 @@ class Progress:
             )
         else:
             left = time_left(now - self._started, self.done - self._skipped, self.total - self.done)
-            print(
-                "  ".join(filter(None, [f"{self.stage}: {self.done}/{self.total} {self.unit}", left, described(info or {})])),
-                flush=True,
-            )
+            _say("  ".join(filter(None, [f"{self.stage}: {self.done}/{self.total} {self.unit}", left, described(info or {})])))
 
     @staticmethod
     def _print_json(content: dict[str, Any]) -> None:
-        print(MARK + json.dumps(content), flush=True)
+        _say(MARK + json.dumps(content))
 
     def __enter__(self) -> "Progress":
         return self

@@ -1,6 +1,7 @@
 """`accelerate launch --config_file accelerate_configs/cpu.yaml -m pipeline.training JOB.yaml`."""
 
 import argparse
+import contextlib
 import os
 import re
 import signal
@@ -71,7 +72,8 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Paused as paused:
-        print(paused, file=sys.stderr)
+        with contextlib.suppress(OSError):  # whoever started us may be gone
+            print(paused, file=sys.stderr)
         return RESUME
     except RuntimeError as error:
         if not _is_lost_peer(error):
