@@ -22,7 +22,7 @@ from pipeline.files import whole_folder
 from pipeline.prefix.bank import Prefix, PrefixBank
 from pipeline.prefix.base import FrozenBase
 from pipeline.prefix.embedding import EmbeddingOnly
-from pipeline.prefix.store import is_infix, load_prefix
+from pipeline.prefix.store import is_infix, load_prefix, require
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -37,6 +37,7 @@ def export_peft(prefix_dir: Path, out: Path) -> None:
         StorageError: the prefix is missing, or `out` cannot be written.
     """
     prefix, config = load_prefix(prefix_dir)
+    require(prefix_dir, config, "base.id", "base.revision", "base.is_encoder_decoder")
     if out.exists():
         raise PrefixError(f"{out}: is there already. Choose another folder, or delete it.")
     reason = _unknown_to_peft(prefix, config)

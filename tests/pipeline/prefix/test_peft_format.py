@@ -21,7 +21,7 @@ TEXT = [5, 6, 7, 8]
 
 def saved(folder: Path, base: FrozenBase, prefix: Prefix, **settings: Any) -> Path:
     config = {
-        "base": {"id": "some/base", "revision": None, "is_encoder_decoder": base.is_encoder_decoder},
+        "base": {"id": "some/base", "revision": None, "digest": "b" * 64, "is_encoder_decoder": base.is_encoder_decoder},
         "prefix": {"length": 4, "layers": "all", "placement": "prefix", **settings},
     }
     save_prefix(folder, prefix, config)
