@@ -102,8 +102,12 @@ class ActivePrefix:
 
 def _repeated(values: torch.Tensor, batch: int) -> torch.Tensor:
     # Beam search repeats each row `num_beams` times, beams of a row side by side.
-    beams, rest = divmod(batch, len(values))
-    assert rest == 0, f"{batch} rows do not stand for {len(values)} prefixes"
+    beams, rest = divmod(batch, len(values)) if len(values) else (0, batch)
+    if rest:
+        raise PrefixError(
+            f"the batch has {batch} rows and base.prefixes(bank, rows) was given {len(values)}: name one slot of the bank for each row of the batch "
+            "(or for each prompt, where generation makes several rows of one)."
+        )
     return values if beams == 1 else values.repeat_interleave(beams)
 
 

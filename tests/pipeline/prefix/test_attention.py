@@ -344,6 +344,26 @@ def test_an_infix_without_the_ends_of_the_prompts_is_an_error() -> None:
         base.model(input_ids=some_ids(1, 3))
 
 
+def test_a_number_of_rows_that_stands_for_no_prefixes_is_an_error_with_a_remedy() -> None:
+    base = attach(tiny_model("llama"))
+    bank = PrefixBank(base.sites, slots=1, length=2)
+    bank.put(0, from_zeros(base.sites, 2))
+    for rows in ([0, 0], []):
+        said = rf"3 rows and .* given {len(rows)}: name one slot .* for each row"
+        with base.prefixes(bank, torch.tensor(rows, dtype=torch.int64)), pytest.raises(PrefixError, match=said):
+            base.model(input_ids=some_ids(3, 4))
+
+
+def test_a_model_that_has_the_hook_is_refused_as_such_and_works_on() -> None:
+    base = attach(tiny_model("llama"))
+    before = base.model(input_ids=some_ids(1, 4)).logits
+    with pytest.raises(BaseModelError, match=r"llama.*has the prefix hook already.*load the model again"):
+        attach(base.model)
+    assert torch.equal(base.model(input_ids=some_ids(1, 4)).logits, before)
+    with pytest.raises(BaseModelError, match=r"attention: 'fast' is no kernel.*sdpa"):
+        attach(tiny_model("llama"), attention="fast")
+
+
 def test_heads_may_differ_in_number_and_size_from_layer_to_layer() -> None:
     shapes = {(site.heads, site.head_dim) for site in attach(tiny_model("gemma4")).sites.values()}
     assert shapes == {(2, 8), (1, 16)}
