@@ -438,6 +438,8 @@ def test_a_model_whose_keys_and_values_differ_in_size_is_refused() -> None:
         attach(transformers.DeepseekV3ForCausalLM(config))
 
 
+GEMMA_PART = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "sliding_window": 16}  # fmt: skip
 TINY = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "decoder_start_token_id": 1, "pad_token_id": 1}
 
 
@@ -448,11 +450,16 @@ TINY = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "decoder_start_tok
         ("LongT5Config", "LongT5ForConditionalGeneration", {**TINY, "num_layers": 2}),
         # Its bias function takes other arguments.
         ("UMT5Config", "UMT5ForConditionalGeneration", {**TINY, "num_layers": 2}),
+        # Its masks are numbers.
+        ("SwitchTransformersConfig", "SwitchTransformersForConditionalGeneration",
+         {**TINY, "num_layers": 2, "num_experts": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}),
+        # Rotary positions on both sides: those of the decoder alone cannot be shifted.
+        ("T5GemmaConfig", "T5GemmaForConditionalGeneration", {"encoder": GEMMA_PART, "decoder": GEMMA_PART}),
     ],
-)
+)  # fmt: skip
 def test_an_encoder_decoder_that_is_only_like_t5_is_refused(config: str, model: str, settings: dict[str, Any]) -> None:
     built = getattr(transformers, model)(getattr(transformers, config)(vocab_size=VOCABULARY, **settings))
-    with pytest.raises(BaseModelError, match=rf"{built.config.model_type}.*Supported are"):
+    with pytest.raises(BaseModelError, match=rf"{built.config.model_type}.*(Supported are|Choose a BART- or T5-like)"):
         attach(built)
 
 
