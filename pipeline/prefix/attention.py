@@ -1,6 +1,6 @@
 """Where the prefix enters a block: an attention function that puts each row's prefix before the keys and values of the sequence.
 
-It is registered with transformers' `AttentionInterface`, so the model itself is unchanged (Li & Liang 2021, equation 2: `h_i` is a trained
+It is registered with transformers' `AttentionInterface`, so the model itself is unchanged (Li & Liang 2021, section 4.2: `h_i` is a trained
 parameter where i stands in the prefix, and the frozen LM's own activation elsewhere). Knows nothing of training or generation: which prefix
 belongs to which row is what `ActivePrefix` holds for the forward (and backward) pass under way.
 """
