@@ -420,6 +420,7 @@ def test_only_the_top_layers_can_have_a_prefix() -> None:
         ("BloomConfig", "BloomForCausalLM", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
         ("GPTJConfig", "GPTJForCausalLM", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 64}),
         ("FalconConfig", "FalconForCausalLM", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}),
+        ("MptConfig", "MptForCausalLM", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}),  # ALiBi
     ],
 )
 def test_a_model_whose_attention_takes_no_prefix_is_refused(config: str, model: str, settings: dict[str, Any]) -> None:
