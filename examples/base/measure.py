@@ -189,7 +189,9 @@ def main() -> None:
     parser.add_argument("--lr", nargs="+", help="rates to try, each method=rate; default: " + str(RATES))
     parser.add_argument("--length", type=int, default=10)
     parser.add_argument("--init-text")
-    parser.add_argument("--instruction", default="Describe:", help="line that stands before each input of the method `instruction`")
+    parser.add_argument(
+        "--instruction", default="Describe:", help="line that stands before each input of the method `instruction`"
+    )
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=10)
     parser.add_argument("--rows", type=int, default=32, help="inputs decoded at a time")

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
+import json
+import multiprocessing
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from types import ModuleType
@@ -86,21 +93,26 @@ def test_a_shard_is_a_function_of_its_name(scripts: dict[str, ModuleType], mater
     assert (windows[0] != windows[2]).any()
 
 
-def test_loss_is_on_targets_and_on_nothing_that_is_only_shown(
+def test_loss_is_on_every_token_of_what_is_learned_and_on_no_other(
     scripts: dict[str, ModuleType], material: Any, example_base: Path
 ) -> None:
     pretrain, mix = scripts["pretrain"], scripts["mix"].Mix(material)
     tokenizer = AutoTokenizer.from_pretrained(example_base)
-    for seed in range(30):
-        window = torch.from_numpy(pretrain.window(mix, tokenizer, Random(seed), 256))
-        ids, labels = pretrain.split_labels(window[None])
-        wanted = ""
-        for doc in itertools.islice(mix.window(Random(seed)), 40):
-            wanted += doc.target + tokenizer.eos_token if doc.learn else ""
-        learned = tokenizer.decode(labels[labels != -100].tolist())
-        # A first token has nothing before it, so a window that begins with plain text learns it without its first token.
-        assert learned and (wanted.startswith(learned) or learned in wanted)
-        assert (ids[0, 1:][labels[0, :-1] != -100] == labels[0, :-1][labels[0, :-1] != -100]).all()
+    tokens = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    seen = {True: 0, False: 0}
+    for seed in range(60):
+        row: list[tuple[int, bool]] = []  # (token, whether it is to be learned)
+        for doc in mix.window(Random(seed)):
+            target = tokens(doc.target)[: doc.cut] if doc.cut else [*tokens(doc.target), tokenizer.eos_token_id]
+            row += [(i, False) for i in (tokens(doc.input + "\n") if doc.input else [])] + [(i, doc.learn) for i in target]
+            seen[doc.learn] += 1
+            if len(row) >= 256:
+                break
+        ids, labels = pretrain.split_labels(torch.from_numpy(pretrain.window(mix, tokenizer, Random(seed), 256))[None])
+        assert ids[0].tolist() == [token for token, _ in row[:256]]
+        # Position n predicts token n + 1, so the first token is never learned and the last position predicts nothing.
+        assert labels[0].tolist() == [token if learn else -100 for token, learn in row[1:256]] + [-100]
+    assert min(seen.values()) > 20
 
 
 def test_pretraining_loss_equals_that_of_transformers(scripts: dict[str, ModuleType], example_base: Path) -> None:
@@ -109,3 +121,130 @@ def test_pretraining_loss_equals_that_of_transformers(scripts: dict[str, ModuleT
     labels = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], dim=1)
     own = scripts["pretrain"].Loss(model, torch.float32, compiled=False)(ids, labels)
     assert own.item() == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), abs=1e-4)
+
+
+@pytest.fixture
+def run(
+    scripts: dict[str, ModuleType], material: Any, example_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
+    """`run(name, *arguments)`: a smoke run of pretrain.py in this process, with a checkpoint after every step; its folder."""
+    pretrain = scripts["pretrain"]
+    monkeypatch.setattr(pretrain, "sample", lambda *_: "")  # what is generated for reading is slow and beside the point
+    material.write(tmp_path / "material.json.xz")
+
+    def go(name: str, *more: str) -> Path:
+        out = tmp_path / name
+        if not (out / "tokenizer").exists():
+            AutoTokenizer.from_pretrained(example_base).save_pretrained(out / "tokenizer")
+        given = [
+            "--material",
+            str(tmp_path / "material.json.xz"),
+            "--out",
+            str(out),
+            "--smoke",
+            "--device",
+            "cpu",
+            "--threads",
+            "1",
+        ]
+        pretrain.train(pretrain.arguments([*given, "--workers", "0", "--minutes", "60", "--eval-minutes", "0", *more]))
+        return out
+
+    return go
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """The log of a run without its clock."""
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("minutes", "lr", "again")} for row in rows]
+
+
+def test_a_run_that_was_interrupted_goes_on_as_if_nothing_had_been(
+    scripts: dict[str, ModuleType], run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run("whole", "--max-steps", "24")
+    halves = tmp_path / "halves"
+    step, seen, shards = scripts["pretrain"].Optimiser.step, itertools.count(), []
+
+    def stops(*args: Any) -> Any:
+        if next(seen) == 11:  # inside a shard, and inside the twenty steps that one row of the log is the mean of
+            shards.extend(halves.glob("shards-*"))
+            raise KeyboardInterrupt
+        return step(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(scripts["pretrain"].Optimiser, "step", stops)
+        run("halves", "--max-steps", "24")
+    assert len(shards) == 1
+    assert not shards[0].exists()
+    shards[0].mkdir()  # what a kill would have left: shards, a row past the checkpoint, half a row
+    log = halves / "log.jsonl"
+    log.write_text(log.read_text() + '{"step": 12, "held_out": 0.0}\n{"step": 13, "hel')
+    run("halves", "--max-steps", "24")
+    rows = rows_of(halves)
+    assert rows == rows_of(whole)
+    assert [row["step"] for row in rows if "held_out" in row] == list(range(1, 25))
+    assert rows[-1]["held_out"] < rows[0]["held_out"]
+    assert not list(halves.glob("shards-*"))
+    assert AutoModelForCausalLM.from_pretrained(halves / "best").config.hidden_size == 32
+
+
+def test_a_run_ends_with_the_error_of_a_process_that_draws_windows(
+    scripts: dict[str, ModuleType], material: Any, tmp_path: Path
+) -> None:
+    pretrain = scripts["pretrain"]
+    material.write(tmp_path / "material.json.xz")
+    (tmp_path / "wanted").write_text("0")
+    given = (tmp_path / "material.json.xz", tmp_path / "no-tokenizer", tmp_path, 1, 0, 1, 4, 128, 1024)
+    fork = multiprocessing.get_context("fork")
+    broken = fork.Process(target=pretrain.worker, args=given)
+    broken.start()
+    killed = fork.Process(target=time.sleep, args=(600,))
+    killed.start()
+    killed.kill()
+    for dead, status, why in ((broken, 1, "no-tokenizer"), (killed, -9, "memory")):
+        with pytest.raises(pretrain.RunError, match=rf"(?s)exit status {status}\..*{why}"):
+            next(pretrain.shards(tmp_path, 0, Random(0), 128, [dead]))
+
+
+def test_two_runs_do_not_share_a_folder(scripts: dict[str, ModuleType], run: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    with (tmp_path / "one" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(scripts["pretrain"].RunError, match=r"another run is at work in .*one"):
+            run("one")
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_from_its_checkpoint_and_leaves_nothing_behind(
+    example_base: Path, run: Callable[..., Path], material: Any, tmp_path: Path
+) -> None:
+    whole = run("whole", "--max-steps", "400", "--eval-minutes", "60")
+    AutoTokenizer.from_pretrained(example_base).save_pretrained(tmp_path / "killed" / "tokenizer")
+    command = [sys.executable, str(example_base / "pretrain.py"), "--material", str(tmp_path / "material.json.xz"), "--smoke"]
+    command += [
+        "--out",
+        str(tmp_path / "killed"),
+        "--minutes",
+        "60",
+        "--eval-minutes",
+        "0.01",
+        "--workers",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    command += ["--threads", "1", "--max-steps", "400"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        wait_for = time.monotonic() + 240
+        while not (tmp_path / "killed" / "checkpoint.pt").exists() and time.monotonic() < wait_for and process.poll() is None:
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+    assert len(list((tmp_path / "killed").glob("shards-*"))) == 1
+    assert subprocess.run(command, stdout=subprocess.DEVNULL, timeout=240).returncode == 0
+    assert not list((tmp_path / "killed").glob("shards-*"))
+    assert rows_of(tmp_path / "killed")[-1]["step"] == 400
+    assert rows_of(tmp_path / "killed")[-1]["held_out"] == rows_of(whole)[-1]["held_out"]
