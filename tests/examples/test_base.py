@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -70,6 +71,45 @@ def test_material_survives_its_compact_file(scripts: dict[str, ModuleType], mate
     again = scripts["sources"].Material.read(tmp_path / "material.json.xz")
     assert list(again.texts()) == list(material.texts())
     assert again.lists == material.lists
+
+
+def git(folder: Path, *words: str) -> str:
+    """What git prints there."""
+    who = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
+    return subprocess.run(["git", "-C", str(folder), *who, *words], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_sources_are_read_at_the_commits_named_and_no_other(
+    scripts: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = scripts["sources"]
+    for name in ("moved", "other"):
+        git(tmp_path, "init", "-q", name)
+        (tmp_path / name / "text.txt").write_text("as it was")
+        git(tmp_path / name, "add", ".")
+        git(tmp_path / name, "commit", "-qm", "one")
+    pinned = git(tmp_path / "moved", "rev-parse", "HEAD")
+    (tmp_path / "moved" / "text.txt").write_text("as it is")
+    git(tmp_path / "moved", "commit", "-qam", "two")
+    (tmp_path / "wordnet").mkdir()
+    (tmp_path / "wordnet" / "data.noun").write_text("as it was")
+    digest = hashlib.sha256(b"as it was").hexdigest()
+    monkeypatch.setattr(sources, "COMMITS", {"moved": ("owner/moved", pinned)})
+    monkeypatch.setattr(sources, "WORDNET", {"data.noun": digest})
+    assert sources.missing(tmp_path) == []
+    assert sources.blob(tmp_path / "moved", "text.txt") == "as it was"
+    assert list(sources.blobs(tmp_path / "moved", "", ".txt")) == [("text.txt", "as it was")]
+
+    monkeypatch.setattr(sources, "COMMITS", {"other": ("owner/other", "1" * 40), "absent": ("owner/absent", "2" * 40)})
+    (tmp_path / "wordnet" / "data.noun").write_text("as it is")
+    monkeypatch.setattr(sys, "argv", ["sources.py", str(tmp_path), "--out", str(tmp_path / "out.xz")])
+    with pytest.raises(SystemExit) as stop:
+        sources.main()
+    lines = str(stop.value).splitlines()
+    assert [line.split(":")[0] for line in lines[1::2]] == ["# other", "# absent", f"# {tmp_path / 'wordnet' / 'data.noun'}"]
+    assert f"fetch --depth 1 https://github.com/owner/other {'1' * 40}" in lines[2]
+    assert "wordnet-base" in lines[6]
+    assert not (tmp_path / "out.xz").exists()
 
 
 def test_nothing_is_put_into_words_before_something_asks_for_it(scripts: dict[str, ModuleType], material: Any) -> None:
@@ -219,22 +259,24 @@ def test_two_runs_do_not_share_a_folder(scripts: dict[str, ModuleType], run: Cal
 def test_a_killed_run_goes_on_from_its_checkpoint_and_leaves_nothing_behind(
     example_base: Path, run: Callable[..., Path], material: Any, tmp_path: Path
 ) -> None:
-    whole = run("whole", "--max-steps", "400", "--eval-minutes", "60")
+    more = ["--max-steps", "40", "--eval-minutes", "0.005"]  # twenty shards: too few for one to be seen again
+    whole = run("whole", *more)
     AutoTokenizer.from_pretrained(example_base).save_pretrained(tmp_path / "killed" / "tokenizer")
-    command = [sys.executable, str(example_base / "pretrain.py"), "--material", str(tmp_path / "material.json.xz"), "--smoke"]
+    command = [sys.executable, str(example_base / "pretrain.py"), "--material", str(tmp_path / "material.json.xz")]
     command += [
         "--out",
         str(tmp_path / "killed"),
-        "--minutes",
-        "60",
-        "--eval-minutes",
-        "0.01",
-        "--workers",
-        "1",
+        "--smoke",
         "--device",
         "cpu",
+        "--threads",
+        "1",
+        "--workers",
+        "1",
+        "--minutes",
+        "60",
     ]
-    command += ["--threads", "1", "--max-steps", "400"]
+    command += more
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         wait_for = time.monotonic() + 240
@@ -246,5 +288,5 @@ def test_a_killed_run_goes_on_from_its_checkpoint_and_leaves_nothing_behind(
     assert len(list((tmp_path / "killed").glob("shards-*"))) == 1
     assert subprocess.run(command, stdout=subprocess.DEVNULL, timeout=240).returncode == 0
     assert not list((tmp_path / "killed").glob("shards-*"))
-    assert rows_of(tmp_path / "killed")[-1]["step"] == 400
+    assert rows_of(tmp_path / "killed")[-1]["step"] == 40
     assert rows_of(tmp_path / "killed")[-1]["held_out"] == rows_of(whole)[-1]["held_out"]
