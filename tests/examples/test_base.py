@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import sacrebleu
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -30,7 +31,7 @@ def scripts(example_base: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Mo
     import importlib
 
     monkeypatch.syspath_prepend(str(example_base))
-    return {name: importlib.import_module(name) for name in ("sources", "mix", "pretrain")}
+    return {name: importlib.import_module(name) for name in ("sources", "mix", "pretrain", "overlap", "by_relation")}
 
 
 @pytest.fixture
@@ -131,6 +132,45 @@ def test_a_shard_is_a_function_of_its_name(scripts: dict[str, ModuleType], mater
     windows = [scripts["pretrain"].window(mix, tokenizer, Random(name), 128) for name in ("1-0", "1-0", "1-1")]
     assert (windows[0] == windows[1]).all()
     assert (windows[0] != windows[2]).any()
+
+
+def test_overlap_tells_relations_of_the_grammar_from_others(
+    scripts: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = ["The Kiln House is in Oldacre.", "Oldacre is proud to hold the Kiln House."]  # the first is the grammar's "is in {o}"
+    records = [
+        {"input": "Kiln_House : location : Oldacre", "references": said},
+        {"input": "Kiln_House : location : Oldacre | Oldacre : ghostCount : 3", "target": "Kiln House is in Oldacre."},
+        {"input": "name : Kiln House", "target": "No triple."},
+    ]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    overlap = scripts["overlap"]
+    monkeypatch.setattr(sys, "argv", ["overlap.py", "--relations", "--against", str(tmp_path), "--max", "0.5"])
+    with pytest.raises(SystemExit, match="more than 50% of: their occurrences"):
+        overlap.main()
+    assert [line.split(" in ")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "relation names: 1 of 2 (50.0%)",
+        "their occurrences: 2 of 3 (66.7%)",
+        "references of one triple: 1 of 2 (50.0%)",
+    ]
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:-1], "0.7"])
+    overlap.main()
+
+
+def test_scores_are_told_apart_by_whether_the_base_knew_the_relations(
+    scripts: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right, wrong = "The old house stands in Oldacre today.", "Nobody ever said anything about that place."
+    rows = [("H : location : Oldacre", right), ("H : ghostCount : 3", wrong), ("H : location : O | H : ghostCount : 3", wrong)]
+    lines = [json.dumps({"input": text, "references": [right], "output": output}) + "\n" for text, output in rows]
+    (tmp_path / "houses-prefix-0.1.jsonl").write_text("".join(lines))
+    (tmp_path / "barns-prefix-0.1.jsonl").write_text(lines[0])
+    monkeypatch.setattr(sys, "argv", ["by_relation.py", *map(str, sorted(tmp_path.iterdir()))])
+    scripts["by_relation"].main()
+    row = capsys.readouterr().out.splitlines()[2]
+    unknown = sacrebleu.corpus_bleu([wrong, wrong], [[right, right]]).score
+    both = sacrebleu.corpus_bleu([right, right, wrong, wrong], [[right] * 4]).score
+    assert row == f"| prefix-0.1, 2 files | 100.0 (2 inputs) | {unknown:.1f} (2 inputs) | {both:.1f} (4 inputs) |"
 
 
 def test_loss_is_on_every_token_of_what_is_learned_and_on_no_other(
