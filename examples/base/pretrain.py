@@ -388,6 +388,16 @@ def cut_log(file: Path, step: int) -> None:
     os.replace(part, file)
 
 
+def sweep(folder: Path) -> None:
+    """Remove the shards of a killed run, whose workers may not have noticed yet and still write a last one."""
+    for _ in range(100):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.05)
+    shutil.rmtree(folder)
+
+
 def train(args: argparse.Namespace) -> None:
     """The whole run, from wherever the last one stopped. Raises RunError when a worker ends or another run is in the folder."""
     out = Path(args.out)
@@ -401,7 +411,7 @@ def train(args: argparse.Namespace) -> None:
         place.mkdir(parents=True, exist_ok=True)
         mine = f"shards-{hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:12]}-"  # several runs may share --shards
         for stale in place.glob(f"{mine}*"):
-            shutil.rmtree(stale, ignore_errors=True)
+            sweep(stale)
         folder = Path(tempfile.mkdtemp(prefix=mine, dir=place))
         workers: list[BaseProcess] = []
         try:

@@ -319,14 +319,14 @@ def test_a_killed_run_goes_on_from_its_checkpoint_and_leaves_nothing_behind(
     command += more
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
-        wait_for = time.monotonic() + 240
+        wait_for = time.monotonic() + 600
         while not (tmp_path / "killed" / "checkpoint.pt").exists() and time.monotonic() < wait_for and process.poll() is None:
             time.sleep(0.01)
     finally:
         process.kill()
         process.wait()
     assert len(list((tmp_path / "killed").glob("shards-*"))) == 1
-    assert subprocess.run(command, stdout=subprocess.DEVNULL, timeout=240).returncode == 0
+    run("killed", *more)
     assert not list((tmp_path / "killed").glob("shards-*"))
     assert rows_of(tmp_path / "killed")[-1]["step"] == 40
     assert rows_of(tmp_path / "killed")[-1]["held_out"] == rows_of(whole)[-1]["held_out"]
