@@ -170,7 +170,10 @@ def test_scores_are_told_apart_by_whether_the_base_knew_the_relations(
     row = capsys.readouterr().out.splitlines()[2]
     unknown = sacrebleu.corpus_bleu([wrong, wrong], [[right, right]]).score
     both = sacrebleu.corpus_bleu([right, right, wrong, wrong], [[right] * 4]).score
-    assert row == f"| prefix-0.1, 2 files | 100.0 (2 inputs) | {unknown:.1f} (2 inputs) | {both:.1f} (4 inputs) |"
+    parts = [
+        f"{bleu:.1f} ({facts})" for bleu, facts in ((100, "2 inputs, 1.0"), (unknown, "2 inputs, 1.5"), (both, "4 inputs, 1.2"))
+    ]
+    assert row == f"| prefix-0.1, 2 files | {' | '.join(part[:-1] + ' triples each)' for part in parts)} |"
 
 
 def test_loss_is_on_every_token_of_what_is_learned_and_on_no_other(
