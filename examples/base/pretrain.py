@@ -6,7 +6,7 @@
 loadable folder of the best model so far (lowest loss on held-out windows of the mix); `RUN/log.jsonl` holds the curves;
 `RUN/checkpoint.pt` lets the same command go on after an interruption, with the windows that would have come next. The learning
 rate follows the share of `--minutes` that has been trained, so the run ends when it should on a machine whose speed nobody knows
-beforehand; `--max-steps` ends it earlier. `--smoke` tries all of it on a tiny model in seconds. `--plot RUN` draws the curves and stops.
+beforehand; `--max-steps` ends it earlier. `--smoke` tries all of it on a tiny model, without a GPU. `--plot RUN` draws the curves and stops.
 
 Windows are drawn by worker processes into shards on disk, each a function of its number. A machine that trains faster than
 they draw sees shards again. A run ends with the error of a worker that ended, and takes its shards with it; what a killed run left
