@@ -4,7 +4,8 @@
 
 In: files that `measure.py --outputs` wrote, of data whose inputs are triples. Their names
 say what was measured: files of one method and rate (the part behind the first dash) are scored together. Out: a table with
-sacrebleu of the inputs all of whose relation names stand in relations.tsv, of the others, and of all, with their mean number of triples.
+sacrebleu of the inputs all of whose relation names stand in relations.tsv and of the others, for each number of triples, since the
+others have more of them, and for all.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from pathlib import Path
 from measure import bleu
 from overlap import relation_names, triples
 
+SIZES = [("1", 1, 1), ("2", 2, 2), ("3", 3, 3), ("4", 4, 4), ("5 or more", 5, 99), ("all", 1, 99)]
+
 
 def main() -> None:
     """Command line."""
@@ -26,23 +29,23 @@ def main() -> None:
     methods: dict[str, list[Path]] = {}
     for file in args.files:
         methods.setdefault(file.stem.partition("-")[2] or file.stem, []).append(file)
-    table = ["| outputs | all relations in relations.tsv | at least one is not | all |", "|---|---|---|---|"]
+    table = ["| outputs | triples | all relations in relations.tsv | at least one is not |", "|---|---|---|---|"]
     for method, files in methods.items():
         rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
         facts = [triples(row["input"]) for row in rows]
         if not all(facts):
             parser.error(f"{method}: an input there is not a list of triples")
-        inside = [all(relation in known for _, relation, _ in fact) for fact in facts]
-        cells = []
-        for part in (True,), (False,), (True, False):
-            chosen = [i for i, is_inside in enumerate(inside) if is_inside in part]
-            if not chosen:
-                cells.append("–")
-                continue
-            score = bleu([rows[i]["output"] for i in chosen], [rows[i] for i in chosen])
-            size = sum(len(facts[i]) for i in chosen) / len(chosen)
-            cells.append(f"{score:.1f} ({len(chosen)} inputs, {size:.1f} triples each)")
-        table.append(f"| {method}, {len(files)} files | {' | '.join(cells)} |")
+        for label, least, most in SIZES:
+            cells = []
+            for inside in (True, False):
+                chosen = [
+                    row
+                    for row, fact in zip(rows, facts, strict=True)
+                    if least <= len(fact) <= most and all(relation in known for _, relation, _ in fact) == inside
+                ]
+                score = f"{bleu([row['output'] for row in chosen], chosen):.1f} ({len(chosen)} inputs)" if chosen else "–"
+                cells.append(score)
+            table.append(f"| {method}, {len(files)} files | {label} | {' | '.join(cells)} |")
     print("\n".join(table))
 
 
