@@ -7,7 +7,7 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -163,6 +163,30 @@ def _status_table(models: "Iterable[ModelStatus]", gap: str) -> Table:
         separator = ", " if gap == " " else gap
         champion = _number(model.champion_version, "d")
         table.add_row(str(model.key), str(model.version), champion, model.decision, separator.join(scores), made)
+    return table
+
+
+def sweep_table(content: Mapping[str, Any], console: Console) -> None:
+    """Print the settings of a sweep, what came out in words, and the lines for the fleet file."""
+    from pipeline.sweep.report import failures, plain_table
+
+    head, rows = plain_table(content)
+    console.print()
+    _print_table(lambda gap: _plain_table(head, rows, gap), console)
+    for failure in failures(content):
+        console.print(Text(failure, style="red"), soft_wrap=True)
+    console.print()
+    for sentence in content["said"]:
+        console.print(Text(sentence), soft_wrap=True)
+    console.print(Text(f"For the fleet file:\n{content['best']['fleet_file'].rstrip()}"), soft_wrap=True)
+
+
+def _plain_table(head: Iterable[str], rows: Iterable[Iterable[str]], gap: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in head:
+        table.add_column(title.removeprefix("#"), justify="right" if title.startswith("#") else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(cell.replace(" (", f"{gap}(")) for cell in row))
     return table
 
 

@@ -40,13 +40,16 @@ def gain_text(compared: Mapping[str, float]) -> str:
     return f"{compared['gain']:+.3g} ({compared['low']:+.3g} to {compared['high']:+.3g}), p {max(compared['p'], 0.0):.3g}"
 
 
-def customer_markdown(prefix: Mapping[str, Any], metrics: Mapping[str, Any], decision: Mapping[str, Any]) -> str:
+def customer_markdown(
+    prefix: Mapping[str, Any], metrics: Mapping[str, Any], decision: Mapping[str, Any], sweep: Mapping[str, Any] | None = None
+) -> str:
     """The report of one evaluation.
 
     Args:
         prefix: content of prefix.json.
         metrics: content of metrics.json.
         decision: content of decision.json.
+        sweep: content of the newest sweep.json over prefix lengths, if there is one.
     """
     key = str(CustomerKey(metrics["customer"], metrics["task"]))
     systems, names = list(metrics["scores"]), list(metrics["scores"]["prefix"])
@@ -79,6 +82,13 @@ def customer_markdown(prefix: Mapping[str, Any], metrics: Mapping[str, Any], dec
                 f"## {escaped(gate)} by {escaped(title.replace('_', ' '))}\n",
                 markdown_table([escaped(title), "#records", *(f"#{system}" for system in systems)], rows),
             ]
+    if sweep is not None:
+        points = ([f"{point['value']}", score_text(point, sweep["metric"])] for point in sweep["curves"]["length"])
+        parts += [
+            f"## Prefix length (sweep of {sweep['made'][:10]}, dev split)\n",
+            markdown_table(["#length", f"#{escaped(sweep['metric'])}"], points),
+            "".join(f"- {escaped(sentence)}\n" for sentence in sweep["said"]),
+        ]
     found = metrics["contamination"]
     training = prefix["training"]
     parts += [

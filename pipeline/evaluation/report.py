@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from pipeline.evaluation.markdown import fleet_markdown
+from pipeline.evaluation.markdown import customer_markdown, fleet_markdown
 from pipeline.evaluation.metrics import METRICS
 from pipeline.evaluation.page import (
     compared_cell,
@@ -23,6 +23,7 @@ from pipeline.evaluation.page import (
     page,
     score_axis,
     score_cell,
+    score_curve,
     score_plot,
     signed,
     table,
@@ -50,8 +51,29 @@ def _score_key(systems: Iterable[str]) -> str:
     return f'<div class="key">{"".join(_KEY[name] for name in systems)}<span>bars: 95 % bootstrap interval</span></div>'
 
 
+def write_reports(
+    folder: Path,
+    prefix: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    decision: Mapping[str, Any],
+    generations: Sequence[Mapping[str, Any]],
+    sweep: Mapping[str, Any] | None = None,
+) -> None:
+    """Write report.html and report.md of one evaluation into `folder`; for the arguments see `customer_report`.
+
+    Raises:
+        StorageError: they cannot be written.
+    """
+    write_text(folder / "report.html", customer_report(prefix, metrics, decision, generations, sweep))
+    write_text(folder / "report.md", customer_markdown(prefix, metrics, decision, sweep))
+
+
 def customer_report(
-    prefix: Mapping[str, Any], metrics: Mapping[str, Any], decision: Mapping[str, Any], generations: Sequence[Mapping[str, Any]]
+    prefix: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    decision: Mapping[str, Any],
+    generations: Sequence[Mapping[str, Any]],
+    sweep: Mapping[str, Any] | None = None,
 ) -> str:
     """The page of one evaluation, as HTML.
 
@@ -60,6 +82,7 @@ def customer_report(
         metrics: content of metrics.json.
         decision: content of decision.json.
         generations: the lines of generations.jsonl.
+        sweep: content of the newest sweep.json over prefix lengths, if there is one.
     """
     key = str(CustomerKey(metrics["customer"], metrics["task"]))
     counts = prefix["lineage"]["counts"]
@@ -90,6 +113,7 @@ def customer_report(
         _gains(metrics),
         _slices(metrics, gate_metric),
         _training(prefix["training"]),
+        "" if sweep is None else _lengths(sweep, prefix),
         _samples(generations, list(metrics["scores"])),
         _contamination(metrics),
         '<div class="two">',
@@ -210,6 +234,19 @@ def _training(training: Mapping[str, Any]) -> str:
     shown = {name: training.get(name) for name in ("steps", "best_step", "best_dev_loss", "train_loss", "seconds")}
     shown["peak_memory"] = None if memory is None else f"{memory / 2**20:,.0f} MiB"
     return f'<section><h2>Training</h2><div class="two middle"><div>{drawn}</div><div>{facts(shown)}</div></div></section>'
+
+
+def _lengths(sweep: Mapping[str, Any], prefix: Mapping[str, Any]) -> str:
+    """The curve over prefix lengths."""
+    curve = score_curve(sweep["curves"]["length"], sweep["base_dev"], "prefix length", f"{sweep['metric']} on dev")
+    said = "".join(f"<li>{text(sentence)}</li>" for sentence in sweep["said"])
+    same = sweep["train_fingerprint"] == prefix["lineage"]["data_fingerprint"]
+    made = f"From the sweep of {sweep['made'][:10]}, {'on the same training rows' if same else 'on other training rows than this prefix'}."
+    return (
+        f'<section><h2>Prefix length</h2><div class="two middle"><div>{curve}<div class="key"><span><i></i>the best</span>'
+        "<span>bars: 95 % bootstrap interval</span><span>dashed: base without prefix</span></div></div>"
+        f'<div><ul class="lead small">{said}</ul><p class="soft small">{text(made)}</p></div></div></section>'
+    )
 
 
 def _samples(generations: Sequence[Mapping[str, Any]], systems: Sequence[str]) -> str:
