@@ -399,26 +399,14 @@ def test_nothing_is_pickled_into_prefect_s_storage(
     assert not storage.exists() or not any(storage.rglob("*"))
 
 
-def test_a_sweep_leaves_a_table_and_a_setting_that_fails_is_status_1(
-    home: Home,
-    fleet_file: Path,
-    sweep_stages: list[tuple[str, Any]],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_sweep_is_a_flow_run_that_leaves_its_table(home: Home, fleet_file: Path, sweep_stages: list[tuple[str, Any]]) -> None:
     from prefect.client.orchestration import get_client
 
-    from flows import cli, prefect_api
+    from flows.sweep import sweep
 
-    monkeypatch.setattr(prefect_api, "prefect_api", lambda home: contextlib.nullcontext())  # the session's is running
-    assert cli.main(["sweep", str(fleet_file), "--customer", "acme", "--lengths", "2,10,200"]) == 1
-    shown = capsys.readouterr().out
-    assert "prefix length 200 failed: too long" in shown and "prefix: {length: 10}" in shown
+    state = sweep(fleet_file, "acme", lengths=[2, 10], return_state=True)
+    content = state.result(raise_on_failure=False)
+    assert state.is_completed() and content["best"]["settings"]["length"] == 10
     with get_client(sync_client=True) as client:
         newest = max((a for a in client.read_artifacts() if a.key == "sweep-acme-default"), key=lambda a: a.created)
-    assert "| 10 |" in newest.data
-    # What failed is tried again, and nothing else.
-    assert cli.main(["sweep", str(fleet_file), "--customer", "acme", "--lengths", "2,10,200", "--json"]) == 1
-    printed = capsys.readouterr().out
-    assert json.loads(printed[printed.index("{") :])["variants"][2]["error"] == "too long"  # before it, the stages' progress
-    assert [what for module, what in sweep_stages if module == "pipeline.training"][1] == ["p200-lr0_1-b10-s400-text-r0"]
+    assert newest.data == (Path(content["folder"]) / "sweep.md").read_text(encoding="utf-8")

@@ -1,12 +1,15 @@
 """`prefixfleet sweep`: what is trained is found again, a setting's failure is its own, mistakes are named before anything starts."""
 
+import io
 import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from flows import cli, locks
+from flows.display import sweep_table
 from flows.work import open_work, prepare
 from pipeline.home import Home
 from pipeline.keys import CustomerKey
@@ -52,6 +55,21 @@ def test_finished_settings_are_found_again_and_mlflow_has_the_sweep_as_nested_ru
     assert sorted(run.data.params["length"] for run in below) == ["10", "2", "20"]
     scores = {str(row["settings"]["length"]): row["dev"]["score"] for row in more["variants"]}
     assert {run.data.params["length"]: run.data.metrics["dev_bleu"] for run in below} == scores
+
+
+def test_a_setting_that_fails_is_tried_again_and_the_table_says_why_and_what_to_write(
+    home: Home, fleet_file: Path, sweep_stages: list[tuple[str, Any]]
+) -> None:
+    for _ in range(2):
+        content, _ = sweep(fleet_file, {"length": [2, 10, 200]})
+    trained = [what for module, what in sweep_stages if module == "pipeline.training"]
+    assert [len(names) for names in trained] == [3, 1] and trained[1] == ["p200-lr0_1-b10-s400-text-r0"]
+    printed = io.StringIO()
+    sweep_table(content, Console(file=printed, width=160))
+    shown = printed.getvalue()
+    assert "prefix length 200 failed: too long" in shown
+    assert "- id: acme\n  prefix: {length: 10}" in shown
+    assert [line.split()[0] for line in shown.splitlines()[2:5]] == ["2", "10", "200"]
 
 
 @pytest.mark.parametrize(
