@@ -129,8 +129,18 @@ def fleet_markdown(fleet: str, rows: Sequence[Mapping[str, Any]], summary: Itera
                 ],
                 (_fleet_row(row) for row in rows),
             ),
+            "".join(f"- {escaped(metric)}: `{signature.replace('`', ' ')}`\n" for metric, signature in signatures(rows).items()),
         ]
     )
+
+
+def signatures(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """How the scores of a fleet's rows were computed: metric -> its signature, or several where customers have other settings or references."""
+    found: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if row.get("signature"):
+            found.setdefault(str(row["metric"]), {})[str(row["signature"])] = None
+    return {metric: "; ".join(own) for metric, own in found.items()}
 
 
 def _fleet_row(row: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from pipeline.evaluation.markdown import customer_markdown, fleet_markdown
+from pipeline.evaluation.markdown import customer_markdown, fleet_markdown, signatures
 from pipeline.evaluation.metrics import METRICS
 from pipeline.evaluation.page import (
     compared_cell,
@@ -259,8 +259,8 @@ def _samples(generations: Sequence[Mapping[str, Any]], systems: Sequence[str]) -
     wins = [i for i in reversed(order) if gains[i] > 0]
     losses = [i for i in order if gains[i] < 0]
     summary = (
-        f"By chrF of each output, compared with the {other}: {len(wins):,} of {len(gains):,} are better with the prefix, {len(losses):,} worse, "
-        f"{len(gains) - len(wins) - len(losses):,} equal."
+        f"By sacrebleu's sentence chrF of each output, compared with the {other}: {len(wins):,} of {len(gains):,} are better with the prefix, "
+        f"{len(losses):,} worse, {len(gains) - len(wins) - len(losses):,} equal."
     )
     parts = [f'<section><h2>Samples</h2><p class="soft">{summary}</p>']
     for title, chosen, none in (
@@ -324,8 +324,8 @@ def fleet_report(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     Args:
         rows: one mapping a customer: `key`, `status` (`failed` or another word) and, as far as known, `rows_used`, `quarantined`,
-            `metric`, `base_score`, `champion_score`, `score` (`{score, low, high}`), `decision`, `reasons`, `version`, `alias`, `seconds`,
-            `error` and `report`, the path of the customer's own page, linked relative to `path`. Whatever is None or absent is
+            `metric`, `signature`, `base_score`, `champion_score`, `score` (`{score, low, high}`), `decision`, `reasons`, `version`, `alias`,
+            `seconds`, `error` and `report`, the path of the customer's own page, linked relative to `path`. Whatever is None or absent is
             left blank.
         path: the HTML file, replaced as a whole.
 
@@ -351,6 +351,7 @@ def fleet_report(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         _failures(failed, path),
         _overview(sorted(scored, key=_gain, reverse=True), path),
         _customers(rows, path),
+        _signatures(scored),
         "<footer>Scores are of the metric that the customer's gate uses, with its 95 % interval. The same as JSON and Markdown: "
         f"{text(path.stem)}.json, {text(path.stem)}.md.</footer>",
     ]
@@ -358,6 +359,11 @@ def fleet_report(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     plain = [{name: str(value) if isinstance(value, Path) else value for name, value in row.items()} for row in rows]
     write_json(path.with_suffix(".json"), {"format": 1, "fleet": path.stem, "customers": plain})
     write_text(path.with_suffix(".md"), fleet_markdown(path.stem, rows, summary))
+
+
+def _signatures(scored: Iterable[Mapping[str, Any]]) -> str:
+    signed_off = signatures(scored)
+    return f"<section><h2>Metric signatures</h2>{facts(signed_off)}</section>" if signed_off else ""
 
 
 def _gain(row: Mapping[str, Any]) -> float:

@@ -56,6 +56,7 @@ def log_sweep(content: Mapping[str, Any], folder: Path) -> str:
                 RunTag("prefixfleet.customer", content["customer"]),
                 RunTag("prefixfleet.task", content["task"]),
                 RunTag("prefixfleet.sweep", content["digest"]),
+                *(RunTag(f"prefixfleet.signature.{name}", own) for name, own in content["signatures"].items()),
             ],
         )
         for file in sorted(folder.glob("sweep*.*")):

@@ -255,6 +255,7 @@ def fleet_rows(folder: Path) -> list[dict[str, Any]]:
             "rows_used": 1200,
             "quarantined": 4,
             "metric": "bleu",
+            "signature": "nrefs:1|tok:13a",
             "base_score": 10.0,
             "score": {"score": 42.5, "low": 40.0, "high": 45.0},
             "decision": "promote",
@@ -269,6 +270,7 @@ def fleet_rows(folder: Path) -> list[dict[str, Any]]:
             "key": "bistro/menu",
             "status": "done",
             "metric": "bleu",
+            "signature": "nrefs:var|tok:13a",
             "base_score": 20.0,
             "score": {"score": 19.0, "low": 18.0, "high": 20.0},
             "decision": "reject",
@@ -286,6 +288,7 @@ def test_fleet_page_lists_everybody_who_failed_and_why_and_links_relative(tmp_pa
     assert "1,200" in page.text
     assert "v3 champion" in page.text
     assert "+32.5" in page.text
+    assert "bleu nrefs:1|tok:13a; nrefs:var|tok:13a" in page.text
     assert "-1.0" in page.text
     links = {a["href"] for tag, a in page.tags if tag == "a"}
     assert links == {"../evaluations/acme/default/0%20%23%3F/report.html"}
@@ -295,6 +298,7 @@ def test_fleet_page_lists_everybody_who_failed_and_why_and_links_relative(tmp_pa
     assert content["customers"][0]["score"] == {"score": 42.5, "low": 40.0, "high": 45.0}
     shown = path.with_suffix(".md").read_text(encoding="utf-8")
     assert "| acme | promote | 1,200 | 4 | bleu | 10.00 |  | 42.50 (40.00 to 45.00) | v3 champion | 61 |" in shown
+    assert "- bleu: `nrefs:1|tok:13a; nrefs:var|tok:13a`" in shown
     assert "<" not in shown
 
 
