@@ -28,6 +28,7 @@ h2{font-size:18px;margin:0 0 14px}
 h3{font-size:15px;margin:22px 0 8px}
 h3:first-of-type{margin-top:0}
 p{margin:0 0 10px}
+p,li{overflow-wrap:anywhere}
 .more{margin-top:20px}
 .more p{margin:8px 0 0}
 tbody th .small{font-weight:400;display:block}

@@ -18,6 +18,8 @@ from pipeline.evaluation.report import customer_report, fleet_report
 from pipeline.evaluation.run import evaluate_job
 from pipeline.files import read_json, write_json
 
+from ..sweep.conftest import Swept
+
 HOSTILE = "</style></div><script>document.body.innerHTML='owned'</script><img src=x onerror=alert(1)>\" onload='x'"
 
 
@@ -312,21 +314,30 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the path (Debian: apt-get install chromium)")
-def test_a_browser_renders_the_pages_without_a_console_error_or_sideways_scrolling(full_pages, tmp_path) -> None:
+def test_a_browser_renders_the_pages_without_a_console_error_or_sideways_scrolling(
+    full_pages, make_job, engine, tmp_path
+) -> None:
     prefix, metrics, decision = full_pages
-    report, fleet = tmp_path / "report.html", tmp_path / "demo.html"
-    report.write_text(customer_report(prefix, metrics, decision, [outputs(HOSTILE, "a quiet house")]), encoding="utf-8")
+    report, fleet, grid = tmp_path / "report.html", tmp_path / "demo.html", tmp_path / "sweep.html"
+    swept = Swept(make_job("bistro", records=[]), tmp_path / "sweep", engine)
+    for length in (1, 10, 20):
+        swept.add(length, lambda n, length=length: "number " * length)
+    swept.fail(60, HOSTILE)
+    sweep = swept.score()
+    grid.write_text((swept.folder / "report" / "sweep.html").read_text(encoding="utf-8"), encoding="utf-8")
+    generations = [outputs(HOSTILE, "a quiet house")]
+    report.write_text(customer_report(prefix, metrics, decision, generations, sweep), encoding="utf-8")
     fleet_report(fleet_rows(tmp_path), fleet)
     # Two frames as wide as a phone and a desktop; a frame's own document says how wide it came out.
     frames = "".join(
         f"<iframe src='{page.name}' style='width:{width}px;height:4000px'></iframe>"
-        for page in (report, fleet)
+        for page in (report, fleet, grid)
         for width in (390, 1280)
     )
     measure = (
         "onload=()=>{document.title=[...document.querySelectorAll('iframe')].map(f=>{const d=f.contentDocument;"
         "return [d.documentElement.scrollWidth-f.clientWidth,d.querySelectorAll('table').length,"
-        "d.querySelectorAll('svg.plot circle').length,d.querySelectorAll('svg.curve path').length].join(':')}).join(' ')}"
+        "d.querySelectorAll('svg.plot circle').length,d.querySelectorAll('svg.curve').length].join(':')}).join(' ')}"
     )
     outer = tmp_path / "outer.html"
     outer.write_text(f"<!doctype html><meta charset=utf-8><body>{frames}<script>{measure}</script>", encoding="utf-8")
@@ -338,12 +349,12 @@ def test_a_browser_renders_the_pages_without_a_console_error_or_sideways_scrolli
     )
     measured = re.findall(r"<title>(.*?)</title>", done.stdout)[0].split()
     assert "CONSOLE" not in done.stderr, done.stderr
-    assert len(measured) == 4
-    for one, (tables, dots, curves) in zip(measured, [(3, 12, True)] * 2 + [(2, 4, False)] * 2, strict=True):
-        beyond, *rest, drawn = map(int, one.split(":"))
+    # Tables, dots and curves of the customer's page, the fleet's and the sweep's, each as wide as a phone and a desktop.
+    expected = [(3, 12, 2)] * 2 + [(2, 4, 0)] * 2 + [(2, 6, 1)] * 2
+    for one, seen in zip(measured, expected, strict=True):
+        beyond, *found = map(int, one.split(":"))
         assert beyond <= 0, "the page is wider than its window"
-        assert rest == [tables, dots]
-        assert (drawn > 0) == curves
+        assert tuple(found) == seen
     # The text of a script in the data is text: the body was not replaced.
     alone = subprocess.run(
         [str(CHROMIUM), *flags, "--dump-dom", report.as_uri()], capture_output=True, text=True, timeout=120, check=True
