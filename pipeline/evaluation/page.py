@@ -10,7 +10,7 @@ import html
 import io
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 _STYLE = """
@@ -201,11 +201,10 @@ def score_cell(score: Mapping[str, float] | None, of: str, places: int = 1) -> s
     return f'<td class="number" data-of="{text(of)}">{score["score"]:.{places}f}{interval}</td>'
 
 
-def gain_cell(base: float | None, score: float | None, better: str = "higher") -> str:
-    """A table cell with the signed difference, positive where it is better."""
-    if base is None or score is None:
+def gain_cell(gain: float | None) -> str:
+    """A table cell with a signed difference, positive where it is better."""
+    if gain is None:
         return '<td class="number soft" data-of="gain">none</td>'
-    gain = score - base if better == "higher" else base - score
     return f'<td class="number {_colour(gain)}" data-of="gain">{signed(gain)}</td>'
 
 
@@ -291,9 +290,28 @@ def score_axis(top: float) -> str:
     return f'<svg class="axis" aria-hidden="true">{ticks}</svg>'
 
 
-def top_of_scale(scores: Iterable[float]) -> float:
-    """The end of a scale that starts at 0 and holds all `scores` (points): a multiple of 20, so that four ticks are round."""
-    return min(100.0, max(20.0, 20.0 * math.ceil(max(scores, default=0.0) / 20.0)))
+def scale(end: float | None, scores: Iterable[float]) -> float:
+    """The end of a drawn scale that starts at 0 and holds all `scores`.
+
+    Args:
+        end: of the metric's own scale. With 100 (points) it is a multiple of 20, so that four ticks are round.
+    """
+    highest = max(scores, default=0.0)
+    return min(100.0, max(20.0, 20.0 * math.ceil(highest / 20.0))) if end == 100 else max(1e-9, highest) * 1.05
+
+
+def score_rows(end: float | None, scores: Iterable[float], lines: Callable[[float], Iterable[tuple[str, str, str]]]) -> str:
+    """Rows of a name, a `score_plot` and a figure below one another on one scale, with the scale below where it has round ticks.
+
+    Args:
+        end: of the metric's own scale.
+        scores: what has to find room.
+        lines: the end of the drawn scale -> the rows, each three pieces of HTML.
+    """
+    top = scale(end, scores)
+    rows = "".join(f'<div>{name}</div>{plot}<div class="number">{figure}</div>' for name, plot, figure in lines(top))
+    axis = f"<div></div>{score_axis(top)}<div></div>" if end == 100 else ""
+    return f'<div class="rows">{rows}{axis}</div>'
 
 
 def loss_curve(history: Sequence[Mapping[str, Any]], best_step: int | None) -> str:

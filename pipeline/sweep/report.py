@@ -14,14 +14,13 @@ from pipeline.evaluation.page import (
     digits,
     facts,
     page,
-    score_axis,
     score_cell,
     score_curve,
     score_plot,
+    score_rows,
     table,
     text,
     tiles,
-    top_of_scale,
 )
 from pipeline.files import write_json, write_text
 from pipeline.keys import CustomerKey
@@ -259,19 +258,23 @@ def _settings_table(content: Mapping[str, Any]) -> str:
 def _test_section(content: Mapping[str, Any]) -> str:
     test = content["test"]["systems"]
     metrics = list(test["best"])
-    parts = []
-    for metric in metrics:
-        in_points = METRICS[metric].top == 100
-        highest = [scores[metric]["high"] for scores in test.values()]
-        top = top_of_scale(highest) if in_points else max(1e-9, *highest) * 1.05
-        lines = "".join(
-            f"<div>{text(_TEST.get(name, name))}</div>{score_plot(test['base'][metric], scores[metric], top)}"
-            f'<div class="number">{scores[metric]["score"]:.{digits(METRICS[metric].top)}f}</div>'
-            for name, scores in test.items()
-            if name != "base"
+    drawn = "".join(
+        f"<h3>{text(metric)}</h3>"
+        + score_rows(
+            METRICS[metric].top,
+            [scores[metric]["high"] for scores in test.values()],
+            lambda top, metric=metric: (  # type: ignore[misc]  # bound now
+                (
+                    text(_TEST.get(name, name)),
+                    score_plot(test["base"][metric], scores[metric], top),
+                    f"{scores[metric]['score']:.{digits(METRICS[metric].top)}f}",
+                )
+                for name, scores in test.items()
+                if name != "base"
+            ),
         )
-        axis = f"<div></div>{score_axis(top)}<div></div>" if in_points else ""
-        parts.append(f'<h3>{text(metric)}</h3><div class="rows">{lines}{axis}</div>')
+        for metric in metrics
+    )
     rows = [
         f"<tr><th>{text(_TEST.get(name, name))}</th>"
         + "".join(score_cell(scores[m], m, digits(METRICS[m].top or scores[m]["high"])) for m in metrics)
@@ -281,7 +284,7 @@ def _test_section(content: Mapping[str, Any]) -> str:
     key = '<div class="key"><span><i class="base"></i>base without prefix</span><span><i></i>with the prefix</span></div>'
     return (
         f"<section><h2>On the test split, {content['records']['test']:,} records</h2>"
-        f"{table(['system', *(f'#{m}' for m in metrics)], rows, 'scores')}{''.join(parts)}{key}</section>"
+        f"{table(['system', *(f'#{m}' for m in metrics)], rows, 'scores')}{drawn}{key}</section>"
     )
 
 

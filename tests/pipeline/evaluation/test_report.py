@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.data.records import Record
 from pipeline.evaluation.markdown import customer_markdown, escaped
-from pipeline.evaluation.page import long_text, loss_curve, score_plot, signed, text, top_of_scale
+from pipeline.evaluation.page import long_text, loss_curve, scale, score_plot, signed, text
 from pipeline.evaluation.report import customer_report, fleet_report
 from pipeline.evaluation.run import evaluate_job
 from pipeline.files import read_json, write_json
@@ -238,7 +238,8 @@ def test_without_finite_losses_there_is_no_curve_but_a_page(pages) -> None:
 
 
 def test_scale_is_round_and_holds_all_scores() -> None:
-    assert [top_of_scale(s) for s in ([], [0.0], [20.0], [20.1], [99.0], [100.0])] == [20, 20, 20, 40, 100, 100]
+    assert [scale(100, s) for s in ([], [0.0], [20.0], [20.1], [99.0], [100.0])] == [20, 20, 20, 40, 100, 100]
+    assert scale(None, [2.0, 4.0]) == pytest.approx(4.2) and scale(None, []) > 0
     plot = score_plot({"score": 5.0}, {"score": 15.0, "low": 10.0, "high": 20.0}, 20.0)
     assert 'cx="25.00%"' in plot
     assert 'cx="75.00%"' in plot
@@ -299,7 +300,7 @@ def test_fleet_page_lists_everybody_who_failed_and_why_and_links_relative(tmp_pa
     content = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     assert content["customers"][0]["score"] == {"score": 42.5, "low": 40.0, "high": 45.0}
     shown = path.with_suffix(".md").read_text(encoding="utf-8")
-    assert "| acme | promote | 1,200 | 4 | bleu | 10.00 |  | 42.50 (40.00 to 45.00) | v3 champion | 61 |" in shown
+    assert "| acme | promote | 1,200 | 4 | bleu | 10.00 |  | 42.50 (40.00 to 45.00) | +32.5 | v3 champion | 61 |" in shown
     assert "- bleu: `nrefs:1|tok:13a; nrefs:var|tok:13a`" in shown
     assert "<" not in shown
 
