@@ -38,7 +38,8 @@ def score_text(score: Mapping[str, float] | None, metric: str) -> str:
 
 def gain_text(compared: Mapping[str, float]) -> str:
     """`+1.20 (-0.30 to +2.10), p 0.041`."""
-    return f"{compared['gain']:+.3g} ({compared['low']:+.3g} to {compared['high']:+.3g}), p {max(compared['p'], 0.0):.3g}"
+    p = f"{compared['p']:.3f}" if compared["p"] >= 0.001 else "below 0.001"
+    return f"{compared['gain']:+.3g} ({compared['low']:+.3g} to {compared['high']:+.3g}), p {p}"
 
 
 def customer_markdown(
