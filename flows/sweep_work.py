@@ -13,7 +13,7 @@ from typing import Any
 
 from flows import events, jobs, launch, locks, work
 from pipeline.config import METRICS, Customer
-from pipeline.errors import ConfigError, DataError, PrefixFleetError, TrainingError
+from pipeline.errors import ConfigError, PrefixFleetError, TrainingError
 from pipeline.evaluation.report import write_reports
 from pipeline.files import digest_of, read_json, write_json
 from pipeline.home import Home
@@ -84,13 +84,7 @@ def _prepared(todo: work.Work, one: Customer, busy: bool) -> dict[str, Any]:
 
     if busy and not is_prepared(one, todo.base, todo.home.prepared(one.key)):
         raise TrainingError(f"{one.key}: another run is at work on this customer; wait for it or stop it.")
-    card = work.prepare(one, todo.base, todo.home).card
-    for split, use in (("dev", "choose by"), ("test", "report on")):
-        if not card["counts"][split]:
-            raise DataError(
-                f"customer {one.key}: there are no {split} rows to {use}. Give a `{split}` file, or more rows to split from."
-            )
-    return card
+    return work.prepare(one, todo.base, todo.home).card
 
 
 def _member(variant: Variant, one: Customer, card: dict[str, Any], todo: work.Work, own: Home) -> JobCustomer:
