@@ -102,6 +102,8 @@ section{padding:16px}
 .scores .scale{padding:0;border:0}
 .scores th,.scores td{border:0;padding:0;text-align:left}
 .scores th,.scores td.wide{grid-column:1/-1;width:auto!important}
+.scores td.number{white-space:normal}
+.scores th{overflow-wrap:anywhere}
 .scores td[data-of]::before{content:attr(data-of);display:block;color:var(--soft);font-size:13px}
 }
 @media print{section,.tile{break-inside:avoid}}

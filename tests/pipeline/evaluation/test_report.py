@@ -337,7 +337,8 @@ def test_a_browser_renders_the_pages_without_a_console_error_or_sideways_scrolli
     )
     measure = (
         "onload=()=>{document.title=[...document.querySelectorAll('iframe')].map(f=>{const d=f.contentDocument;"
-        "return [d.documentElement.scrollWidth-f.clientWidth,d.querySelectorAll('table').length,"
+        "return [d.documentElement.scrollWidth-f.clientWidth,"
+        "[...d.querySelectorAll('td,th')].filter(c=>c.scrollWidth>c.clientWidth+1).length,d.querySelectorAll('table').length,"
         "d.querySelectorAll('svg.plot circle').length,d.querySelectorAll('svg.curve').length].join(':')}).join(' ')}"
     )
     outer = tmp_path / "outer.html"
@@ -353,8 +354,9 @@ def test_a_browser_renders_the_pages_without_a_console_error_or_sideways_scrolli
     # Tables, dots and curves of the customer's page, the fleet's and the sweep's, each as wide as a phone and a desktop.
     expected = [(3, 12, 2)] * 2 + [(2, 4, 0)] * 2 + [(2, 6, 1)] * 2
     for one, seen in zip(measured, expected, strict=True):
-        beyond, *found = map(int, one.split(":"))
+        beyond, overlapping, *found = map(int, one.split(":"))
         assert beyond <= 0, "the page is wider than its window"
+        assert overlapping == 0, "text runs out of its cell into the next"
         assert tuple(found) == seen
     # The text of a script in the data is text: the body was not replaced.
     alone = subprocess.run(
