@@ -60,7 +60,7 @@ def test_seeds_are_repetitions_so_one_lucky_seed_does_not_win(swept: Swept) -> N
 
 def test_of_equal_settings_the_shortest_wins_and_a_shorter_one_within_the_noise_is_named(swept: Swept) -> None:
     for length in (20, 5, 40):
-        swept.add(length, whole, dev_loss=0.1 * length)
+        swept.add(length, whole, dev_loss=1 / length)
     swept.add(1, lambda n: part(n) if n % 10 == 3 else whole(n))
     swept.add(2, poor)
     found = swept.score()
