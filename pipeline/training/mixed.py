@@ -127,6 +127,8 @@ class Mixed:
             tensor.requires_grad_(True)
         self._told = False
         self._out_of_memory = False
+        # Processes that make one pass together see the same rows, which are to count once.
+        self._first_of_run = accelerator.process_index % self.engine.parts == 0
 
     @property
     def seated(self) -> list[tuple[int, Resident]]:
@@ -180,10 +182,14 @@ class Mixed:
                 return
             shares = own.detach().double() * scale[slots]
             # From here on nothing more is allocated.
-            for total, gradient in zip(sums, gradients, strict=True):
-                if gradient is not None:
-                    total += gradient
-            losses.index_add_(0, slots, shares)
+            if (
+                self._first_of_run or self.base.placed.heads.parts > 1
+            ):  # each of a run has the gradient of its own heads, or all have that of all
+                for total, gradient in zip(sums, gradients, strict=True):
+                    if gradient is not None:
+                        total += gradient
+            if self._first_of_run:
+                losses.index_add_(0, slots, shares)
 
         self._pass([Item(slot, row) for slot in flats for row in rows[slot]], learn, report)
         self._add_up([*sums, losses], report)
@@ -244,7 +250,7 @@ class Mixed:
 
         def look(items: Sequence[Item], slots: torch.Tensor, counts: bool) -> None:
             own = row_losses(self.base, items, self.pad).double()
-            if counts:
+            if counts and self._first_of_run:
                 totals.index_add_(0, slots, own)
 
         self._pass([Item(slot, row) for slot, resident in due for row in resident.dev_rows], look, report)
@@ -302,8 +308,9 @@ class Mixed:
             problem = self._try(batch, compute)
             slots = list(dict.fromkeys(item.slot for item in batch))
             if problem is None:
-                report.tokens += sum(map(tokens_of, batch))
-                report.padded += padded_tokens(batch, self.base.is_encoder_decoder)
+                if self._first_of_run:
+                    report.tokens += sum(map(tokens_of, batch))
+                    report.padded += padded_tokens(batch, self.base.is_encoder_decoder)
             elif problem is _NO_MEMORY and self.engine.place is not None:
                 self._halve(batch)
                 raise OutOfMemoryAlone
@@ -388,7 +395,6 @@ class Mixed:
                 report.failed.setdefault(
                     slot, "a row does not fit in the memory of another process's device. Lower prompt.max_input_tokens."
                 )
-        # Processes that make one pass together have the same rows: `parts` times the same losses and tokens.
         report.tokens, report.padded = int(tokens), int(padded)
         for tensor, total in zip(tensors, sums, strict=True):
             tensor.copy_(total.view(tensor.shape))

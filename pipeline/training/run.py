@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
 
 from pipeline.data import Record, read_card, read_split
@@ -43,7 +43,7 @@ from pipeline.training.checkpoint import (
     sweep,
     write_checkpoint,
 )
-from pipeline.training.engines import Engine, chosen
+from pipeline.training.engines import Engine, chosen, processes
 from pipeline.training.job import Job, JobCustomer
 from pipeline.training.mixed import Interrupted, Mixed, OutOfMemoryAlone, Report
 from pipeline.training.plan import refuse_what_cannot_fit
@@ -108,10 +108,7 @@ def run_job(job: Job, asked_to_stop: Callable[[], bool] = lambda: False) -> int:
         BaseModelError, ConfigError: nothing of the job can be done.
     """
     _join_after_restart(os.environ)
-    # With a GPU-less machine Accelerate would otherwise look for one when the launcher's config names several processes.
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(), kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=_PATIENCE_SECONDS))]
-    )
+    accelerator = processes(timedelta(seconds=_PATIENCE_SECONDS))
     with ExitStack() as stack:
         folder = Path(job.folder)
         if accelerator.is_main_process:
@@ -139,7 +136,8 @@ def run_job(job: Job, asked_to_stop: Callable[[], bool] = lambda: False) -> int:
         engine = chosen(accelerator, dtype)
         if accelerator.device.type == "cuda" and Path(job.base.path).is_dir() and job.base.quantization is None:
             memory = torch.cuda.get_device_properties(accelerator.device).total_memory
-            refuse_what_cannot_fit(Path(job.base.path), dtype, engine.name, accelerator.num_processes, memory)
+            parts = engine.parts if engine.name == "tp" else accelerator.num_processes
+            refuse_what_cannot_fit(Path(job.base.path), dtype, engine.name, parts, memory)
         base = load_base(job.base, accelerator.device, engine.place)
         return _Training(job, due, base, accelerator, engine, asked_to_stop, saved, stack).work()
 

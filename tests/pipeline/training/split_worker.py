@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from pipeline.prefix.base import attach
 from pipeline.prefix.placing import whole_where_it_is
-from pipeline.training.engines import chosen
+from pipeline.training.engines import chosen, processes
 from pipeline.training.mixed import Mixed
 from pipeline.training.resident import Resident
 
@@ -86,7 +86,7 @@ def trained(family: str, dtype: torch.dtype, how: str, accelerator: Accelerator)
 
 def run(out: str, cases: Sequence[str]) -> None:
     """All cases, one after the other."""
-    accelerator = Accelerator(cpu=True)
+    accelerator = processes()
     tensors: dict[str, torch.Tensor] = {}
     for case in cases:
         family, dtype, how = case.split(":")

@@ -28,6 +28,8 @@ EXPECTED = {
     "zero3_2proc_cpu": ("zero3", 2),
     "zero3_offload": ("zero3", 2),
     "multi_node_zero3": ("zero3", 16),
+    "tp": ("tp", 8),
+    "tp_2proc_cpu": ("tp", 2),
 }
 
 
@@ -74,7 +76,9 @@ def test_launcher_hands_on_what_the_engine_reads(name: str) -> None:
         environment = prepare_multi_gpu_env(arguments)
     found = chosen(Processes(processes), torch.float32, environment)  # type: ignore[arg-type]
     assert found.name == engine
-    assert (found.place is not None) == found.equal_passes == (engine in ("zero3", "fsdp2"))
+    assert (found.place is not None) == (engine in ("zero3", "fsdp2", "tp"))
+    assert found.equal_passes == (engine in ("zero3", "fsdp2"))
+    assert found.parts == (processes if engine == "tp" else 1)
 
 
 @pytest.mark.parametrize("name", ["multi_node_fsdp2", pytest.param("multi_node_zero3", marks=WITH_DEEPSPEED)])
