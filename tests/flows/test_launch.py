@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from flows import launch
 from pipeline.config import LaunchSettings
 from pipeline.errors import ConfigError, EvaluationError, TrainingError
-from pipeline.process import RESUME
+from pipeline.process import RESUME, paused_note
 
 LOG = logging.getLogger("test_launch")
 
@@ -125,6 +125,30 @@ def test_a_pause_is_told_from_a_crash_behind_the_real_launcher(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(launch.ProcessPaused, match="the checkpoint is written"):
         launch.run_module("pauses", tmp_path / "job.yaml", LaunchSettings(accelerate_config=config), lambda event: None, LOG)
+
+
+def test_a_pause_is_known_from_the_note_whatever_the_launcher_ends_with_and_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a command on another machine ends with a status of its own, or the launcher names another process than the one that asked."""
+    stand_in = [sys.executable, "-c", "import os; os._exit({status})", "{command}"]
+
+    def run_with(status: int, before: bool, during: bool) -> Exception:
+        note = paused_note(tmp_path / "job.yaml")
+        if before:
+            note.touch()
+        code = [part.format(status=status, command="{command}") for part in stand_in]
+        if during:
+            code[2] = f"import pathlib; pathlib.Path({str(note)!r}).touch(); {code[2]}"
+        settings = on_two_machines(launcher=[*code, "{machine}"])
+        monkeypatch.setattr(launch, "_NOTICE_SECONDS", 5.0)
+        with pytest.raises(TrainingError) as caught:
+            launch.run_module("pipeline.training", tmp_path / "job.yaml", settings, lambda event: None, LOG)
+        assert not note.exists()
+        return caught.value
+
+    assert isinstance(run_with(255, before=False, during=True), launch.ProcessPaused)
+    assert isinstance(run_with(255, before=True, during=False), launch.ProcessCrash), "a note of an earlier run says nothing"
 
 
 def test_interrupt_ends_child_and_grandchild_in_another_session_and_ignoring_sigterm() -> None:
