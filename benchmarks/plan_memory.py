@@ -54,24 +54,14 @@ def job_of(shape: tuple[int, int, int, int, int], dtype: str, checkpointing: boo
     training = JobTraining(8, ROWS, 1, 0.01, "constant", 0, 0.0, 1.0, 100, None, 0)
     each: list[Any] = [
         JobCustomer(
-            f"c{i}",
-            "default",
-            "",
-            "",
-            "",
-            "",
-            "",
-            "",
-            "",
-            JobPrompt("{input}", True, "none", inputs, targets),
-            prefix,
-            training,
-            None,
-        )  # type: ignore[arg-type]
+            customer=f"c{i}", task="default", prepared="", data_fingerprint="", train_digest="", config_digest="", evaluate_digest="",
+            prefix_dir="", evaluation_dir="", champion_dir=None, prompt=JobPrompt("{input}", True, "none", inputs, targets), prefix=prefix,
+            training=training, evaluation=None,  # type: ignore[arg-type]  # nobody evaluates here
+        )
         for i in range(customers)
-    ]
+    ]  # fmt: skip
     base = JobBase("random", "random", None, "", dtype, None, "auto")
-    return Job(2, "plan", ".", "plan", base, JobMixing(customers, budget, checkpointing, 1e9), each)
+    return Job(3, "plan", ".", "plan", base, JobMixing(customers, budget, checkpointing, 1e9), each)
 
 
 def rows_of(inputs: int, targets: int, vocabulary: int, count: int, seed: int) -> list[Record]:

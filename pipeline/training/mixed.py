@@ -30,7 +30,15 @@ class Interrupted(Exception):
 
 
 class OutOfMemoryAlone(Interrupted):
-    """The same in this process, with a split base left in the middle of a pass, and the others waiting for its part: it has to leave."""
+    """The same in this process, with a split base left in the middle of a pass, and the others waiting for its part: it has to leave.
+
+    Attributes:
+        given_up: slots whose customers have a row that does not fit by itself, and what to tell of it.
+    """
+
+    def __init__(self, given_up: dict[int, str] | None = None) -> None:
+        super().__init__()
+        self.given_up = given_up or {}
 
 
 @dataclass
@@ -82,6 +90,13 @@ class Report:
     losses: dict[int, float] = field(default_factory=dict)
     notes: dict[int, str] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
+
+
+def _too_long(item: Item) -> str:
+    return (
+        f"a row of {tokens_of(item)} tokens does not fit in the device's memory. Lower prompt.max_input_tokens, or set "
+        "launch.gradient_checkpointing: true."
+    )
 
 
 class Mixed:
@@ -312,6 +327,8 @@ class Mixed:
                     report.tokens += sum(map(tokens_of, batch))
                     report.padded += padded_tokens(batch, self.base.is_encoder_decoder)
             elif problem is _NO_MEMORY and self.engine.place is not None:
+                if len(batch) == 1:
+                    raise OutOfMemoryAlone({slots[0]: _too_long(batch[0])})
                 self._halve(batch)
                 raise OutOfMemoryAlone
             elif problem is _NO_MEMORY and len(batch) > 1:
@@ -324,10 +341,7 @@ class Mixed:
                 waiting = [[item for item in batch if item.slot == slot] for slot in slots] + waiting
             else:
                 if problem is _NO_MEMORY:
-                    problem = (
-                        f"a row of {tokens_of(batch[0])} tokens does not fit in the device's memory. Lower prompt.max_input_tokens, or set "
-                        "launch.gradient_checkpointing: true."
-                    )
+                    problem = _too_long(batch[0])
                 report.failed[slots[0]] = problem
                 waiting = [kept for rows in waiting if (kept := [item for item in rows if item.slot != slots[0]])]
         for _ in range(idle if items else 0):

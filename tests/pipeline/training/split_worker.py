@@ -1,12 +1,14 @@
-"""What each process of `test_engines` runs: the crowd's customers on a base that lies as the launcher's config says, and what became of them.
+"""What each process of `test_engines` runs: the crowd's customers on a base that lies as a launcher's config says, and what became of them.
 
+One after the other, in the same processes, so that what is imported and connected is so once. By hand, for one config:
 `accelerate launch --config_file accelerate_configs/X.yaml -m tests.pipeline.training.split_worker OUT CASE…`, a case being family:dtype:how; the
 first process writes OUT.
 """
 
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +23,12 @@ from pipeline.training.resident import Resident
 
 from . import crowd
 
-KINDS = {"llama": ("direct", "mlp", "embedding"), "t5": ("direct", "mlp", "top")}
+KINDS = {
+    "llama": ("direct", "mlp", "embedding"),
+    "mixtral": ("direct", "mlp"),
+    "olmo2": ("direct", "embedding"),
+    "t5": ("direct", "mlp", "top"),
+}
 STEPS = 4
 
 
@@ -47,11 +54,15 @@ def residents(base: Any, family: str, dtype: torch.dtype, how: str) -> list[Resi
     return made
 
 
-def trained(family: str, dtype: torch.dtype, how: str, accelerator: Accelerator) -> tuple[dict[str, torch.Tensor], int, int]:
+def trained(
+    family: str, dtype: torch.dtype, how: str, accelerator: Accelerator, environment: Mapping[str, str]
+) -> tuple[dict[str, torch.Tensor], int, int]:
     """Best prefixes and dev losses; numbers of weights that this process kept, and that the base has."""
-    engine = chosen(accelerator, dtype)
+    engine = chosen(accelerator, dtype, environment)
     torch.manual_seed(0)
-    model = {"llama": crowd.llama, "t5": crowd.t5}[family]()
+    model = {"llama": crowd.llama, "mixtral": crowd.mixtral, "olmo2": crowd.olmo2, "t5": crowd.t5}[family]()
+    if family == "mixtral":
+        model.set_experts_implementation("eager")  # grouped products know no float64
     whole = sum(parameter.numel() for parameter in model.parameters())
     with torch.no_grad():
         for parameter in model.parameters():
@@ -84,15 +95,23 @@ def trained(family: str, dtype: torch.dtype, how: str, accelerator: Accelerator)
     return found, kept, whole
 
 
-def run(out: str, cases: Sequence[str]) -> None:
-    """All cases, one after the other."""
+def run(out: str, cases: Sequence[str], environments: Mapping[str, Mapping[str, str]] | None = None) -> None:
+    """All cases, one after the other.
+
+    Args:
+        out: a file for what became of the customers.
+        cases: family:dtype:how, or config=family:dtype:how.
+        environments: of the configs that cases name; without a name it is the one that there is.
+    """
     accelerator = processes()
     tensors: dict[str, torch.Tensor] = {}
-    for case in cases:
+    for named in cases:
+        config, _, case = named.rpartition("=")
         family, dtype, how = case.split(":")
-        started = time.monotonic()
-        found, kept, whole = trained(family, getattr(torch, dtype), how, accelerator)
-        tensors |= {f"{case}/{name}": tensor for name, tensor in found.items()}
+        started = time.process_time()
+        environment = os.environ if environments is None else environments[config]
+        found, kept, whole = trained(family, getattr(torch, dtype), how, accelerator, environment)
+        tensors |= {f"{named}/{name}": tensor for name, tensor in found.items()}
         # A prefix is whole on every process, and the same.
         for name, tensor in found.items():
             both = torch.stack([tensor, tensor])
@@ -102,9 +121,9 @@ def run(out: str, cases: Sequence[str]) -> None:
         share = torch.tensor([float(kept)])
         if accelerator.num_processes > 1:
             torch.distributed.all_reduce(share, op=torch.distributed.ReduceOp.MAX)
-        tensors[f"{case}/share"] = share / whole
+        tensors[f"{named}/share"] = share / whole
         if accelerator.is_main_process:
-            print(case, f"{time.monotonic() - started:.1f} s", flush=True)
+            print(named, f"{time.process_time() - started:.1f} CPU s", flush=True)
     if accelerator.is_main_process:
         save_file(tensors, out)
 
