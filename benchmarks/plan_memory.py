@@ -47,11 +47,11 @@ SMALL_SHAPES = [(96, 32, 1024, 10, 2), (24, 8, 1024, 50, 8), (224, 32, 512, 20, 
 ROWS = 8  # of each customer in a step
 
 
-def job_of(shape: tuple[int, int, int, int, int], dtype: str, checkpointing: bool) -> Job:
+def job_of(shape: tuple[int, int, int, int, int], dtype: str, checkpointing: bool, rows: int = ROWS) -> Job:
     """The job that the planner is asked about."""
     inputs, targets, budget, columns, customers = shape
     prefix = JobPrefix(columns, "all", "all", "prefix", "none", 512, "random", None, None)
-    training = JobTraining(8, ROWS, 1, 0.01, "constant", 0, 0.0, 1.0, 100, None, 0)
+    training = JobTraining(8, rows, 1, 0.01, "constant", 0, 0.0, 1.0, 100, None, 0)
     each: list[Any] = [
         JobCustomer(
             customer=f"c{i}", task="default", prepared="", data_fingerprint="", train_digest="", config_digest="", evaluate_digest="",

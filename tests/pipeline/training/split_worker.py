@@ -5,16 +5,21 @@ One after the other, in the same processes, so that what is imported and connect
 first process writes OUT.
 """
 
+import json
 import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from pipeline.data import Record
 from pipeline.prefix.base import attach
 from pipeline.prefix.placing import whole_where_it_is
 from pipeline.training.engines import chosen, processes
@@ -126,6 +131,47 @@ def run(out: str, cases: Sequence[str], environments: Mapping[str, Mapping[str, 
             print(named, f"{time.process_time() - started:.1f} CPU s", flush=True)
     if accelerator.is_main_process:
         save_file(tensors, out)
+
+
+class _Exchanged(TorchDispatchMode):
+    """Bytes that a process sends in rings, as PyTorch's operations name them: twice what is summed, once what is put together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = str(func)
+        if "all_reduce." in name or "allreduce_." in name:
+            summed = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
+            self.whole += 2 * sum(tensor.numel() * tensor.element_size() for tensor in summed)
+        elif "all_gather_into_tensor." in name:
+            self.whole += out.numel() * out.element_size()
+        elif "_allgather_base_." in name:
+            self.whole += args[0].numel() * args[0].element_size()
+        return out
+
+
+def exchanged(out: str, environments: Mapping[str, Mapping[str, str]]) -> None:
+    """What a step of one customer with 16 rows of 20 + 4 tokens, and a prefix of 3 columns, sends under each config: writes name -> bytes."""
+    accelerator = processes()
+    found = {}
+    for name, environment in environments.items():
+        engine = chosen(accelerator, torch.float32, environment)
+        base = attach(crowd.llama(), place=engine.place or whole_where_it_is)
+        if name.endswith("checkpointing"):
+            base.checkpoint_gradients()
+        mixed = Mixed(base, 1, 3, 1, 10_000, accelerator, engine=engine)
+        rows = [Record([3] * 20, [4] * 4, "", [""])] * 16
+        mixed.residents[0] = Resident(
+            crowd.Wanted(0).method(base).float(), False, rows, rows[:1], replace(crowd.SETTINGS, batch_size=16)
+        )
+        with _Exchanged() as counting:
+            mixed.step()
+        found[name] = counting.whole * (accelerator.num_processes - 1) // accelerator.num_processes
+    if accelerator.is_main_process:
+        Path(out).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

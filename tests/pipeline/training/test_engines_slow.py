@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pipeline.training.job import Job
 from pipeline.training.run import run_job
 
-from .launching import Launch, assert_like, free_port, ranks, wait_for_steps
+from .launching import CONFIGS, Launch, assert_like, free_port, ranks, wait_for_steps
 from .test_engines import WITH_DEEPSPEED
 
 pytestmark = pytest.mark.slow
@@ -40,6 +40,7 @@ def large_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
             "num_hidden_layers": 18,
             "num_attention_heads": 12,
             "num_key_value_heads": 12,
+            "head_dim": 64,
         }
     )
     LlamaForCausalLM(config).save_pretrained(folder)
@@ -70,23 +71,32 @@ def peak_of_ranks(child: subprocess.Popen[str]) -> float:
     return peak[0]
 
 
-@pytest.mark.parametrize("config", SPLIT)
+@pytest.mark.parametrize(
+    ("config", "counts"),
+    [
+        ("fsdp2_2proc_cpu", (1, 2, 4)),
+        pytest.param("zero3_2proc_cpu", (1, 2, 4), marks=WITH_DEEPSPEED),
+        ("tp_2proc_cpu", (2, 4)),  # one process alone shares nothing out
+    ],
+)
 def test_peak_memory_of_a_process_falls_with_their_number(
-    make_job: MakeJob, launch: Launch, large_base: Path, config: str
+    make_job: MakeJob, launch: Launch, large_base: Path, tmp_path: Path, config: str, counts: tuple[int, ...]
 ) -> None:
-    peaks = {}
-    for processes in (0, 1, 2, 4):  # 0: what the libraries themselves take, on a tiny base
+    peaks: dict[int, float] = {}
+    for processes in (0, *counts):  # 0: what the libraries themselves take, on a tiny base
         base = {} if processes == 0 else {"base": large_base}
         _, path = make_job(**base, name=f"with-{processes}", max_steps=2, eval_every=2, mixing={"gradient_checkpointing": True})
-        child = launch(config, "--num_processes", str(max(1, processes)), "-m", "pipeline.training", str(path))
+        file = tmp_path / "config.yaml"
+        file.write_text((CONFIGS / f"{config}.yaml").read_text().replace("tp_size: 2", f"tp_size: {processes or 2}"))
+        child = launch(str(file), "--num_processes", str(processes or counts[0]), "-m", "pipeline.training", str(path))
         peaks[processes] = peak_of_ranks(child)
     size = sum(file.stat().st_size for file in large_base.glob("*.safetensors")) / 2**20
     print({"config": config, "base_mb": round(size), "peaks_mb": {n: round(peak) for n, peak in peaks.items()}})
     block = size / 18
-    for processes in (1, 2, 4):
+    for processes in counts:
         # Two blocks are together at a time, the one that runs and the next, with ZeRO-3 each twice while it is exchanged; the rest is activations.
         assert peaks[processes] - peaks[0] < size / processes + (6 if config.startswith("zero3") else 3) * block + 60, peaks
-    assert peaks[4] < peaks[2] < peaks[1]
+    assert sorted(counts, key=lambda count: -peaks[count]) == list(counts), peaks
 
 
 def machines(launch: Launch, config: str, path: Path, address: str, port: int, inside: tuple[list[str], list[str]]) -> list[Any]:
