@@ -191,7 +191,7 @@ def test_bases_that_cannot_be_shared_out_are_refused_with_the_remedy(make: Any, 
 
 
 @WITH_DEEPSPEED
-def test_deepspeed_file_says_where_the_parts_wait(tmp_path: Path) -> None:
+def test_deepspeed_file_says_where_the_parts_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.training.engines.zero3 import settings_of
 
     file = tmp_path / "ds.json"
@@ -203,6 +203,12 @@ def test_deepspeed_file_says_where_the_parts_wait(tmp_path: Path) -> None:
         "stage3_prefetch_bucket_size": "auto",
     }
     file.write_text(json.dumps({"zero_optimization": section}))
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_, **__: False)
+    with pytest.raises(ConfigError, match="libaio-dev"):
+        settings_of({"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)})
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_, **__: True)
     found = settings_of({"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)})
     assert found["offload_param"] == offload and found["stage"] == 3
     assert "offload_optimizer" not in found and "stage3_prefetch_bucket_size" not in found
