@@ -1,7 +1,7 @@
 """Jobs in processes of their own: start them, watch them, read what they left.
 
-`Launch` is the real `accelerate launch`. Most tests need not its ten seconds of imports: `Group` forks processes from one that has imported all,
-with the environment that the launcher would give them, worked out by Accelerate's own functions from the same config files.
+`Launch` is the real `accelerate launch`. Most tests need not its ten seconds of imports: `Group` forks processes, as `warm` does one, with the
+environment that the launcher would give them, worked out by Accelerate's own functions from the same config files.
 """
 
 import argparse
@@ -25,22 +25,10 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from pipeline.prefix import load_prefix
 from pipeline.training.job import Job
 
+from .warm import PRELOAD
+
 CONFIGS = Path(__file__).resolve().parents[3] / "accelerate_configs"
 Launch = Callable[..., subprocess.Popen[str]]
-
-# What processes of a group find imported; whatever of it is not there is left out.
-IMPORTED = [
-    "transformers.models.llama.modeling_llama",
-    "transformers.models.mixtral.modeling_mixtral",
-    "transformers.models.olmo2.modeling_olmo2",
-    "transformers.models.t5.modeling_t5",
-    "pipeline.training.__main__",
-    "pipeline.training.run",
-    "pipeline.training.engines.fsdp2",
-    "pipeline.training.engines.tp",
-    "deepspeed",
-    "tests.pipeline.training.split_worker",
-]
 
 
 def weights(job: Job, i: int) -> dict[str, torch.Tensor]:
@@ -103,7 +91,7 @@ class Group:
     def __init__(self, config: str, function: Callable[..., Any], *arguments: Any, folder: Path, processes: int = 2) -> None:
         """Start them; `folder` gets what each prints."""
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(IMPORTED)
+        context.set_forkserver_preload(PRELOAD)
         self.outputs = [folder / f"process-{rank}.txt" for rank in range(processes)]
         shared = {
             **environment_of(config, "--num_processes", str(processes)), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),

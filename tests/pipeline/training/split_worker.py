@@ -34,7 +34,7 @@ KINDS = {
     "olmo2": ("direct", "embedding"),
     "t5": ("direct", "mlp", "top"),
 }
-STEPS = 4
+STEPS = 3
 
 
 def residents(base: Any, family: str, dtype: torch.dtype, how: str) -> list[Resident]:
