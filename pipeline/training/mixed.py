@@ -197,9 +197,8 @@ class Mixed:
                 return
             shares = own.detach().double() * scale[slots]
             # From here on nothing more is allocated.
-            if (
-                self._first_of_run or self.base.placed.heads.parts > 1
-            ):  # each of a run has the gradient of its own heads, or all have that of all
+            # Each process of a run has the gradient of its own heads, or all have that of all heads.
+            if self._first_of_run or self.base.placed.heads.parts > 1:
                 for total, gradient in zip(sums, gradients, strict=True):
                     if gradient is not None:
                         total += gradient

@@ -67,18 +67,18 @@ def chosen(accelerator: Accelerator, dtype: torch.dtype, environment: Mapping[st
     Raises:
         ConfigError: it asks for what no engine does.
     """
-    processes = accelerator.num_processes
+    count = accelerator.num_processes
     together = int(environment.get("PARALLELISM_CONFIG_TP_SIZE", "1")) if _is_set(environment, _PARALLELISM) else 1
     if together > 1 and (_is_set(environment, "ACCELERATE_USE_FSDP") or _is_set(environment, "ACCELERATE_USE_DEEPSPEED")):
         raise ConfigError(
             f"parallelism_config_tp_size is {together} beside FSDP or DeepSpeed: a base is split in one way. Remove it, or set "
             "distributed_type: MULTI_GPU as accelerate_configs/tp.yaml does."
         )
-    if together > 1 and processes > 1:
-        parts = min(together, processes)
-        if processes % parts:
+    if together > 1 and count > 1:
+        parts = min(together, count)
+        if count % parts:
             raise ConfigError(
-                f"{processes} processes cannot form runs of {parts} that share the base out. Make num_processes a multiple of "
+                f"{count} processes cannot form runs of {parts} that share the base out. Make num_processes a multiple of "
                 "parallelism_config_tp_size."
             )
         from pipeline.training.engines.tp import tp
@@ -99,7 +99,7 @@ def chosen(accelerator: Accelerator, dtype: torch.dtype, environment: Mapping[st
         reshard = environment.get("FSDP_RESHARD_AFTER_FORWARD", "true") not in ("false", "False")
         offload = _is_set(environment, "FSDP_OFFLOAD_PARAMS")
         return Engine("fsdp2", lambda model: fsdp2(model, accelerator.device, dtype, reshard, offload), equal_passes=True)
-    return Engine("none" if processes == 1 else "ddp")
+    return Engine("none" if count == 1 else "ddp")
 
 
 def _is_set(environment: Mapping[str, str], name: str) -> bool:

@@ -139,6 +139,16 @@ def test_killed_process_is_told_of_the_launcher_restarts_all_and_a_later_run_goe
     assert_like(job, alone, [0, 1], 1e-3)
 
 
+@pytest.mark.parametrize("config", [pytest.param("zero3_2proc_cpu", marks=WITH_DEEPSPEED), "tp_2proc_cpu"])
+def test_process_whose_neighbour_was_killed_in_a_pass_says_so_and_leaves(make_job: MakeJob, tmp_path: Path, config: str) -> None:
+    job, path = make_job(customers=2, max_steps=100_000, eval_every=50_000)
+    group = Group(config, train, path, folder=tmp_path)
+    wait_for_steps(group.alive, job, 3)
+    os.kill(group.processes[1].pid or 0, signal.SIGKILL)
+    assert group.wait(60) == [1, -9]
+    assert "error: another process of this job ended" in group.said()
+
+
 class Fake:
     num_processes = 3
     device = torch.device("cpu")
