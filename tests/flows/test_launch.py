@@ -213,7 +213,7 @@ def test_environment_sets_what_is_unset_and_leaves_what_the_user_set(monkeypatch
 
 
 def test_unknown_accelerate_config_is_named_with_those_there_are() -> None:
-    with pytest.raises(ConfigError, match=r"gpus\.yaml.*cpu, cpu_2proc, fsdp2, .*multi_gpu_ddp, .*single_gpu, zero3"):
+    with pytest.raises(ConfigError, match=r"gpus\.yaml.*cpu, cpu_2proc, fsdp2, .*multi_gpu_ddp, .*single_gpu, tp, .*zero3"):
         launch.config_file(LaunchSettings(accelerate_config="gpus"))
 
 
@@ -232,7 +232,8 @@ def test_two_process_config_starts_two_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "ranks.py").write_text(
-        "import os\nprint('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'], flush=True)\n"
+        # In one write, or the lines of the two may run into one another.
+        "import os\nprint('rank {RANK} of {WORLD_SIZE}'.format(**os.environ) + '\\n', end='', flush=True)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with caplog.at_level(logging.INFO, logger="test_launch"):
