@@ -1,5 +1,6 @@
 """What a job takes, before it is loaded."""
 
+import importlib
 import json
 import re
 from collections.abc import Callable
@@ -155,6 +156,14 @@ def test_sizes(text: str, size: int) -> None:
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ConfigError):
         parse_bytes(text)
+
+
+def test_table_of_the_docs_is_the_planners(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row of it, the cheapest."""
+    monkeypatch.syspath_prepend(root / "benchmarks")
+    table = importlib.import_module("plan_table")
+    row = table.row("7B", 8)
+    assert f"{row}\n" in (root / "docs" / "distributed.md").read_text(), "run `python benchmarks/plan_table.py`"
 
 
 @pytest.mark.slow
