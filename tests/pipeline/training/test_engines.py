@@ -93,7 +93,13 @@ def test_prefixes_are_those_of_one_process_and_each_keeps_its_part(
 
 
 @pytest.mark.parametrize(
-    "config", ["cpu_2proc", "fsdp2_2proc_cpu", pytest.param("zero3_2proc_cpu", marks=WITH_DEEPSPEED), "tp_2proc_cpu"]
+    "config",
+    [
+        "cpu_2proc",
+        pytest.param("fsdp2_2proc_cpu", marks=pytest.mark.slow),
+        pytest.param("zero3_2proc_cpu", marks=WITH_DEEPSPEED),
+        "tp_2proc_cpu",
+    ],
 )
 def test_job_on_two_processes_is_stopped_and_goes_on_with_one(make_job: MakeJob, tmp_path: Path, config: str) -> None:
     """Text initialisation, embedding-only and dev losses run the base on all; what one is asked to stop, all stop at one checkpoint."""
