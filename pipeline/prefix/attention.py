@@ -32,6 +32,7 @@ class ActivePrefix:
         bank: the prefixes, or None for a plain forward pass.
         rows: slot of each row of the batch, int64 [B].
         prompt_ends: for infix prefixes, the column (padding counted) of each row's last prompt token, int64 [B].
+        starts: for encoder-decoders whose decoder rows are padded in front, the column at which each row begins, int64 [B].
         seen: how many columns the cache holds before those of this pass; kept by the hook that shifts positions.
         kernel: what computes attention, one of `kernels.KERNELS`.
         captured: if not None, every attention module records its (key, value) here under its site's name.
@@ -46,6 +47,7 @@ class ActivePrefix:
     bank: PrefixBank | None = None
     rows: torch.Tensor | None = None
     prompt_ends: torch.Tensor | None = None
+    starts: torch.Tensor | None = None
     seen: int = 0
     kernel: str = "sdpa"
     captured: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None
@@ -179,7 +181,8 @@ def prefix_attention(
     bias = kwargs.get("position_bias")
     prefix_bias, whole_bias = None, {}
     if bias is not None:
-        prefix_bias = _bias_of_prefix(module, bias, active.bank.columns[site][rows], visible.shape[-1])
+        starts = None if active.starts is None else _repeated(active.starts, batch)
+        prefix_bias = _bias_of_prefix(module, bias, active.bank.columns[site][rows], visible.shape[-1], starts)
         whole_bias = {"position_bias": torch.cat([prefix_bias, bias.expand(batch, -1, -1, -1)], dim=-1)}
     keys, values = torch.cat([prefix_key, key], dim=2), torch.cat([prefix_value, value], dim=2)
     # Sites with the same columns in every slot share their mask.
@@ -246,10 +249,13 @@ def _attend(
     return computed(module, query, key, value, made, kwargs)
 
 
-def _bias_of_prefix(module: nn.Module, bias: torch.Tensor, lengths: torch.Tensor, columns: int) -> torch.Tensor:
+def _bias_of_prefix(
+    module: nn.Module, bias: torch.Tensor, lengths: torch.Tensor, columns: int, starts: torch.Tensor | None
+) -> torch.Tensor:
     """The prefix's part of T5's relative bias, [B, heads, T, P], for a sequence whose own is [1, heads, T, K].
 
-    In decoder self-attention the prefix stands at positions -P..-1, as in PEFT; encoder and cross-attention give it no bias.
+    In decoder self-attention the prefix stands at positions -P..-1, as in PEFT, counted from where the row begins (`starts`, int64 [B]; None:
+    at column 0); encoder and cross-attention give it no bias.
     """
     batch, length, keys = len(lengths), bias.shape[2], bias.shape[3]
     source = getattr(module, "_prefixfleet_bias_source", None)
@@ -258,6 +264,8 @@ def _bias_of_prefix(module: nn.Module, bias: torch.Tensor, lengths: torch.Tensor
     # Keys include the cache, so the first query stands at position K - T.
     query_position = torch.arange(keys - length, keys, device=bias.device)
     prefix_position = torch.arange(columns, device=bias.device)[None, :] - lengths[:, None]  # [B, P]
+    if starts is not None:
+        prefix_position = prefix_position + starts[:, None]
     bucket = source._relative_position_bucket(
         prefix_position[:, None, :] - query_position[None, :, None],
         bidirectional=False,

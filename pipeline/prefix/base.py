@@ -87,6 +87,7 @@ class FrozenBase:
                 yield
             finally:
                 self.active.bank, self.active.rows, self.active.prompt_ends, self.active.logits_at = None, None, None, None
+                self.active.starts = None
                 self.active.made.clear()
 
     def prompts_end_at(self, columns: torch.Tensor) -> None:
@@ -95,6 +96,13 @@ class FrozenBase:
         Infix prefixes stand behind it; others do not ask.
         """
         self.active.prompt_ends = columns
+
+    def rows_start_at(self, columns: torch.Tensor) -> None:
+        """Inside `prefixes`, before the model is called: the column at which each row of an encoder-decoder's decoder begins, int64 [B].
+
+        Needed where rows that began at different steps are decoded together, padded in front: their positions are counted from there.
+        """
+        self.active.starts = columns
 
     def logits_only_at(self, positions: torch.Tensor) -> None:
         """Inside `prefixes`, before the model is called: compute logits for some positions of the flattened batch [B * T] only, int64 [N].
@@ -492,6 +500,8 @@ def _shift_positions(base: FrozenBase) -> None:
             return output
         seen = args[1] if len(args) > 1 else kwargs.get("past_key_values_length", 0)
         ids = torch.arange(seen, seen + output.shape[-2], device=output.device)[None, :] + shift
+        if active.starts is not None:
+            ids = (ids - active.starts[:, None]).clamp(min=0)
         last = module.num_embeddings - module.offset - 1
         return nn.functional.embedding(ids.clamp(max=last) + module.offset, module.weight)
 
@@ -499,6 +509,8 @@ def _shift_positions(base: FrozenBase) -> None:
         length = args[0].shape[1]
         shift = active.shift(args[0].shape[0], length)
         if shift is not None:
+            if active.starts is not None:
+                shift = shift - active.starts[:, None]
             last = (args[1] if len(args) > 1 else kwargs.get("past_key_values_length", 0)) + length - 1
             # Padding behind a batch is not told from tokens here: it may pass the end, by less than PADDING. Generation adds none.
             base.check_positions(last + 1, (shift + last - (PADDING if length > 1 else 0)).clamp(min=last))

@@ -121,6 +121,24 @@ def row_losses(base: FrozenBase, rows: Sequence[TokenRow], pad: int) -> torch.Te
     Returns:
         [B], float32, or float64 where the base computes in it.
     """
+    logits, wanted, of_row = target_logits(base, rows, pad)
+    return summed_losses(logits, wanted, of_row, len(rows))
+
+
+def summed_losses(scores: torch.Tensor, wanted: torch.Tensor, of_row: torch.Tensor, rows: int) -> torch.Tensor:
+    """Cross-entropy summed for each of `rows` rows, [rows]; scores [N, vocabulary], the wanted token and the row of each, int64 [N]."""
+    losses = torch.nn.functional.cross_entropy(scores, wanted, reduction="none")
+    return losses.new_zeros(rows).index_add(0, of_row, losses)
+
+
+def target_logits(
+    base: FrozenBase, rows: Sequence[TokenRow], pad: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the base predicts for the tokens of each row's target. Call inside `base.prefixes(…)`.
+
+    Returns:
+        logits [N, vocabulary] in float32 or more, row by row; the tokens themselves and the row that each is of, int64 [N].
+    """
     targets = [row.target_ids for row in rows]
     if base.is_encoder_decoder:
         ids, mask = right_padded([row.prompt_ids for row in rows], pad, base.device)
@@ -143,6 +161,5 @@ def row_losses(base: FrozenBase, rows: Sequence[TokenRow], pad: int) -> torch.Te
     base.logits_only_at(torch.tensor(flat, device=base.device))
     logits = base.model(input_ids=ids, attention_mask=mask, use_cache=False, **inputs).logits[0, :count]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = torch.nn.functional.cross_entropy(logits, torch.tensor(wanted, device=base.device), reduction="none")
     of_row = torch.tensor([i for i, target in enumerate(targets) for _ in target], device=base.device)
-    return losses.new_zeros(len(rows)).index_add(0, of_row, losses)
+    return logits, torch.tensor(wanted, device=base.device), of_row
