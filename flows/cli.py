@@ -156,6 +156,70 @@ def _parser() -> argparse.ArgumentParser:
     bring.add_argument("--template", metavar="TEXT", help=r"the prompt, such as '{input}\n' (the default); \n means a new line")
     bring.add_argument("--champion", action="store_true", help="make it champion, though nothing here has evaluated it")
 
+    serve = command(
+        "serve",
+        _serve,
+        "answer over HTTP for every registered customer, as OpenAI's API does",
+        [
+            "prefixfleet serve",
+            "prefixfleet serve examples/fleet.yaml --port 8000",
+            "prefixfleet keys create --customer bistro; prefixfleet serve --host 0.0.0.0",
+        ],
+    )
+    text = "take the base from this fleet file (default: the base of the newest champion in the registry)"
+    serve.add_argument("fleet", type=Path, nargs="?", metavar="FLEET.yaml", help=text)
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1; others need an API key)")
+    serve.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+    serve.add_argument("--keys", type=Path, metavar="FILE", help="API keys (default: keys.json below PREFIXFLEET_HOME)")
+    serve.add_argument("--rows", type=_count, default=64, metavar="N", help="rows of a batch (default: 64)")
+    text = "prompt and answer tokens of all rows together (default: 65536)"
+    serve.add_argument("--cache-tokens", type=_count, default=65536, metavar="N", help=text)
+    text = "memory for prefixes (default: 1GiB)"
+    serve.add_argument("--prefix-memory", default="1GiB", metavar="SIZE", help=text)
+    text = "answers under way and waiting; more get 429 (default: 256)"
+    serve.add_argument("--queue", type=_count, default=256, metavar="N", help=text)
+    serve.add_argument("--rate", type=_count, metavar="N", help="requests a minute of each key (default: any number)")
+    serve.add_argument("--max-body", default="1MiB", metavar="SIZE", help="of one request (default: 1MiB)")
+    serve.add_argument("--timeout", type=_count, default=120, metavar="S", help="seconds for one answer (default: 120)")
+    text = "seconds to finish what is under way when asked to stop (default: 60)"
+    serve.add_argument("--grace", type=_count, default=60, metavar="S", help=text)
+    serve.add_argument("--log-texts", action="store_true", help="write prompts and answers to the log")
+
+    keys = command(
+        "keys",
+        _keys,
+        "make, list and revoke the API keys of `prefixfleet serve`",
+        [
+            "prefixfleet keys create --customer bistro --note 'till software'",
+            "prefixfleet keys create --all-customers",
+            "prefixfleet keys list",
+            "prefixfleet keys revoke key-0a1b2c3d",
+        ],
+    )
+    keys.add_argument("action", choices=["create", "list", "revoke"])
+    keys.add_argument("id", nargs="?", metavar="ID", help="of the key to revoke")
+    keys.add_argument("--customer", action="append", default=[], metavar="ID", help="whom it opens; may be repeated")
+    keys.add_argument("--all-customers", action="store_true", help="it opens everybody, also those to come")
+    keys.add_argument("--note", default="", help="whatever helps to tell whose it is")
+    keys.add_argument("--keys", type=Path, metavar="FILE", help="default: keys.json below PREFIXFLEET_HOME")
+
+    ensemble = command(
+        "ensemble",
+        _ensemble,
+        "let several versions of a customer answer together: evaluate and register them as one version",
+        [
+            f"prefixfleet ensemble {_FLEET} --customer bistro --versions 3,4,5 --average probabilities",
+            f"prefixfleet ensemble {_FLEET} --customer bistro --versions 3,4 --average parameters",
+        ],
+    )
+    ensemble.add_argument("fleet", type=Path, metavar="FLEET.yaml", help="the fleet file")
+    ensemble.add_argument("--customer", required=True, metavar="ID", help="ID, or ID/TASK for one of its tasks")
+    ensemble.add_argument("--versions", required=True, metavar="N,N,…", help="registered versions of this customer")
+    averages = ["probabilities", "log_probabilities", "parameters"]
+    text = "of the next token at every step, or of keys and values where shapes agree (default: probabilities)"
+    ensemble.add_argument("--average", choices=averages, default="probabilities", help=text)
+    ensemble.add_argument("-v", "--verbose", action="store_true", help="show what the stages print instead of bars")
+
     text = "train other methods on a customer's data with the same budget, and put them in one table with the prefix"
     against = command(
         "compare",
@@ -394,6 +458,104 @@ def _generate(arguments: argparse.Namespace) -> int:
         else:
             print(answer)
     return OK
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from pipeline.errors import ConfigError
+    from pipeline.home import Home
+    from pipeline.process import share_cores
+
+    if not 0 <= arguments.port <= 65535:
+        raise ConfigError(f"--port {arguments.port}: must be 0 to 65535")
+    share_cores()
+    from pipeline.inference.service.keys import KeyRing, key_file
+    from pipeline.inference.service.run import check_binding
+
+    home = Home.current()
+    keys = KeyRing(arguments.keys or key_file(home))
+    check_binding(arguments.host, len(keys))
+    import logging
+
+    from flows.serving import base_to_serve
+    from pipeline.inference import load_engine
+    from pipeline.inference.service.app import Limits, Service
+    from pipeline.inference.service.run import serve
+    from pipeline.registry import ensure_store
+    from pipeline.training.plan import parse_bytes
+
+    ensure_store(home)
+    limits = Limits(
+        rows=arguments.rows,
+        cache_tokens=arguments.cache_tokens,
+        prefix_bytes=parse_bytes(arguments.prefix_memory),
+        queue=arguments.queue,
+        per_minute=arguments.rate,
+        body_bytes=parse_bytes(arguments.max_body),
+        request_seconds=arguments.timeout,
+    )
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("pipeline.inference.service").setLevel(logging.INFO)
+    base = base_to_serve(arguments.fleet, home)
+    service = Service(load_engine(base), keys, limits, log_texts=arguments.log_texts)
+
+    def ready(url: str) -> None:
+        if arguments.json:
+            _print_json({"format": 1, "url": url, "base": base.id, "keys": len(keys)}, indent=None)
+        else:
+            who = f"{len(keys)} API keys" if len(keys) else "no API keys: whoever can reach this address may ask for everybody"
+            print(f"{url}/v1 answers on base {base.id}; {who}. Ctrl-C stops it.")
+        sys.stdout.flush()
+
+    serve(service, arguments.host, arguments.port, arguments.grace, ready)
+    return OK
+
+
+def _keys(arguments: argparse.Namespace) -> int:
+    from pipeline.errors import ConfigError
+    from pipeline.home import Home
+    from pipeline.inference.service.keys import EVERYBODY, create_key, key_file, read_keys, revoke_key
+
+    file = arguments.keys or key_file(Home.current())
+    if (arguments.action == "revoke") != (arguments.id is not None):
+        raise ConfigError("`prefixfleet keys revoke ID` takes the id of a key, the other actions take none")
+    if arguments.action == "create":
+        made, secret = create_key(file, [*arguments.customer, *([EVERYBODY] if arguments.all_customers else [])], arguments.note)
+        if arguments.json:
+            _print_json({"id": made.id, "key": secret, "customers": list(made.customers), "file": str(file)})
+        else:
+            print(secret)
+            print(
+                f"{made.id} opens {', '.join(made.customers)}. The key is shown this once; {file} keeps its SHA-256.", file=sys.stderr
+            )
+        return OK
+    if arguments.action == "revoke":
+        revoke_key(file, arguments.id)
+        print(f"{arguments.id} is revoked; running services notice at the next request.", file=sys.stderr)
+        return OK
+    found = read_keys(file)
+    if arguments.json:
+        _print_json({"format": 1, "file": str(file), "keys": [{**vars(key), "customers": list(key.customers)} for key in found]})
+    else:
+        for key in found:
+            print("  ".join([key.id, key.created, ", ".join(key.customers), key.note]).rstrip())
+        if not found:
+            print(f"{file}: no keys. `prefixfleet keys create --customer ID` makes one.")
+    return OK
+
+
+def _ensemble(arguments: argparse.Namespace) -> int:
+    from pipeline.errors import ConfigError
+
+    versions = [part.strip() for part in arguments.versions.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in versions):
+        raise ConfigError(f"--versions {arguments.versions}: must be numbers of versions, such as 3,4,5")
+    arguments.customer = [arguments.customer]
+    todo = _open(arguments)
+    from flows.ensemble import run_ensemble
+
+    with _display(arguments):
+        done = run_ensemble(todo, [int(part) for part in versions], arguments.average, _log(arguments.verbose))
+    return _finish(done, arguments)
 
 
 def _key(arguments: argparse.Namespace) -> "CustomerKey":

@@ -39,3 +39,11 @@ class RegistryError(PrefixFleetError):
 
 class StorageError(PrefixFleetError):
     """A file could not be written or read whole (disk full, no permission, damaged)."""
+
+
+class ServiceError(PrefixFleetError):
+    """The service cannot start or go on as it was asked to."""
+
+
+class BusyError(ServiceError):
+    """All of something is in use for the moment; trying again later helps."""

@@ -46,8 +46,9 @@ def described(system: System) -> dict[str, Any]:
 
 
 def prefix_digest(prefix: Mapping[str, Any]) -> str:
-    """What outputs depend on of a prefix: its weights, and where they stand."""
-    return f"{prefix['weights_sha256']}:{prefix['prefix'].get('placement', 'prefix')}"
+    """What outputs depend on of a prefix: its weights, and where they stand; of an ensemble also how its members are averaged."""
+    average = prefix.get("ensemble", {}).get("average")
+    return f"{prefix['weights_sha256']}:{prefix['prefix'].get('placement', 'prefix')}" + (f":{average}" if average else "")
 
 
 def generation_of(base: JobBase, settings: JobEvaluation, tokenizer_digest: str) -> list[Any]:

@@ -284,7 +284,7 @@ def _add_champion(
         return
     folder = Path(customer.champion_dir)
     champion = read_json(folder / "prefix.json", FORMAT)
-    if champion["weights_sha256"] == candidate.prefix["weights_sha256"]:
+    if prefix_digest(champion) == prefix_digest(candidate.prefix):
         candidate.remarks["champion"] = "The prefix is the champion already."
         return
     if champion["base"]["digest"] != candidate.prefix["base"]["digest"]:

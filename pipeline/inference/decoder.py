@@ -7,6 +7,8 @@ Knows nothing of customers, files, the registry, threads or HTTP.
 """
 
 import random
+import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -80,6 +82,8 @@ class Decoder:
         self.ends = _end_tokens(base, tokenizer)
         self.steps = self.prefills = self.row_steps = 0
         self._waiting: deque[Request] = deque()
+        self._cancelled: list[Request] = []
+        self._guard = threading.Lock()  # of these two
         self._settings: dict[int, GenerationConfig] = {}
         self._own_processors: bool | None = None
         self._reset()
@@ -103,7 +107,24 @@ class Decoder:
         for member in request.members.prefixes:
             own = 0 if self.base.is_encoder_decoder else len(request.prompt_ids)
             self.base.check_length(member.length, own + request.decoding.max_new_tokens)
-        self._waiting.append(request)
+        with self._guard:
+            self._waiting.append(request)
+
+    def cancel(self, request: Request) -> None:
+        """Nobody waits for this answer any more: its rows are free before the next step. From any thread."""
+        with self._guard:
+            self._cancelled.append(request)
+
+    def _let_go(self) -> None:
+        with self._guard:
+            gone, self._cancelled = set(self._cancelled), []
+            queued = [request for request in self._waiting if request in gone]
+            for request in queued:
+                self._waiting.remove(request)
+        for lane in [lane for lane in self._lanes if lane.request in gone]:
+            self._close(lane, "cancelled")
+        for request in queued:
+            _end(request, "", "", "cancelled")
 
     @property
     def waiting(self) -> int:
@@ -133,21 +154,25 @@ class Decoder:
     @torch.inference_mode()
     def step(self) -> None:
         """Let cancelled requests go, take in waiting ones if there is room, and decode one more token for every row."""
-        for lane in [lane for lane in self._lanes if lane.request.cancelled]:
-            self._close(lane, "cancelled")
-        for request in [request for request in self._waiting if request.cancelled]:
-            self._waiting.remove(request)
-            _end(request, "", request.text, "cancelled")
+        if self._cancelled:
+            self._let_go()
         admitted = self._admitted()
         if admitted:
             self._prefill(admitted)
         if self._lanes:
             self._decode()
 
-    def fail(self, error: str) -> None:
-        """End whatever runs with an error in words, and start anew: after an exception in `step`, of which nobody knows whose fault it is."""
+    def fail(self, error: str, waiting: bool = False) -> None:
+        """End whatever runs with an error in words, and start anew: after an exception in `step`, of which nobody knows whose fault it is.
+
+        Args:
+            error: in words.
+            waiting: also what has not begun.
+        """
         failed = [lane.request for lane in self._lanes]
         self._reset()
+        while waiting and self._waiting:
+            failed.append(self._waiting.popleft())
         for request in failed:
             if request.finish_reason is None:
                 request.error = error
@@ -222,6 +247,7 @@ class Decoder:
 
     def _prefill(self, lanes: Sequence[_Lane]) -> None:
         """Run the prompts through the base, let their rows join, and choose everybody's first token."""
+        self._lanes += lanes  # first of all: whatever goes wrong from here on is theirs too
         self._place(lanes)
         ids, slots, sources = [], [], []
         first = self.rows
@@ -241,7 +267,6 @@ class Decoder:
         if cross is not None:
             self._cross.join(cross, sources, lengths, padded_behind=True)
         self._next += [0] * len(sources)
-        self._lanes += lanes
         self._row_slots = None
         self._choose(lanes, logits if len(sources) == len(ids) else logits[torch.tensor(sources, device=logits.device)], first)
 
@@ -432,6 +457,8 @@ class Decoder:
         if token in self.ends:
             return "stop"
         request.tokens.append(token)
+        if request.first_token_at is None:
+            request.first_token_at = time.monotonic()
         if request.decoding.top_logprobs is not None:
             request.logprobs.append(logprob_of(scores, token, request.decoding.top_logprobs))
         piece, lane.stopped = lane.stream.add(token)

@@ -140,6 +140,7 @@ class Request:
         tokens: of the answer, without the token that ended it.
         text: of the answer; whole once `finish_reason` is set.
         logprobs: one for each token, if asked for.
+        first_token_at: `time.monotonic()` of it; None before, and for beams, whose first token is known with the last.
         error: in words, for `finish_reason` error.
     """
 
@@ -152,17 +153,13 @@ class Request:
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    first_token_at: float | None = None
     error: str | None = None
-    cancelled: bool = False
     number: int = field(default_factory=lambda: next(_numbers))
 
     @property
     def rows(self) -> int:
         """Rows of the batch that it takes."""
         return len(self.members.prefixes) * self.decoding.num_beams
-
-    def cancel(self) -> None:
-        """Nobody waits for it any more: its rows are free after the step under way. From any thread."""
-        self.cancelled = True
 
 

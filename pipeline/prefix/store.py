@@ -84,14 +84,42 @@ def is_infix(config: dict[str, Any]) -> bool:
     return bool(config.get("prefix", {}).get("placement") == "infix")
 
 
+def is_ensemble(config: dict[str, Any]) -> bool:
+    """Whether the folder with this prefix.json holds several prefixes that answer together (see `pipeline.inference.ensemble`)."""
+    return config.get("ensemble", {}).get("average", "parameters") != "parameters"
+
+
 def load_prefix(folder: Path) -> tuple[Prefix, dict[str, Any]]:
     """Read a prefix folder and check its weights against the digest in prefix.json.
 
     Raises:
         StorageError: prefix.json is missing or damaged.
-        PrefixError: the weights are missing, damaged or not those that were saved.
+        PrefixError: the weights are missing, damaged or not those that were saved, or are an ensemble's.
     """
     config = read_config(folder)
+    if is_ensemble(config):
+        count = len(config["ensemble"]["members"])
+        raise PrefixError(f"{folder}: is an ensemble of {count} prefixes, and one is wanted here. Take one of its members.")
+    return _read(folder, config), config
+
+
+def load_ensemble(folder: Path) -> tuple[list[Prefix], dict[str, Any]]:
+    """As `load_prefix`, for the folder of an ensemble: its members in order.
+
+    Raises:
+        StorageError, PrefixError: see `load_prefix`.
+    """
+    config = read_config(folder)
+    members: dict[int, Prefix] = {}
+    for name, pair in _read(folder, config).items():
+        number, _, site = name.partition(".")
+        if not number.isdecimal():
+            raise PrefixError(f"{folder / 'prefix.safetensors'}: {name!r} is of no member. Make the ensemble again.")
+        members.setdefault(int(number), {})[site] = pair
+    return [members[number] for number in sorted(members)], config
+
+
+def _read(folder: Path, config: dict[str, Any]) -> Prefix:
     file = folder / "prefix.safetensors"
     try:
         if file_digest(file) != config["weights_sha256"]:
@@ -104,4 +132,4 @@ def load_prefix(folder: Path) -> tuple[Prefix, dict[str, Any]]:
     sites = [name.removesuffix(".key") for name in tensors if name.endswith(".key")]
     if not sites or any(f"{site}.value" not in tensors for site in sites):
         raise PrefixError(f"{file}: has keys without values, or nothing. Train or download it again.")
-    return {site: (tensors[f"{site}.key"], tensors[f"{site}.value"]) for site in sites}, config
+    return {site: (tensors[f"{site}.key"], tensors[f"{site}.value"]) for site in sites}

@@ -1,0 +1,194 @@
+"""API keys: each opens some customers, and only their digests are kept.
+
+In: the file `keys.json` below `PREFIXFLEET_HOME`, or the same JSON in the environment variable `PREFIXFLEET_API_KEYS`. Out: whom a key opens. A key
+is 256 random bits, so a plain SHA-256 cannot be searched for it; slow hashes are for passwords, which people choose. Knows nothing of HTTP.
+"""
+
+import contextlib
+import hashlib
+import hmac
+import json
+import logging
+import os
+import re
+import secrets
+import threading
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ConfigError, StorageError
+from pipeline.files import read_json, write_json
+from pipeline.home import Home
+from pipeline.keys import validate_id
+
+FORMAT = 1
+ENVIRONMENT = "PREFIXFLEET_API_KEYS"
+EVERYBODY = "*"
+_START = "pf-"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ApiKey:
+    """What is kept of a key.
+
+    Attributes:
+        id: to name it in lists; nothing secret.
+        sha256: of the key, 64 hex digits.
+        customers: whom it opens, with all their tasks; `*` for everybody.
+        created: UTC, ISO 8601.
+        note: whatever helps to tell whose it is.
+    """
+
+    id: str
+    sha256: str
+    customers: tuple[str, ...]
+    created: str
+    note: str = ""
+
+    def opens(self, customer: str) -> bool:
+        """Whether it may ask for this customer."""
+        return EVERYBODY in self.customers or customer in self.customers
+
+
+def key_file(home: Home) -> Path:
+    """Where keys are kept unless a file is named."""
+    return home.root / "keys.json"
+
+
+def read_keys(file: Path) -> list[ApiKey]:
+    """The keys of a file; none if there is no file.
+
+    Raises:
+        StorageError, ConfigError: it is damaged.
+    """
+    return _parse(read_json(file, FORMAT), str(file)) if file.exists() else []
+
+
+def create_key(file: Path, customers: list[str], note: str = "") -> tuple[ApiKey, str]:
+    """Make a key and keep its digest in `file`.
+
+    Args:
+        file: is made if it is not there.
+        customers: ids, or `*`.
+        note: see `ApiKey`.
+
+    Returns:
+        what is kept, and the key itself, which nobody can find out again.
+
+    Raises:
+        ConfigError: no customer, or an id that is not valid.
+        StorageError: the file cannot be written.
+    """
+    if not customers:
+        raise ConfigError("a key must open somebody. Name customers with --customer, or give --all-customers.")
+    for customer in customers:
+        if customer != EVERYBODY:
+            validate_id(customer)
+    secret = _START + secrets.token_urlsafe(32)
+    made = ApiKey(
+        f"key-{secrets.token_hex(4)}", _digest(secret), tuple(dict.fromkeys(customers)), datetime.now(UTC).isoformat(timespec="seconds"), note
+    )  # fmt: skip
+    _write(file, [*read_keys(file), made])
+    return made, secret
+
+
+def revoke_key(file: Path, key_id: str) -> None:
+    """Remove a key; a running service notices at the next request.
+
+    Raises:
+        ConfigError: there is no key of this id.
+    """
+    known = read_keys(file)
+    if all(key.id != key_id for key in known):
+        raise ConfigError(f"{file}: holds no key {key_id}. `prefixfleet keys list` shows those that it holds.")
+    _write(file, [key for key in known if key.id != key_id])
+
+
+class KeyRing:
+    """The keys that a service accepts, read again when their file changes.
+
+    Args:
+        file: need not exist.
+
+    Raises:
+        StorageError, ConfigError: the file or the environment variable is damaged.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._fixed = self._of_environment()
+        self._stamp: tuple[int, int] | None = None
+        self._guard = threading.Lock()
+        self._keys = [*self._fixed, *read_keys(file)]
+        self._stamp = self._now()
+
+    @staticmethod
+    def _of_environment() -> list[ApiKey]:
+        given = os.environ.get(ENVIRONMENT)
+        if not given:
+            return []
+        try:
+            content = json.loads(given)
+        except ValueError as error:
+            raise ConfigError(f"{ENVIRONMENT}: is not JSON ({error}). It holds what a file of `prefixfleet keys` holds.") from None
+        return _parse(content, ENVIRONMENT)
+
+    def _now(self) -> tuple[int, int] | None:
+        with contextlib.suppress(OSError):
+            found = self.file.stat()
+            return found.st_mtime_ns, found.st_ino
+        return None
+
+    def __len__(self) -> int:
+        return len(self._current())
+
+    def _current(self) -> list[ApiKey]:
+        stamp = self._now()
+        with self._guard:
+            if stamp != self._stamp:
+                try:
+                    self._keys = [*self._fixed, *read_keys(self.file)]
+                except (StorageError, ConfigError) as error:
+                    log.error("%s The keys of before stay in force.", error)
+                self._stamp = stamp
+            return self._keys
+
+    def find(self, secret: str) -> ApiKey | None:
+        """The key that this is, or None. Takes as long whatever is given: digests are compared in constant time, and all of them."""
+        digest, found = _digest(secret), None
+        for key in self._current():
+            if hmac.compare_digest(key.sha256, digest):
+                found = key
+        return found
+
+
+def _digest(secret: str) -> str:
+    return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _parse(content: Any, place: str) -> list[ApiKey]:
+    try:
+        keys = [
+            ApiKey(str(k["id"]), str(k["sha256"]), tuple(map(str, k["customers"])), str(k.get("created", "")), str(k.get("note", "")))
+            for k in content["keys"]
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{place}: is no list of API keys ({type(error).__name__}: {error}). `prefixfleet keys create` writes one.") from None
+    for key in keys:
+        if not re.fullmatch("[0-9a-f]{64}", key.sha256):
+            raise ConfigError(f"{place}: key {key.id} has no SHA-256 of 64 hex digits. Only digests of keys belong there.")
+        for customer in key.customers:
+            if customer != EVERYBODY:
+                validate_id(customer)
+    return keys
+
+
+def _write(file: Path, keys: list[ApiKey]) -> None:
+    listed = [{**vars(key), "customers": list(key.customers)} for key in keys]
+    write_json(file, {"format": FORMAT, "keys": listed})
+    with contextlib.suppress(OSError):
+        file.chmod(0o600)  # digests are no secret, but whom they open is nobody's business
