@@ -97,7 +97,10 @@ class CompletionBody(_Common):
         str
         | Annotated[list[str], Field(min_length=1, max_length=_MOST_CHOICES)]
         | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-        | Annotated[list[Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]], Field(max_length=_MOST_CHOICES)]
+        | Annotated[
+            list[Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]],
+            Field(min_length=1, max_length=_MOST_CHOICES),
+        ]
     )
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None

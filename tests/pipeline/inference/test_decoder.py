@@ -1,9 +1,6 @@
 """The decoding loop against transformers' own `generate`, one row at a time, for rows that come and go at random."""
 
-import dataclasses
 import random
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +12,7 @@ from pipeline.inference.request import NO_PREFIX, Decoding, Loaded, Members, Req
 from pipeline.prefix import FrozenBase, PrefixBank, attach
 from pipeline.prefix.initialise import from_random
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "prefix"))
-from families import VOCABULARY, tiny_double, tiny_model  # noqa: E402
+from ..prefix.families import VOCABULARY, tiny_double, tiny_model
 
 
 class Tokens:

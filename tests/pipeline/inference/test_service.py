@@ -1,0 +1,400 @@
+"""The HTTP service with real clients on loopback: the official `openai` client, and hostile ones."""
+
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from pipeline.errors import ConfigError
+from pipeline.inference.service.run import check_binding
+
+from .conftest import Fleet, Running
+
+Serving = Callable[..., Any]
+TEXT = "colour : red w1 w2"
+
+
+def official(running: Running, key: str = "unused") -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{running.url}/v1", api_key=key, max_retries=0, timeout=30)
+
+
+def newest(fleet: Fleet, customer: str) -> Any:
+    from pipeline.registry import lookup
+
+    return lookup(customer_key(customer)).prefix_dir
+
+
+def customer_key(customer: str) -> Any:
+    from pipeline.keys import CustomerKey
+
+    return CustomerKey(customer)
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def slowed(running: Running, seconds: float) -> None:
+    """Every step of the decoder takes at least so long."""
+    step = running.service.loop.decoder.step
+
+    def slow() -> None:
+        time.sleep(seconds)
+        step()
+
+    running.service.loop.decoder.step = slow  # type: ignore[method-assign]
+
+
+def test_the_official_client_gets_what_each_customers_prefix_says(fleet: Fleet, serving: Serving) -> None:
+    running = serving()
+    client = official(running)
+    expected = {name: fleet.answer(newest(fleet, name), TEXT) for name in ("acme", "bistro", "harbour")}
+    assert len(set(expected.values())) == 3
+    for name, text in expected.items():
+        whole = client.completions.create(model=name, prompt=TEXT)
+        assert whole.choices[0].text == text
+        assert whole.choices[0].finish_reason in ("stop", "length")
+        assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
+        assert whole.usage.prompt_tokens == len(fleet.engine.tokenizer(TEXT)["input_ids"])
+        pieces = list(client.completions.create(model=f"{name}:1", prompt=TEXT, stream=True, stream_options={"include_usage": True}))
+        assert "".join(piece.choices[0].text for piece in pieces[:-1]) == text
+        assert pieces[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+        assert pieces[-1].usage == whole.usage
+    both = client.completions.create(model="acme@champion", prompt=[TEXT, "say it is"], max_tokens=2, n=2)
+    assert [choice.index for choice in both.choices] == [0, 1, 2, 3]
+    assert both.choices[0].text == both.choices[1].text == " ".join(expected["acme"].split()[:2])
+    assert {choice.finish_reason for choice in both.choices} <= {"length", "stop"}
+    assert {model.id for model in client.models.list()} == {"acme", "bistro", "harbour", "chatty"}
+    assert client.models.retrieve("acme").id == "acme"
+
+
+def test_chat_completions_go_through_the_bases_chat_template(fleet: Fleet, serving: Serving) -> None:
+    client = official(serving())
+    messages = [{"role": "user", "content": "say it"}, {"role": "assistant", "content": "it is"}, {"role": "user", "content": TEXT}]
+    expected = fleet.answer(newest(fleet, "chatty"), messages)
+    whole = client.chat.completions.create(model="chatty", messages=messages, logprobs=True, top_logprobs=2)
+    assert whole.choices[0].message.content == expected
+    assert [t.token for t in whole.choices[0].logprobs.content] == expected.split()
+    assert all(t.top_logprobs[0].logprob == t.logprob for t in whole.choices[0].logprobs.content)
+    pieces = list(client.chat.completions.create(model="chatty", messages=messages, stream=True, max_completion_tokens=3))
+    assert pieces[0].choices[0].delta.role == "assistant"
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == " ".join(expected.split()[:3])
+    with pytest.raises(openai.BadRequestError, match="trained on texts"):
+        client.chat.completions.create(model="acme", messages=messages)
+
+
+def test_without_a_chat_template_there_are_no_chat_completions(fleet: Fleet, serving: Serving) -> None:
+    running = serving()
+    running.service._tokenizer.chat_template = None
+    with pytest.raises(openai.BadRequestError, match="no chat template"):
+        official(running).chat.completions.create(model="chatty", messages=[{"role": "user", "content": TEXT}])
+
+
+def test_drawing_follows_the_seed_and_stop_strings_end_an_answer(fleet: Fleet, serving: Serving) -> None:
+    client = official(serving())
+
+    def drawn(seed: int) -> str:
+        return client.completions.create(model="acme", prompt=TEXT, temperature=2.0, seed=seed, max_tokens=20).choices[0].text
+
+    assert drawn(5) == drawn(5)
+    assert len({drawn(seed) for seed in range(5)}) > 1
+    words = fleet.answer(newest(fleet, "bistro"), TEXT).split()
+    at = next(i for i, word in enumerate(words) if i and word not in words[:i])
+    stopped = client.completions.create(model="bistro", prompt=TEXT, stop=[words[at], "nowhere"], logprobs=1)
+    assert (stopped.choices[0].text, stopped.choices[0].finish_reason) == (" ".join(words[:at]), "stop")
+    assert stopped.choices[0].logprobs.tokens == words[: at + 1]
+
+
+def test_a_key_opens_its_own_customers_and_tells_nothing_of_others(fleet: Fleet, serving: Serving) -> None:
+    running, acme, everybody = serving([["acme"], ["*"]])
+    body = {"prompt": TEXT}
+    with running.client() as stranger, running.client("pf-" + "x" * 43) as guesser:
+        for client in (stranger, guesser):
+            for path in ("/v1/models", "/v1/models/acme"):
+                assert client.get(path).status_code == 401
+            refused = client.post("/v1/completions", json={"model": "acme", **body})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
+    with running.client(acme) as client:
+        assert client.post("/v1/completions", json={"model": "acme", **body}).status_code == 200
+        assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["acme"]
+        answers = [
+            client.post("/v1/completions", json={"model": name, **body})
+            for name in ("bistro", "nobody", "acme@nothing", "acme:77", "acme.menu", "../acme", "acme/menu", "ACME", "bistro:1", "", "a" * 290)
+        ]
+        assert {answer.status_code for answer in answers} == {404}
+        assert len({answer.text for answer in answers}) == 1
+        assert {client.get(f"/v1/models/{name}").status_code for name in ("bistro", "nobody")} == {404}
+    with running.client(everybody) as client:
+        assert client.post("/v1/completions", json={"model": "bistro", **body}).status_code == 200
+
+
+def test_a_revoked_key_is_refused_at_the_next_request(serving: Serving) -> None:
+    from pipeline.inference.service.keys import read_keys, revoke_key
+
+    running, first, second = serving([["acme"], ["bistro"]])
+    file = running.service.keys.file
+    assert first not in file.read_text() and second not in file.read_text()
+    with running.client(first) as client:
+        assert client.get("/v1/models").status_code == 200
+        revoke_key(file, read_keys(file)[0].id)
+        assert client.get("/v1/models").status_code == 401
+        revoke_key(file, read_keys(file)[0].id)
+        assert client.get("/v1/models").status_code == 401  # the last key is gone, and the door is not open
+
+
+def test_nobody_else_is_listened_to_without_a_key() -> None:
+    for host in ("127.0.0.1", "::1", "localhost"):
+        check_binding(host, 0)
+    for host in ("0.0.0.0", "::", "10.0.0.5", "example.org"):
+        with pytest.raises(ConfigError, match="prefixfleet keys create"):
+            check_binding(host, 0)
+        check_binding(host, 1)
+
+
+HOSTILE = [
+    (b"{", 400),
+    (b"[" * 60_000, 400),
+    (b'{"model": "acme", "prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}", 400),
+    (b'{"model": "acme", "prompt": "a", "temperature": NaN}', 400),
+    (b'{"model": "acme", "prompt": "a", "temperature": 1e400}', 400),
+    (b'{"model": "acme", "prompt": "\\ud800"}', 400),
+    (b'{"model": "acme", "prompt": "\xff"}', 400),
+    (b'{"model": "acme", "prompt": "a", "max_tokens": 1' + b"0" * 30 + b"}", 400),
+    (b'{"model": "acme", "prompt": "a", "max_tokens": 1000000}', 400),
+    (b'{"model": "acme", "prompt": "a", "max_tokens": -1}', 400),
+    (b'{"model": "acme", "prompt": "a", "max_tokens": 2.5}', 400),
+    (b'{"model": "acme", "prompt": "a", "max_tokens": true}', 400),
+    (b'{"model": "acme", "prompt": "a", "n": 1000}', 400),
+    (b'{"model": "acme", "prompt": []}', 400),
+    (b'{"model": "acme", "prompt": ""}', 400),
+    (b'{"model": "acme", "prompt": [999999999]}', 400),
+    (b'{"model": "acme", "prompt": [[1], ["a"]]}', 400),
+    (b'{"model": "acme", "prompt": "' + b"w1 " * 100 + b'"}', 400),
+    (b'{"model": "acme", "prompt": "a", "stop": ""}', 400),
+    (b'{"model": "acme", "prompt": "a", "presence_penalty": 0.5}', 400),
+    (b'{"model": "acme", "prompt": "a", "secret \\u0000 name": 1}', 400),
+    (b'{"model": 7, "prompt": "a"}', 400),
+    (b"null", 400),
+    (b'{"model": "acme", "prompt": "' + b"a" * 70_000 + b'"}', 413),
+]
+
+
+def test_hostile_requests_are_refused_in_openais_words_and_harm_nobody(fleet: Fleet, serving: Serving) -> None:
+    running = serving(body_bytes=65_536)
+    with running.client() as client:
+        for raw, code in HOSTILE:
+            found = client.post("/v1/completions", content=raw, headers={"Content-Type": "application/json"})
+            assert found.status_code == code, (raw[:80], found.text)
+            assert set(found.json()["error"]) == {"message", "type", "param", "code"}
+        assert client.post("/v1/completions", content=b"{}", headers={"Content-Type": "text/plain"}).status_code == 415
+        assert client.get("/v1/completions").status_code == 405
+        assert client.get("/v2").status_code == 404
+        good = client.post("/v1/completions", json={"model": "acme", "prompt": TEXT})
+        assert good.json()["choices"][0]["text"] == fleet.answer(newest(fleet, "acme"), TEXT)
+        assert running.service.loop.failures == 0 and running.service.answers == 0
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(serving: Serving) -> None:
+    running = serving(body_seconds=0.2)
+    host, port = running.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as slow:
+        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
+        assert b"408" in slow.recv(1000)
+
+
+def test_requests_beyond_rate_and_queue_get_429_and_when_to_come_back(serving: Serving) -> None:
+    limited, key = serving([["acme"]], per_minute=2)
+    with limited.client(key) as client:
+        codes = [client.get("/v1/models") for _ in range(3)]
+    assert [answer.status_code for answer in codes] == [200, 200, 429]
+    assert 1 <= int(codes[-1].headers["Retry-After"]) <= 30
+
+
+def test_a_full_queue_is_told_and_the_official_client_understands(serving: Serving) -> None:
+    running = serving(queue=2)
+    slowed(running, 0.05)
+    client = official(running)
+    with ThreadPoolExecutor() as pool:
+        waiting = [pool.submit(client.completions.create, model="acme", prompt=TEXT, max_tokens=8) for _ in range(2)]
+        until(lambda: running.service.answers == 2)
+        with pytest.raises(openai.RateLimitError) as told:
+            client.completions.create(model="bistro", prompt=TEXT)
+        assert told.value.response.headers["Retry-After"] == "1"
+        assert all(answer.result().choices[0].text for answer in waiting)
+    until(lambda: running.service.answers == 0)
+
+
+def test_a_client_that_leaves_frees_its_rows(serving: Serving) -> None:
+    running = serving()
+    slowed(running, 0.05)
+    decoder = running.service.loop.decoder
+    body = {"model": "acme", "prompt": TEXT, "max_tokens": 50, "temperature": 1.0}
+    with running.client() as client:
+        with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as events:
+            next(events.iter_lines())
+            assert decoder.rows == 1
+        until(lambda: decoder.rows == 0 and running.service.answers == 0)
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/v1/completions", json=body, timeout=0.3)
+        until(lambda: decoder.rows == 0 and running.service.answers == 0)
+        assert decoder.steps < 40
+    until(lambda: running.service.memory._entries[next(iter(running.service.memory._entries))].users == 0)
+
+
+def test_an_answer_that_takes_too_long_ends_in_an_error_and_frees_its_rows(serving: Serving) -> None:
+    running = serving(request_seconds=0.3)
+    slowed(running, 0.05)
+    client = official(running)
+    with pytest.raises(openai.APIStatusError) as told:
+        client.completions.create(model="acme", prompt=TEXT, max_tokens=50, temperature=1.0)
+    assert told.value.status_code == 504
+    with pytest.raises(openai.APIError, match="too long"):
+        list(client.completions.create(model="acme", prompt=TEXT, max_tokens=50, temperature=1.0, stream=True))
+    until(lambda: running.service.loop.decoder.rows == 0 and running.service.answers == 0)
+
+
+def test_stopping_finishes_what_runs_refuses_what_comes_and_says_so(serving: Serving) -> None:
+    running = serving()
+    slowed(running, 0.05)
+    client = official(running)
+    with ThreadPoolExecutor() as pool, running.client() as plain:
+        assert plain.get("/readyz").status_code == plain.get("/healthz").status_code == 200
+        under_way = pool.submit(client.completions.create, model="acme", prompt=TEXT, max_tokens=12, temperature=1.0, seed=3)
+        until(lambda: running.service.loop.decoder.rows == 1)
+        running.server.handle_exit(15, None)
+        until(lambda: running.service.draining)
+        assert plain.get("/readyz").status_code == 503
+        refused = plain.post("/v1/completions", json={"model": "acme", "prompt": TEXT})
+        assert (refused.status_code, refused.headers["Retry-After"]) == (503, "5")
+        assert under_way.result().choices[0].finish_reason in ("length", "stop")
+    until(lambda: running.server.should_exit)
+
+
+def test_a_step_that_fails_ends_its_answers_with_an_error_and_the_service_goes_on(
+    serving: Serving, fleet: Fleet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    running = serving()
+    client = official(running)
+    with monkeypatch.context() as patch:
+        patch.setattr(running.service.loop.decoder, "_run_prompts", lambda *_: 1 / 0)
+        with pytest.raises(openai.InternalServerError, match="the service failed"):
+            client.completions.create(model="acme", prompt=TEXT)
+    assert running.service.loop.failures == 1
+    assert client.completions.create(model="acme", prompt=TEXT).choices[0].text == fleet.answer(newest(fleet, "acme"), TEXT)
+
+
+def test_the_log_has_no_prompt_and_no_answer_unless_asked_for(
+    fleet: Fleet, serving: Serving, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+
+    def logged() -> str:
+        return "\n".join(record.getMessage() for record in caplog.records if not record.name.startswith(("http", "asyncio")))
+
+    prompt, answer = "colour : blue w7 w8", fleet.answer(newest(fleet, "acme"), "colour : blue w7 w8")
+    with serving().client() as client:
+        client.post("/v1/completions", json={"model": "acme", "prompt": prompt})
+        client.post("/v1/completions", json={"model": "acme", "prompt": prompt, "temperature": "much"})
+        client.post(f"/v1/{prompt}", content=prompt)
+    assert "/v1/completions 200" in logged()
+    assert "w7" not in logged() and answer not in logged()
+    with serving(log_texts=True).client() as client:
+        client.post("/v1/completions", json={"model": "acme", "prompt": prompt})
+    assert prompt in logged() and answer in logged()
+
+
+def test_metrics_count_what_happened_and_name_no_customer(serving: Serving) -> None:
+    running = serving()
+    with running.client() as client:
+        client.post("/v1/completions", json={"model": "acme", "prompt": TEXT})
+        client.post("/v1/completions", json={"model": "nobody", "prompt": TEXT})
+        page = client.get("/metrics").text
+    figures = dict(line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#"))
+    assert float(figures['prefixfleet_requests_total{route="/v1/completions",status="200"}']) == 1
+    assert float(figures['prefixfleet_requests_total{route="/v1/completions",status="404"}']) == 1
+    assert float(figures["prefixfleet_time_to_first_token_seconds_count"]) == 1
+    assert float(figures["prefixfleet_prefixes_loaded"]) == 1
+    assert float(figures['prefixfleet_tokens_total{kind="completion"}']) > 0
+    assert "acme" not in page
+
+
+def test_no_row_gets_another_customers_prefix_under_load_promotion_and_eviction(fleet: Fleet, serving: Serving) -> None:
+    """Six clients at once, memory for three of eight prefixes, and champions that change meanwhile."""
+    texts = [f"colour : red w{i} w{i + 1}" for i in range(3)]
+    allowed: dict[str, list[dict[str, str]]] = {}
+    later = {}
+    for i in range(4):
+        name = f"load{i}"
+        _, folder = fleet.register(name, 20 + i, length=3)
+        later[name] = fleet.root / f"later{i}"
+        from .conftest import write_prefix
+
+        write_prefix(later[name], fleet.engine.base, fleet.base.digest, name, 40 + i, length=3)
+        allowed[name] = [{t: fleet.answer(where, t) for t in texts} for where in (folder, later[name])]
+    every = [answers[texts[0]] for versions in allowed.values() for answers in versions]
+    assert len(set(every)) == len(every)
+    size = (later["load0"] / "prefix.safetensors").stat().st_size
+    running = serving(prefix_bytes=3 * size, patience_seconds=20)
+    wrong: list[Any] = []
+    stop = threading.Event()
+    seen: dict[str, set[int]] = {name: set() for name in allowed}
+
+    def ask(number: int) -> None:
+        names = list(allowed)
+        with running.client() as client:
+            i = number
+            while not stop.is_set():
+                i += 1
+                name, text = names[i % 4], texts[i % 3]
+                got = client.post("/v1/completions", json={"model": name, "prompt": text}).json()
+                said = got["choices"][0]["text"] if "choices" in got else got
+                which = [k for k, answers in enumerate(allowed[name]) if answers[text] == said]
+                seen[name].update(which)
+                if not which:
+                    wrong.append((name, said))
+
+    from pipeline.registry import register_imported
+
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    try:
+        until(lambda: all(0 in s for s in seen.values()) or bool(wrong))
+        for folder in later.values():
+            register_imported(folder, "a test", champion=True)
+        until(lambda: all(1 in s for s in seen.values()) or bool(wrong))
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+    assert running.service.memory.evictions > 0
+    assert running.service.memory.bytes <= 3 * size
+
+
+def test_a_running_answer_keeps_the_version_that_it_began_with(fleet: Fleet, serving: Serving) -> None:
+    _, before = fleet.register("switch", 60)
+    running = serving()
+    slowed(running, 0.05)
+    client = official(running)
+    with ThreadPoolExecutor() as pool:
+        under_way = pool.submit(client.completions.create, model="switch", prompt=TEXT)
+        until(lambda: running.service.loop.decoder.rows == 1)
+        _, after = fleet.register("switch", 61)
+        expected = fleet.answer(before, TEXT), fleet.answer(after, TEXT)
+        assert expected[0] != expected[1]
+        assert under_way.result().choices[0].text == expected[0]
+    until(lambda: client.completions.create(model="switch", prompt=TEXT).choices[0].text == expected[1])
+
+
