@@ -41,11 +41,14 @@ def run_ensemble(work: Work, versions: list[int], average: str, logger: logging.
         found = [lookup(key, version=version) for version in versions]
         folders = [one.prefix_dir for one in found]
         config = describe(folders, [f"version {one.version}" for one in found], average)
-        if config["prompt"] != dataclasses.asdict(member.prompt):
+        now = dataclasses.asdict(member.prompt)
+        if config["prompt"] != now:
+            differing = [f"{name}: {config['prompt'].get(name)!r}" for name in now if config["prompt"].get(name) != now[name]]
             raise ConfigError(
-                f"customer {key}: these versions were trained with another prompt than the fleet file has now, so its test inputs are not theirs. "
-                "Set prompt: to what it was, or train anew."
+                f"customer {key}: these versions were trained with another prompt ({', '.join(differing)}) than the fleet file has now, so its "
+                "test inputs are not theirs. Set prompt: to what it was, or train anew."
             )
+        config["lineage"].setdefault("counts", work.cards[key]["counts"])  # imported versions know of no rows
         digest = config["digest"]
         evaluation = dataclasses.replace(
             member.evaluation, num_beams=config["generation"]["num_beams"], max_new_tokens=config["generation"]["max_new_tokens"]

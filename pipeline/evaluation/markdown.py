@@ -99,11 +99,17 @@ def customer_markdown(
         + f"- {found['inputs_in_train']:,} of {metrics['records']:,} test inputs stand in the training split too; "
         f"{found['references_overlapping']:,} of {found['references_judged']:,} references of {found['words']} words or more share as many in a row "
         "with it.\n"
-        f"- Trained for {training.get('steps')} steps, best at step {training.get('best_step')}, {training.get('seconds')} s.\n",
+        f"- {_made(training)}\n",
         "## Signatures\n",
         "".join(f"- {name}: `{signature.replace('`', ' ')}`\n" for name, signature in metrics["signatures"].items()),
     ]
     return "\n".join(parts)
+
+
+def _made(training: Mapping[str, Any]) -> str:
+    if "ensemble_of" in training:
+        return f"An ensemble of {escaped(training['ensemble_of'])}: the mean of their {escaped(training['average'].replace('_', '-'))}."
+    return f"Trained for {training.get('steps')} steps, best at step {training.get('best_step')}, {training.get('seconds')} s."
 
 
 def _named(name: str, metrics: Mapping[str, Any]) -> str:

@@ -259,10 +259,19 @@ def _tags(candidate: _Candidate) -> dict[str, str]:
         "decision": candidate.decision["decision"],
         "reasons": "; ".join(str(reason) for reason in candidate.decision["reasons"]),
         "evaluation": candidate.metrics["digest"],
+        **_ensemble(prefix),
         **{f"score.{metric}": f"{value['score']:.4f}" for metric, value in scores["prefix"].items()},
         **{f"base_score.{metric}": f"{value['score']:.4f}" for metric, value in scores["base"].items()},
     }
     return {TAG + name: _text(value) for name, value in values.items()}
+
+
+def _ensemble(prefix: dict[str, Any]) -> dict[str, str]:
+    """Of an ensemble, what of whom is averaged."""
+    made = prefix.get("ensemble")
+    if made is None:
+        return {}
+    return {"ensemble": f"{made['average']} of {', '.join(str(member['name']) for member in made['members'])}"}
 
 
 def _text(value: Any) -> str:

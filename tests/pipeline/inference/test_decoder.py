@@ -5,8 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from pipeline.errors import ConfigError, PrefixError
+from pipeline.inference.choose import draw
 from pipeline.inference.decoder import Decoder
 from pipeline.inference.request import NO_PREFIX, Decoding, Loaded, Members, Request
 from pipeline.prefix import FrozenBase, PrefixBank, attach
@@ -61,8 +64,8 @@ def run_at_random(decoder: Decoder, requests: list[Request], seed: int) -> None:
         decoder.step()
 
 
-def some_requests(prefixes: list[Loaded], count: int, seed: int, **how: Any) -> list[Request]:
-    drawn = random.Random(seed)
+def some_requests(prefixes: list[Loaded], count: int, which: int, **how: Any) -> list[Request]:
+    drawn = random.Random(which)
     return [
         Request(
             [drawn.randrange(10, VOCABULARY) for _ in range(drawn.randrange(1, 14))],
@@ -73,11 +76,16 @@ def some_requests(prefixes: list[Loaded], count: int, seed: int, **how: Any) -> 
     ]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "mistral", "qwen2", "gemma2", "gemma3", "gemma4", "gpt_oss", "mixtral", "bart", "t5"])
+# What differs between them: learned and rotary positions, sliding windows with heads of two sizes, two kinds of encoder-decoders.
+_QUICK = ["gpt2", "llama", "gemma4", "bart", "t5"]
+_MORE = ["opt", "mistral", "qwen2", "phi3", "gemma2", "gemma3", "gpt_oss", "mixtral", "qwen3_moe"]
+
+
+@pytest.mark.parametrize("family", [*_QUICK, *(pytest.param(family, marks=pytest.mark.slow) for family in _MORE)])
 def test_rows_that_come_and_go_get_the_tokens_that_generate_gives_them_alone(family: str) -> None:
     base = attach(tiny_double(family), max_positions=None if family == "t5" else 64)
     prefixes = [NO_PREFIX, *strong_prefixes(base, 3)]
-    requests = [*some_requests(prefixes, 10, 1), *some_requests(prefixes, 4, 2, num_beams=3)]
+    requests = [*some_requests(prefixes, 8, 1), *some_requests(prefixes, 3, 2, num_beams=3)]
     requests += some_requests(prefixes, 2, 3, num_beams=4, length_penalty=2.0, early_stopping=True)
     requests += some_requests(prefixes, 2, 4, num_beams=2, length_penalty=-0.5, early_stopping="never")
     random.Random(5).shuffle(requests)
@@ -89,3 +97,143 @@ def test_rows_that_come_and_go_get_the_tokens_that_generate_gives_them_alone(fam
         assert request.finish_reason == ("length" if len(alone) == request.decoding.max_new_tokens else "stop")
     assert decoder.row_steps > 2 * decoder.steps  # they did share batches
     assert decoder.rows == decoder.running == decoder.cache_bytes == 0
+
+
+def test_an_infix_is_seen_from_the_last_prompt_token_on_also_in_a_mixed_batch() -> None:
+    base = attach(tiny_double("llama"), max_positions=64)
+    prefixes = strong_prefixes(base, 3)
+    prefixes[1].infix = True
+    requests = [*some_requests(prefixes, 8, 1), *some_requests(prefixes, 3, 2, num_beams=2)]
+    run_at_random(Decoder(base, Tokens(), max_rows=12, max_tokens=2000), requests, 6)
+    assert len({tuple(request.tokens) for request in requests}) > 6
+    for request in requests:
+        assert request.tokens == by_transformers(base, list(request.prompt_ids), request.members.prefixes[0], request.decoding)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bart"])
+def test_what_the_bases_own_generation_config_asks_for_is_done(family: str) -> None:
+    model = tiny_double(family)
+    settings = model.generation_config
+    settings.no_repeat_ngram_size, settings.min_new_tokens, settings.repetition_penalty = 2, 4, 1.3
+    settings.length_penalty, settings.early_stopping = 2.0, True
+    if family == "bart":
+        settings.forced_bos_token_id, settings.forced_eos_token_id = 7, 2
+    base = attach(model, max_positions=64)
+    prefixes = [NO_PREFIX, *strong_prefixes(base, 2)]
+    requests = [*some_requests(prefixes, 6, 1), *some_requests(prefixes, 4, 2, num_beams=3)]
+    run_at_random(Decoder(base, Tokens(), max_rows=12, max_tokens=2000), requests, 6)
+    for request in requests:
+        assert request.tokens == by_transformers(base, list(request.prompt_ids), request.members.prefixes[0], request.decoding)
+        if family == "bart" and request.decoding.max_new_tokens > 1:
+            assert request.tokens[0] == 7
+
+
+def test_a_row_that_draws_gets_the_same_tokens_alone_and_in_any_company() -> None:
+    base = attach(tiny_double("llama"), max_positions=64)
+    prefixes = [NO_PREFIX, *strong_prefixes(base, 2)]
+    how = {"temperature": 1.5, "top_p": 0.9, "top_k": 20}
+
+    def asked() -> list[Request]:
+        return [r for seed in range(8) for r in some_requests(prefixes, 1, 1, **how, seed=seed)]
+
+    together, alone = asked(), asked()
+    run_at_random(Decoder(base, Tokens(), max_rows=5, max_tokens=2000), [*together, *some_requests(prefixes, 6, 3)], 4)
+    for request in alone:
+        run_at_random(Decoder(base, Tokens(), max_rows=5, max_tokens=2000), [request], 0)
+    assert [r.tokens for r in together] == [r.tokens for r in alone]
+    assert len({tuple(r.tokens) for r in together}) > 4  # the seed decides
+
+
+def test_drawn_tokens_are_distributed_as_transformers_draws_them() -> None:
+    scores = torch.randn(1, 12, generator=torch.Generator().manual_seed(0)) * 2
+    for how in (Decoding(1, temperature=0.7), Decoding(1, temperature=1.3, top_k=5), Decoding(1, temperature=2.0, top_p=0.8, top_k=9)):
+        warped = TemperatureLogitsWarper(how.temperature)(None, scores)
+        warped = TopKLogitsWarper(how.top_k)(None, warped) if how.top_k else warped
+        expected = TopPLogitsWarper(how.top_p)(None, warped).softmax(-1)[0].double()
+        # Numbers at equal distances draw every token as often as it is likely.
+        count = 4000
+        drawn = draw(scores.expand(count, -1), [how] * count, [(i + 0.5) / count for i in range(count)])
+        found = torch.bincount(torch.tensor(drawn), minlength=12).double() / count
+        assert torch.allclose(found, expected, atol=1.5 / count)
+
+
+def test_a_prefix_without_numbers_ends_its_own_answer_and_nobody_elses() -> None:
+    base = attach(tiny_double("llama"), max_positions=64)
+    good, broken = strong_prefixes(base, 2)
+    for key, _ in broken.prefix.values():
+        key.fill_(float("nan"))
+    mixed = some_requests([good], 6, 1)
+    beside = [*some_requests([broken], 2, 2), *some_requests([broken], 1, 2, num_beams=2), *some_requests([broken], 1, 2, temperature=1.0)]
+    decoder = Decoder(base, Tokens(), max_rows=20, max_tokens=2000)
+    run_at_random(decoder, [*mixed, *beside], 3)
+    assert {(r.finish_reason, "no numbers" in str(r.error)) for r in beside} == {("error", True)}
+    for request in mixed:
+        assert request.tokens == by_transformers(base, list(request.prompt_ids), good, request.decoding)
+
+
+def test_an_ensembles_next_token_is_that_of_the_averaged_distributions() -> None:
+    base = attach(tiny_double("llama"), max_positions=64)
+    prefixes = strong_prefixes(base, 3)
+
+    def distributions(prompt: list[int]) -> torch.Tensor:
+        """Of the next token behind each prefix, [3, vocabulary], by passes of their own."""
+        found = []
+        for prefix in prefixes:
+            bank = PrefixBank(base.sites, 1, prefix.length, dtype=torch.float64)
+            bank.put(0, prefix.prefix)
+            with torch.inference_mode(), base.prefixes(bank, torch.zeros(1, dtype=torch.int64)):
+                found.append(base.model(torch.tensor([prompt])).logits[0, -1].softmax(-1))
+        return torch.stack(found)
+
+    for average in ("probabilities", "log_probabilities"):
+        asked = some_requests(prefixes, 4, 1, max_new_tokens=6)
+        asked = [Request(r.prompt_ids, Members(tuple(prefixes), average), r.decoding) for r in asked]
+        run_at_random(Decoder(base, Tokens(), max_rows=8, max_tokens=2000), [*asked, *some_requests(prefixes, 5, 2)], 3)
+        for request in asked:
+            sequence, by_hand = list(request.prompt_ids), []
+            for _ in range(6):
+                each = distributions(sequence)
+                token = int((each.mean(0) if average == "probabilities" else each.log().mean(0)).argmax())
+                if token == 2:
+                    break
+                by_hand.append(token)
+                sequence.append(token)
+            assert request.tokens == by_hand
+
+
+def test_beams_of_an_ensemble_of_one_prefix_twice_are_those_of_the_prefix() -> None:
+    base = attach(tiny_double("gpt2"), max_positions=64)
+    (prefix,) = strong_prefixes(base, 1)
+    same = Loaded(dict(prefix.prefix))
+    how = Decoding(8, num_beams=3)
+    request = Request([11, 12, 13], Members((prefix, same)), how)
+    run_at_random(Decoder(base, Tokens(), max_rows=8, max_tokens=2000), [request, *some_requests([prefix], 5, 2)], 3)
+    assert request.tokens == by_transformers(base, [11, 12, 13], prefix, how)
+
+
+def test_cancelled_answers_free_their_rows_whether_they_run_or_wait() -> None:
+    base = attach(tiny_model("llama"), max_positions=64)
+    decoder = Decoder(base, Tokens(), max_rows=2, max_tokens=2000)
+    asked = some_requests(strong_prefixes(base, 2), 4, 1, max_new_tokens=30)
+    decoder.ends = []
+    for request in asked:
+        decoder.submit(request)
+    decoder.step()
+    assert (decoder.rows, decoder.waiting) == (2, 2)
+    decoder.cancel(asked[0])
+    decoder.cancel(asked[2])
+    decoder.step()
+    assert [r.finish_reason for r in asked] == ["cancelled", None, "cancelled", None]
+    assert (decoder.rows, decoder.waiting) == (2, 0)
+    while decoder.busy:
+        decoder.step()
+    assert [len(asked[i].tokens) for i in (1, 3)] == [30, 30]
+
+
+def test_settings_that_make_no_sense_are_refused_in_words() -> None:
+    for wrong in ({"num_beams": 2, "temperature": 1.0}, {"top_p": 0.0}, {"temperature": float("nan")}, {"stop": ("",)}, {"top_logprobs": 21}):
+        with pytest.raises(ConfigError):
+            Decoding(3, **wrong)
+    base = attach(tiny_model("gpt2"), max_positions=64)
+    with pytest.raises(PrefixError, match="64 positions"):
+        Decoder(base, Tokens(), max_rows=2, max_tokens=99).submit(Request([5] * 60, Members((NO_PREFIX,)), Decoding(5)))

@@ -1,0 +1,209 @@
+"""Tokens a second for one row each of many customers in one batch, against one customer after another with PEFT and `generate`.
+
+    python benchmarks/generation.py --base examples/base
+    python benchmarks/generation.py --base ../shared/base --customers 1 8 32 64 --rounds 5 --json generation.jsonl
+
+Both sides use the same base, prefixes (P = 10, exported to PEFT's format), prompts and number of new tokens, greedily, and must give the same tokens;
+they take turns (A B A B), and medians are shown. CPU seconds, with OMP_NUM_THREADS=1, compare even on a machine that others use too. Time to first
+token is that of requests that all come at once; for PEFT a customer waits for those before it. The memory of a further customer is measured by
+loading many more prefixes.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
+import psutil
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+from pipeline.inference import Decoding, Members, Request
+from pipeline.inference.decoder import Decoder
+from pipeline.inference.request import Loaded
+from pipeline.prefix import FrozenBase, attach, save_prefix
+from pipeline.prefix.initialise import from_random
+from pipeline.prefix.peft_format import export_peft
+
+LENGTH = 10
+
+
+def prompts_of(tokenizer: Any, count: int) -> list[list[int]]:
+    """Inputs of two example customers, by turns."""
+    files = [Path(__file__).parent.parent / "examples" / "customers" / f"{name}.jsonl" for name in ("bistro", "harbour")]
+    texts = [[json.loads(line)["input"] for line in file.open(encoding="utf-8")] for file in files]
+    return [tokenizer(texts[i % 2][i // 2] + "\n", add_special_tokens=False)["input_ids"] for i in range(count)]
+
+
+def together(base: FrozenBase, tokenizer: Any, prefixes: list[Loaded], prompts: list[list[int]], tokens: int) -> dict[str, Any]:
+    """All customers in one batch."""
+    decoder = Decoder(base, tokenizer, max_rows=len(prompts), max_tokens=10**9)
+    decoder.ends = []  # every answer has all its tokens, or the two sides would not do the same work
+    started = time.monotonic()
+    requests = [Request(p, Members((f,)), Decoding(tokens)) for p, f in zip(prompts, prefixes, strict=True)]
+    for request in requests:
+        decoder.submit(request)
+    while decoder.busy:
+        decoder.step()
+    return {"tokens": [r.tokens for r in requests], "first": [(r.first_token_at or 0.0) - started for r in requests]}
+
+
+class _First:
+    """Notes when the first token is there."""
+
+    def __init__(self) -> None:
+        self.at: float | None = None
+        self.prompt = True
+
+    def put(self, _: torch.Tensor) -> None:
+        """The prompt comes first, then each token."""
+        if not self.prompt and self.at is None:
+            self.at = time.monotonic()
+        self.prompt = False
+
+    def end(self) -> None:
+        """Nothing to do."""
+
+
+def one_by_one(model: Any, prompts: list[list[int]], tokens: int, pad: int) -> dict[str, Any]:
+    """One customer after another with PEFT."""
+    out, first, started = [], [], time.monotonic()
+    for i, prompt in enumerate(prompts):
+        model.set_adapter(f"c{i}")
+        watch = _First()
+        ids = torch.tensor([prompt], device=model.device)
+        made = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=pad, streamer=watch,
+        )  # fmt: skip
+        out.append(made[0, len(prompt) :].tolist())
+        first.append((watch.at or 0.0) - started)
+    return {"tokens": out, "first": first}
+
+
+def timed(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `run` gives, with its seconds."""
+    wall, cpu = time.monotonic(), time.process_time()
+    found = run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return {**found, "wall": time.monotonic() - wall, "cpu": time.process_time() - cpu}
+
+
+def memory_of_a_customer(base: FrozenBase, count: int) -> dict[str, float]:
+    """Bytes that `count` further prefixes take, by their tensors and by the process."""
+    process, device = psutil.Process(), base.device
+    before = process.memory_info().rss
+    held = [Loaded(from_random(base.sites, LENGTH, seed)).to(device) for seed in range(count)]
+    return {"tensors": sum(p.bytes for p in held) / count, "process": (process.memory_info().rss - before) / count}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, default=Path("examples/base"))
+    parser.add_argument("--customers", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--tokens", type=int, default=40, help="of each answer")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--json", type=Path, help="append one line for each row of the table")
+    arguments = parser.parse_args()
+    try:
+        from peft import PeftModel
+    except ImportError:
+        sys.exit("needs PEFT: pip install 'prefixfleet[compare]'")
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    set_verbosity_error()
+    disable_progress_bar()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def load() -> Any:
+        return AutoModelForCausalLM.from_pretrained(
+            arguments.base, dtype=getattr(torch, arguments.dtype), attn_implementation="sdpa"
+        ).to(device).eval()  # fmt: skip
+
+    tokenizer = AutoTokenizer.from_pretrained(arguments.base)
+    most = max(arguments.customers)
+    prompts = prompts_of(tokenizer, most)
+    base = attach(load(), max_positions=None)
+    made = [from_random(base.sites, LENGTH, seed) for seed in range(most)]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        config = {"base": {"id": str(arguments.base), "revision": None, "is_encoder_decoder": False}, "prefix": {}}
+        model: Any = None
+        for i, prefix in enumerate(made):
+            save_prefix(folder / f"p{i}", prefix, config)
+            export_peft(folder / f"p{i}", folder / f"a{i}")
+            if model is None:
+                model = PeftModel.from_pretrained(load(), folder / "a0", adapter_name="c0")
+            else:
+                model.load_adapter(str(folder / f"a{i}"), adapter_name=f"c{i}")
+    model.eval()
+    model.generation_config.eos_token_id = None  # see `together`
+    prefixes = [Loaded(prefix).to(base.device) for prefix in made]
+    memory = memory_of_a_customer(base, 300)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    with torch.inference_mode():
+        together(base, tokenizer, prefixes[:2], prompts[:2], 4)  # what is made at the first use is not counted
+        one_by_one(model, prompts[:2], 4, pad)
+        rows = []
+        for count in arguments.customers:
+            ours, theirs, equal = [], [], 0
+            for _ in range(arguments.rounds):
+                ours.append(timed(lambda n=count: together(base, tokenizer, prefixes[:n], prompts[:n], arguments.tokens)))
+                theirs.append(timed(lambda n=count: one_by_one(model, prompts[:n], arguments.tokens, pad)))
+            equal = sum(a == b for a, b in zip(ours[0]["tokens"], theirs[0]["tokens"], strict=True))
+
+            def median(of: list[dict[str, Any]], name: str) -> float:
+                return statistics.median(one[name] for one in of)
+
+            all_tokens = count * arguments.tokens
+            row = {
+                "base": str(arguments.base),
+                "dtype": arguments.dtype,
+                "device": device,
+                "customers": count,
+                "tokens": arguments.tokens,
+                "rounds": arguments.rounds,
+                "equal_answers": equal,
+                "ours_tokens_per_cpu_second": all_tokens / median(ours, "cpu"),
+                "peft_tokens_per_cpu_second": all_tokens / median(theirs, "cpu"),
+                "ratio_cpu": median(theirs, "cpu") / median(ours, "cpu"),
+                "ours_tokens_per_second": all_tokens / median(ours, "wall"),
+                "peft_tokens_per_second": all_tokens / median(theirs, "wall"),
+                "ratio_wall": median(theirs, "wall") / median(ours, "wall"),
+                "ours_first_token_median": statistics.median(t for one in ours for t in one["first"]),
+                "peft_first_token_median": statistics.median(t for one in theirs for t in one["first"]),
+                "bytes_per_customer": memory["tensors"],
+                "process_bytes_per_customer": memory["process"],
+            }
+            rows.append(row)
+            if arguments.json is not None:
+                with arguments.json.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+    print(f"{arguments.base}, {arguments.dtype}, {device}, {arguments.tokens} new tokens each, medians of {arguments.rounds} rounds")
+    print("customers  equal   tokens per CPU second       tokens per second         median time to first token")
+    print("                   batch     PEFT   ratio     batch     PEFT   ratio          batch       PEFT")
+    for row in rows:
+        print(
+            f"{row['customers']:>9}  {row['equal_answers']:>5}  "
+            f"{row['ours_tokens_per_cpu_second']:>7,.0f}  {row['peft_tokens_per_cpu_second']:>7,.0f}  {row['ratio_cpu']:>6.1f}  "
+            f"{row['ours_tokens_per_second']:>8,.0f}  {row['peft_tokens_per_second']:>7,.0f}  {row['ratio_wall']:>6.1f}  "
+            f"{row['ours_first_token_median']:>11.2f} s  {row['peft_first_token_median']:>8.2f} s"
+        )
+    print(
+        f"A further customer: {memory['tensors']:,.0f} bytes of keys and values; measured in the process, {memory['process']:,.0f} bytes."
+    )
+
+
+if __name__ == "__main__":
+    main()
