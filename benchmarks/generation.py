@@ -190,7 +190,9 @@ def main() -> None:
             if arguments.json is not None:
                 with arguments.json.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
-    print(f"{arguments.base}, {arguments.dtype}, {device}, {arguments.tokens} new tokens each, medians of {arguments.rounds} rounds")
+    print(
+        f"{arguments.base}, {arguments.dtype}, {device}, {arguments.tokens} new tokens each, medians of {arguments.rounds} rounds"
+    )
     print("customers  equal   tokens per CPU second       tokens per second         median time to first token")
     print("                   batch     PEFT   ratio     batch     PEFT   ratio          batch       PEFT")
     for row in rows:

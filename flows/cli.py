@@ -525,7 +525,8 @@ def _keys(arguments: argparse.Namespace) -> int:
         else:
             print(secret)
             print(
-                f"{made.id} opens {', '.join(made.customers)}. The key is shown this once; {file} keeps its SHA-256.", file=sys.stderr
+                f"{made.id} opens {', '.join(made.customers)}. The key is shown this once; {file} keeps its SHA-256.",
+                file=sys.stderr,
             )
         return OK
     if arguments.action == "revoke":

@@ -270,9 +270,7 @@ class Decoder:
         self._row_slots = None
         self._choose(lanes, logits if len(sources) == len(ids) else logits[torch.tensor(sources, device=logits.device)], first)
 
-    def _run_prompts(
-        self, ids: list[list[int]], slots: torch.Tensor
-    ) -> tuple[DynamicCache, DynamicCache | None, torch.Tensor]:
+    def _run_prompts(self, ids: list[list[int]], slots: torch.Tensor) -> tuple[DynamicCache, DynamicCache | None, torch.Tensor]:
         """Keys and values of the decoder, those of cross-attention (encoder-decoders), and the logits of the first token [B, vocabulary]."""
         base = self.base
         pad = self.tokenizer.pad_token_id
@@ -390,7 +388,9 @@ class Decoder:
                     tokens[i] = token
             for i, lane in enumerate(single):
                 if broken[i]:
-                    lane.request.error = "the base gives no numbers behind this prefix: it is damaged, or was trained with too high a rate"
+                    lane.request.error = (
+                        "the base gives no numbers behind this prefix: it is damaged, or was trained with too high a rate"
+                    )
                     done.append((lane, "error"))
                     continue
                 reason = self._push(lane, tokens[i], scores[i])
@@ -406,7 +406,9 @@ class Decoder:
             if lane.processors is not None:
                 scores = lane.processors(self._ids_of(lane), scores)
             if bool(scores.isnan().any()):
-                lane.request.error = "the base gives no numbers behind this prefix: it is damaged, or was trained with too high a rate"
+                lane.request.error = (
+                    "the base gives no numbers behind this prefix: it is damaged, or was trained with too high a rate"
+                )
                 done.append((lane, "error"))
                 continue
             parents, new = lane.beams.step(scores)

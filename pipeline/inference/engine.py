@@ -126,7 +126,9 @@ class PrefixEngine:
         finished: Callable[[list[int], list[str]], None] | None = None,
     ) -> list[str]:
         """As `generate`, with every setting of decoding. The i-th prompt draws with `how.seed + i`."""
-        rooms = [self.room(self._members[slot].length, len(p), how.max_new_tokens) for p, slot in zip(prompts, slots, strict=True)]
+        rooms = [
+            self.room(self._members[slot].length, len(p), how.max_new_tokens) for p, slot in zip(prompts, slots, strict=True)
+        ]
         decoder = self.decoder()
         through: list[int] = []
 

@@ -145,5 +145,3 @@ def mean_of(prefixes: Sequence[Prefix]) -> Prefix:
 
 def _shapes(config: dict[str, Any]) -> list[Any]:
     return [config["prefix"]["length"], sorted(config["prefix"]["sites"]), is_infix(config)]
-
-

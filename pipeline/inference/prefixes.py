@@ -164,4 +164,6 @@ def _size(folder: Path) -> int:
     try:
         return (folder / "prefix.safetensors").stat().st_size
     except OSError as error:
-        raise PrefixError(f"{folder / 'prefix.safetensors'}: cannot be read ({error.strerror}). Train or download it again.") from error
+        raise PrefixError(
+            f"{folder / 'prefix.safetensors'}: cannot be read ({error.strerror}). Train or download it again."
+        ) from error

@@ -58,7 +58,10 @@ class Decoding:
                 self.top_logprobs is not None and not 0 <= self.top_logprobs <= TOP_LOGPROBS,
                 f"top_logprobs must be 0 to {TOP_LOGPROBS}",
             ),
-            (self.num_beams > 1 and self.temperature > 0, "beams search, they do not draw: set temperature to 0, or num_beams to 1"),
+            (
+                self.num_beams > 1 and self.temperature > 0,
+                "beams search, they do not draw: set temperature to 0, or num_beams to 1",
+            ),
             (self.num_beams > 1 and self.top_logprobs is not None, "beam search notes no log-probabilities: set num_beams to 1"),
         ):
             if wrong:
@@ -161,5 +164,3 @@ class Request:
     def rows(self) -> int:
         """Rows of the batch that it takes."""
         return len(self.members.prefixes) * self.decoding.num_beams
-
-

@@ -131,9 +131,7 @@ def summed_losses(scores: torch.Tensor, wanted: torch.Tensor, of_row: torch.Tens
     return losses.new_zeros(rows).index_add(0, of_row, losses)
 
 
-def target_logits(
-    base: FrozenBase, rows: Sequence[TokenRow], pad: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def target_logits(base: FrozenBase, rows: Sequence[TokenRow], pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What the base predicts for the tokens of each row's target. Call inside `base.prefixes(…)`.
 
     Returns:

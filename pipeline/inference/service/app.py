@@ -222,9 +222,7 @@ class Service:
                     raise
                 under_way = self._begin(body, requests, served, count)
                 kept = True
-                wording = Wording(
-                    isinstance(body, ChatBody), body.model, self._token_text, body.top_logprobs_wanted is not None
-                )
+                wording = Wording(isinstance(body, ChatBody), body.model, self._token_text, body.top_logprobs_wanted is not None)
                 if body.stream:
                     deadline = arrived + self.limits.request_seconds
                     events = self._stream(body, under_way, wording, arrived, deadline)
@@ -267,7 +265,9 @@ class Service:
                     if len(got) > limit:
                         raise too_large
         except TimeoutError as error:
-            raise ApiError(408, f"the body did not come within {self.limits.body_seconds:g} seconds", "request_timeout") from error
+            raise ApiError(
+                408, f"the body did not come within {self.limits.body_seconds:g} seconds", "request_timeout"
+            ) from error
         return bytes(got)
 
     def _name(self, text: str, key: ApiKey | None) -> ModelName:
@@ -363,7 +363,9 @@ class Service:
                     self.engine.base.is_encoder_decoder,
                 )
             except TemplateError as error:
-                raise ApiError(400, "the base's chat template refuses this conversation", "invalid_messages", "messages") from error
+                raise ApiError(
+                    400, "the base's chat template refuses this conversation", "invalid_messages", "messages"
+                ) from error
         if not all(prompts):
             raise ApiError(400, "the prompt has no tokens", "invalid_value", "prompt")
         return prompts

@@ -134,7 +134,9 @@ class KeyRing:
         try:
             content = json.loads(given)
         except ValueError as error:
-            raise ConfigError(f"{ENVIRONMENT}: is not JSON ({error}). It holds what a file of `prefixfleet keys` holds.") from None
+            raise ConfigError(
+                f"{ENVIRONMENT}: is not JSON ({error}). It holds what a file of `prefixfleet keys` holds."
+            ) from None
         return _parse(content, ENVIRONMENT)
 
     def _now(self) -> tuple[int, int] | None:
@@ -173,11 +175,15 @@ def _digest(secret: str) -> str:
 def _parse(content: Any, place: str) -> list[ApiKey]:
     try:
         keys = [
-            ApiKey(str(k["id"]), str(k["sha256"]), tuple(map(str, k["customers"])), str(k.get("created", "")), str(k.get("note", "")))
+            ApiKey(
+                str(k["id"]), str(k["sha256"]), tuple(map(str, k["customers"])), str(k.get("created", "")), str(k.get("note", ""))
+            )
             for k in content["keys"]
         ]
     except (KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{place}: is no list of API keys ({type(error).__name__}: {error}). `prefixfleet keys create` writes one.") from None
+        raise ConfigError(
+            f"{place}: is no list of API keys ({type(error).__name__}: {error}). `prefixfleet keys create` writes one."
+        ) from None
     for key in keys:
         if not re.fullmatch("[0-9a-f]{64}", key.sha256):
             raise ConfigError(f"{place}: key {key.id} has no SHA-256 of 64 hex digits. Only digests of keys belong there.")

@@ -27,9 +27,7 @@ class ApiError(Exception):
         retry_after: seconds after which the same may succeed.
     """
 
-    def __init__(
-        self, status: int, message: str, code: str, param: str | None = None, retry_after: int | None = None
-    ) -> None:
+    def __init__(self, status: int, message: str, code: str, param: str | None = None, retry_after: int | None = None) -> None:
         super().__init__(message)
         self.status, self.code, self.param, self.retry_after = status, code, param, retry_after
 
@@ -208,7 +206,9 @@ def parse_body(kind: type[CompletionBody] | type[ChatBody], raw: bytes) -> Body:
         place = next((str(part) for part in first["loc"]), None)
         if first["type"] == "extra_forbidden":
             # A name that the client has chosen, cut to what a parameter may be called.
-            raise ApiError(400, f"unknown parameter {place[:50] if place else ''!r}", "unknown_parameter", place and place[:50]) from None
+            raise ApiError(
+                400, f"unknown parameter {place[:50] if place else ''!r}", "unknown_parameter", place and place[:50]
+            ) from None
         text = str(first["msg"]).removeprefix("Value error, ")
         raise ApiError(400, f"{place or 'the body'}: {text[:1].lower() + text[1:]}", "invalid_value", place) from None
 
@@ -253,7 +253,11 @@ class Wording:
         """The answer in one piece."""
         listed = []
         for choice in choices:
-            said = {"message": {"role": "assistant", "content": choice.text, "refusal": None}} if self.chat else {"text": choice.text}
+            said = (
+                {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
+                if self.chat
+                else {"text": choice.text}
+            )
             logprobs = self._logprobs(choice.logprobs, 0)
             listed.append({"index": choice.index, **said, "logprobs": logprobs, "finish_reason": choice.finish_reason})
         return {**self._front(False), "choices": listed, "usage": usage}

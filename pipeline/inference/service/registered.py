@@ -94,4 +94,6 @@ def open_registered(memory: PrefixMemory, name: ModelName, patience: float) -> S
     try:
         return Served(name.key, found.version, memory.lease(found.prefix_dir, patience))
     except BaseModelError as error:
-        raise UnknownModelError(f"version {found.version} was trained on another base than the one that this service has loaded") from error
+        raise UnknownModelError(
+            f"version {found.version} was trained on another base than the one that this service has loaded"
+        ) from error

@@ -98,7 +98,9 @@ def make_server(service: Service, host: str, port: int, grace_seconds: float) ->
         listening.listen(512)
     except OSError as error:
         listening.close()
-        raise ServiceError(f"{host}:{port}: cannot be listened on ({error.strerror}). Choose another --host or --port.") from error
+        raise ServiceError(
+            f"{host}:{port}: cannot be listened on ({error.strerror}). Choose another --host or --port."
+        ) from error
     config = uvicorn.Config(
         service.app(),
         log_config=None,

@@ -25,7 +25,15 @@ TEMPLATE = "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} {% endfo
 
 
 def write_prefix(
-    folder: Path, base: FrozenBase, digest: str, customer: str, seed: int, *, length: int = 3, chat: bool = False, **generation: int
+    folder: Path,
+    base: FrozenBase,
+    digest: str,
+    customer: str,
+    seed: int,
+    *,
+    length: int = 3,
+    chat: bool = False,
+    **generation: int,
 ) -> Path:
     """A strong random prefix, as training would have left one."""
     prefix = {site: (key * 100, value * 100) for site, (key, value) in from_random(base.sites, length, seed).items()}
@@ -43,8 +51,8 @@ def write_prefix(
         "chat": chat,
         "generation": {"num_beams": 1, "max_new_tokens": 8, **generation},
         "base": {
-            "id": "tiny", "path": str(base.folder), "revision": None, "digest": digest, "tokenizer_digest": resolve_base(str(base.folder)).tokenizer_digest,
-            "model_type": "llama", "is_encoder_decoder": False, "dtype": "float32", "quantization": None,
+            "id": "tiny", "path": str(base.folder), "revision": None, "digest": digest, "model_type": "llama", "is_encoder_decoder": False,
+            "tokenizer_digest": resolve_base(str(base.folder)).tokenizer_digest, "dtype": "float32", "quantization": None,
         },
         "training": {},
         "lineage": {"data_fingerprint": "d", "config_digest": "c", "seed": seed, "code_version": "test", "parent": None},

@@ -32,7 +32,9 @@ def strong_prefixes(base: FrozenBase, count: int) -> list[Loaded]:
     made = []
     for seed in range(count):
         prefix = {s: (k * 60, v * 60) for s, (k, v) in from_random(base.sites, 2 + 2 * seed, seed).items()}
-        made.append(Loaded({site: (key.to(base.model.dtype), value.to(base.model.dtype)) for site, (key, value) in prefix.items()}))
+        made.append(
+            Loaded({site: (key.to(base.model.dtype), value.to(base.model.dtype)) for site, (key, value) in prefix.items()})
+        )
     return made
 
 
@@ -146,7 +148,11 @@ def test_a_row_that_draws_gets_the_same_tokens_alone_and_in_any_company() -> Non
 
 def test_drawn_tokens_are_distributed_as_transformers_draws_them() -> None:
     scores = torch.randn(1, 12, generator=torch.Generator().manual_seed(0)) * 2
-    for how in (Decoding(1, temperature=0.7), Decoding(1, temperature=1.3, top_k=5), Decoding(1, temperature=2.0, top_p=0.8, top_k=9)):
+    for how in (
+        Decoding(1, temperature=0.7),
+        Decoding(1, temperature=1.3, top_k=5),
+        Decoding(1, temperature=2.0, top_p=0.8, top_k=9),
+    ):
         warped = TemperatureLogitsWarper(how.temperature)(None, scores)
         warped = TopKLogitsWarper(how.top_k)(None, warped) if how.top_k else warped
         expected = TopPLogitsWarper(how.top_p)(None, warped).softmax(-1)[0].double()
@@ -163,7 +169,11 @@ def test_a_prefix_without_numbers_ends_its_own_answer_and_nobody_elses() -> None
     for key, _ in broken.prefix.values():
         key.fill_(float("nan"))
     mixed = some_requests([good], 6, 1)
-    beside = [*some_requests([broken], 2, 2), *some_requests([broken], 1, 2, num_beams=2), *some_requests([broken], 1, 2, temperature=1.0)]
+    beside = [
+        *some_requests([broken], 2, 2),
+        *some_requests([broken], 1, 2, num_beams=2),
+        *some_requests([broken], 1, 2, temperature=1.0),
+    ]
     decoder = Decoder(base, Tokens(), max_rows=20, max_tokens=2000)
     run_at_random(decoder, [*mixed, *beside], 3)
     assert {(r.finish_reason, "no numbers" in str(r.error)) for r in beside} == {("error", True)}
@@ -231,7 +241,13 @@ def test_cancelled_answers_free_their_rows_whether_they_run_or_wait() -> None:
 
 
 def test_settings_that_make_no_sense_are_refused_in_words() -> None:
-    for wrong in ({"num_beams": 2, "temperature": 1.0}, {"top_p": 0.0}, {"temperature": float("nan")}, {"stop": ("",)}, {"top_logprobs": 21}):
+    for wrong in (
+        {"num_beams": 2, "temperature": 1.0},
+        {"top_p": 0.0},
+        {"temperature": float("nan")},
+        {"stop": ("",)},
+        {"top_logprobs": 21},
+    ):
         with pytest.raises(ConfigError):
             Decoding(3, **wrong)
     base = attach(tiny_model("gpt2"), max_positions=64)

@@ -88,7 +88,7 @@ def test_a_prefix_is_read_once_however_many_ask_at_once_and_an_error_is_everybod
 
 
 def test_what_can_never_fit_is_refused_at_once(folders: list[Path]) -> None:
-    with pytest.raises(PrefixError, match="1,024 bytes.*1,023"):
+    with pytest.raises(PrefixError, match=r"1,024 bytes.*1,023"):
         PrefixMemory(members, SIZE - 1).lease(folders[0], patience=60)
     with pytest.raises(PrefixError, match="cannot be read"):
         PrefixMemory(members, SIZE).lease(folders[0] / "nowhere")

@@ -1,6 +1,5 @@
 """The HTTP service with real clients on loopback: the official `openai` client, and hostile ones."""
 
-
 import logging
 import socket
 import threading
@@ -67,7 +66,9 @@ def test_the_official_client_gets_what_each_customers_prefix_says(fleet: Fleet, 
         assert whole.choices[0].finish_reason in ("stop", "length")
         assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
         assert whole.usage.prompt_tokens == len(fleet.engine.tokenizer(TEXT)["input_ids"])
-        pieces = list(client.completions.create(model=f"{name}:1", prompt=TEXT, stream=True, stream_options={"include_usage": True}))
+        pieces = list(
+            client.completions.create(model=f"{name}:1", prompt=TEXT, stream=True, stream_options={"include_usage": True})
+        )
         assert "".join(piece.choices[0].text for piece in pieces[:-1]) == text
         assert pieces[-2].choices[0].finish_reason == whole.choices[0].finish_reason
         assert pieces[-1].usage == whole.usage
@@ -81,7 +82,11 @@ def test_the_official_client_gets_what_each_customers_prefix_says(fleet: Fleet, 
 
 def test_chat_completions_go_through_the_bases_chat_template(fleet: Fleet, serving: Serving) -> None:
     client = official(serving())
-    messages = [{"role": "user", "content": "say it"}, {"role": "assistant", "content": "it is"}, {"role": "user", "content": TEXT}]
+    messages = [
+        {"role": "user", "content": "say it"},
+        {"role": "assistant", "content": "it is"},
+        {"role": "user", "content": TEXT},
+    ]
     expected = fleet.answer(newest(fleet, "chatty"), messages)
     whole = client.chat.completions.create(model="chatty", messages=messages, logprobs=True, top_logprobs=2)
     assert whole.choices[0].message.content == expected
@@ -130,7 +135,19 @@ def test_a_key_opens_its_own_customers_and_tells_nothing_of_others(fleet: Fleet,
         assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["acme"]
         answers = [
             client.post("/v1/completions", json={"model": name, **body})
-            for name in ("bistro", "nobody", "acme@nothing", "acme:77", "acme.menu", "../acme", "acme/menu", "ACME", "bistro:1", "", "a" * 290)
+            for name in (
+                "bistro",
+                "nobody",
+                "acme@nothing",
+                "acme:77",
+                "acme.menu",
+                "../acme",
+                "acme/menu",
+                "ACME",
+                "bistro:1",
+                "",
+                "a" * 290,
+            )
         ]
         assert {answer.status_code for answer in answers} == {404}
         assert len({answer.text for answer in answers}) == 1
@@ -209,7 +226,9 @@ def test_a_body_that_does_not_come_is_not_waited_for(serving: Serving) -> None:
     running = serving(body_seconds=0.2)
     host, port = running.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as slow:
-        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
+        slow.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+        )
         assert b"408" in slow.recv(1000)
 
 
@@ -396,5 +415,3 @@ def test_a_running_answer_keeps_the_version_that_it_began_with(fleet: Fleet, ser
         assert expected[0] != expected[1]
         assert under_way.result().choices[0].text == expected[0]
     until(lambda: client.completions.create(model="switch", prompt=TEXT).choices[0].text == expected[1])
-
-

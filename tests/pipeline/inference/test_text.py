@@ -1,5 +1,6 @@
 """Pieces of text while tokens come: they join to the whole, never change, and stop where they must."""
 
+import itertools
 import random
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def test_text_is_cut_before_a_stop_string_wherever_token_borders_are(tokenizer: 
         stop = text[start : start + drawn.randrange(1, 9)]
         # The same text in tokens of any lengths.
         cuts = sorted({0, len(text), *(drawn.randrange(len(text)) for _ in range(12))})
-        ids = [i for a, b in zip(cuts, cuts[1:], strict=False) for i in tokenizer(text[a:b], add_special_tokens=False)["input_ids"]]  # type: ignore[operator]
+        ids = [i for a, b in itertools.pairwise(cuts) for i in tokenizer(text[a:b], add_special_tokens=False)["input_ids"]]  # type: ignore[operator]
         pieces, whole = streamed(tokenizer, ids, (stop, "never there"))
         assert "".join(pieces) == whole == text[: text.index(stop)].strip(), stop
 
