@@ -335,7 +335,12 @@ class Service:
                     )
                 except ConfigError as error:
                     raise ApiError(400, str(error), "invalid_value") from error
-                made.append(asked.Request(prompt, served.members, how))
+                one = asked.Request(prompt, served.members, how)
+                if one.rows * (len(prompt) + room) > self.limits.cache_tokens:
+                    raise ApiError(
+                        400, f"prompt and answer may have {self.limits.cache_tokens // one.rows} tokens here", "context_length_exceeded"
+                    )
+                made.append(one)
         return made
 
     def _prompts(self, body: Body, config: dict[str, Any], chat: bool) -> list[list[int]]:
@@ -390,7 +395,12 @@ class Service:
             ended()
 
         request.on_text, request.on_end = on_text, on_end
-        self.loop.submit(request)
+        try:
+            self.loop.submit(request)
+        except PrefixFleetError as error:
+            # `_requests` lets nothing through that does not fit; were it otherwise, what the others hold must be given back all the same.
+            request.error, request.finish_reason = str(error), "error"
+            on_end()
 
     def _note(self, request: asked.Request, served: Served) -> None:
         self.metrics.answers.labels(request.finish_reason).inc()

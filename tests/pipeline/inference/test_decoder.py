@@ -240,6 +240,24 @@ def test_cancelled_answers_free_their_rows_whether_they_run_or_wait() -> None:
     assert [len(asked[i].tokens) for i in (1, 3)] == [30, 30]
 
 
+def test_a_prefix_is_held_once_for_all_rows_of_its_customer_and_in_no_rows_cache() -> None:
+    base = attach(tiny_model("llama"), max_positions=64)
+    prefixes = strong_prefixes(base, 2)
+
+    def sizes(members: list[Loaded]) -> tuple[int, int]:
+        decoder = Decoder(base, Tokens(), max_rows=16, max_tokens=9999)
+        decoder.ends = []
+        for member in members:
+            decoder.submit(Request([11, 12, 13], Members((member,)), Decoding(5)))
+        decoder.step()
+        return sum(tensor.nbytes for tensor in decoder._bank.tensors.values()), decoder.cache_bytes
+
+    one, eight, none = sizes(prefixes[1:]), sizes([prefixes[1]] * 8), sizes([NO_PREFIX] * 8)
+    assert one[0] == eight[0] == 2 * prefixes[1].bytes  # slot 0 is the base alone
+    assert eight[1] == none[1]
+    assert sizes([prefixes[1]] * 4 + [prefixes[0]] * 4)[0] == 3 * prefixes[1].bytes
+
+
 def test_settings_that_make_no_sense_are_refused_in_words() -> None:
     for wrong in (
         {"num_beams": 2, "temperature": 1.0},
