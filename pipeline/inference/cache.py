@@ -11,9 +11,10 @@ would poison it even where it is masked.
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 # Buffers grow by doubling their rows, and by this many columns beyond what is needed.
 SPARE_COLUMNS = 64
@@ -88,6 +89,8 @@ class RowCache(Cache):
         lengths: how many columns each row has.
     """
 
+    layers: Any  # of `_Layer`s; the base class allows other kinds
+
     def __init__(self) -> None:
         self._window = _Window()
         self.lengths: list[int] = []
@@ -108,7 +111,7 @@ class RowCache(Cache):
         """What the buffers take."""
         return sum(layer.both.nbytes for layer in self.layers if layer.both is not None)
 
-    def join(self, prefilled: Cache, rows: Sequence[int], lengths: Sequence[int], *, padded_behind: bool = False) -> None:
+    def join(self, prefilled: DynamicCache, rows: Sequence[int], lengths: Sequence[int], *, padded_behind: bool = False) -> None:
         """Append rows.
 
         Args:
@@ -126,8 +129,9 @@ class RowCache(Cache):
         window.rows += len(rows)
         window.start = window.end - width
         at = torch.tensor(list(rows))
-        same = list(rows) == list(range(len(rows))) and len(rows) == prefilled.layers[0].keys.shape[0]
-        for layer, given in zip(self.layers, prefilled.layers, strict=True):
+        computed: Any = prefilled.layers  # all with `keys` and `values`
+        same = list(rows) == list(range(len(rows))) and len(rows) == computed[0].keys.shape[0]
+        for layer, given in zip(self.layers, computed, strict=True):
             for which, new in enumerate((given.keys, given.values)):
                 chosen = new if same else new.index_select(0, at.to(new.device))
                 place = layer.both[which, first : window.rows, :, window.start : window.end]
@@ -182,7 +186,7 @@ class RowCache(Cache):
         """See that every row can take one more column."""
         self._make_room(self._window.rows, self._window.width, None)
 
-    def _make_room(self, rows: int, width: int, like: Cache | None) -> None:
+    def _make_room(self, rows: int, width: int, like: DynamicCache | None) -> None:
         """Room for so many rows of `width` columns that end where the present ones do, and for one more column."""
         window = self._window
         if like is not None:
@@ -201,7 +205,8 @@ class RowCache(Cache):
             before = layer.both
             if before is None:
                 assert like is not None
-                keys = like.layers[i].keys
+                new: Any = like.layers[i]
+                keys = new.keys
                 layer.both = keys.new_zeros(2, capacity, keys.shape[1], columns, keys.shape[3])
                 continue
             kept = before[:, : window.rows, :, window.start : window.end]

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, LogitsProcessorList
@@ -249,7 +249,9 @@ class Decoder:
         """Run the prompts through the base, let their rows join, and choose everybody's first token."""
         self._lanes += lanes  # first of all: whatever goes wrong from here on is theirs too
         self._place(lanes)
-        ids, slots, sources = [], [], []
+        ids: list[list[int]] = []
+        slots: list[int] = []
+        sources: list[int] = []
         first = self.rows
         for lane in lanes:
             for member, slot in enumerate(lane.slots):
@@ -404,7 +406,7 @@ class Decoder:
             rows = torch.tensor(lane.rows, device=logits.device) - first
             scores = self._averaged(lane, logits[rows]).log_softmax(-1)
             if lane.processors is not None:
-                scores = lane.processors(self._ids_of(lane), scores)
+                scores = lane.processors(self._ids_of(lane), cast(torch.FloatTensor, scores))
             if bool(scores.isnan().any()):
                 lane.request.error = (
                     "the base gives no numbers behind this prefix: it is damaged, or was trained with too high a rate"
@@ -436,7 +438,9 @@ class Decoder:
         each = []
         for lane in lanes:
             scores = self._averaged(lane, logits[torch.tensor(lane.rows, device=logits.device) - first])
-            each.append(scores if lane.processors is None else lane.processors(self._ids_of(lane), scores))
+            each.append(
+                scores if lane.processors is None else lane.processors(self._ids_of(lane), cast(torch.FloatTensor, scores))
+            )
         return torch.cat(each)
 
     @staticmethod
@@ -447,11 +451,11 @@ class Decoder:
             return logits
         return averaged(logits.view(len(members.prefixes), -1, logits.shape[-1]), members.average)
 
-    def _ids_of(self, lane: _Lane) -> torch.Tensor:
+    def _ids_of(self, lane: _Lane) -> torch.LongTensor:
         """What processors see: the sequence so far of each beam, as transformers would have it."""
         front = [self._start_token] if self.base.is_encoder_decoder else list(lane.request.prompt_ids)
         tails: Sequence[Sequence[int]] = [lane.request.tokens] if lane.beams is None else lane.beams.beams
-        return torch.tensor([[*front, *tail] for tail in tails], device=self.base.device)
+        return cast(torch.LongTensor, torch.tensor([[*front, *tail] for tail in tails], device=self.base.device))
 
     def _push(self, lane: _Lane, token: int, scores: torch.Tensor) -> FinishReason | None:
         """Add a token to a lane without beams; why the answer ends with it, if it does."""

@@ -10,7 +10,7 @@ prefix.json names the members and how they are averaged:
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 
@@ -20,7 +20,6 @@ from pipeline.inference.request import Average, Loaded, Members
 from pipeline.prefix import Prefix, is_infix, load_prefix, read_config, save_prefix
 from pipeline.prefix.store import is_ensemble, load_ensemble
 
-HowAveraged = Literal[Average, "parameters"]
 AVERAGES: tuple[str, ...] = ("probabilities", "log_probabilities", "parameters")
 # Part of every step's batch: an ensemble of n costs n times one prefix.
 MOST_MEMBERS = 16
@@ -47,18 +46,20 @@ def load_members(folder: Path) -> tuple[Members, dict[str, Any]]:
     return Members(tuple(Loaded(prefix, between) for prefix, between in zip(prefixes, infix, strict=True)), average), config
 
 
-def describe(folders: Sequence[Path], names: Sequence[str], average: HowAveraged) -> dict[str, Any]:
+def describe(folders: Sequence[Path], names: Sequence[str], average: str) -> dict[str, Any]:
     """The prefix.json of an ensemble, without the digest of its weights.
 
     Args:
         folders: of the members.
         names: what to call them, such as `version 3`.
-        average: see above.
+        average: one of `AVERAGES`.
 
     Raises:
-        PrefixError: fewer than two, too many, twice the same, an ensemble among them, of different customers, bases or prompts, or, for
-            `parameters`, of other shapes.
+        PrefixError: unknown average; fewer than two, too many, twice the same, an ensemble among them, of different customers, bases or
+            prompts, or, for `parameters`, of other shapes.
     """
+    if average not in AVERAGES:
+        raise PrefixError(f"{average!r} cannot be averaged. Choose one of {', '.join(AVERAGES)}.")
     if not 2 <= len(folders) <= MOST_MEMBERS:
         raise PrefixError(f"an ensemble has 2 to {MOST_MEMBERS} members, not {len(folders)}. Name more, or fewer, versions.")
     configs = [read_config(folder) for folder in folders]

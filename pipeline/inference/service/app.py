@@ -307,7 +307,7 @@ class Service:
         drawn = body.temperature is not None or body.top_p is not None or body.top_k is not None
         temperature = body.temperature if body.temperature is not None else (1.0 if drawn else 0.0)
         seed = secrets.randbits(48) if body.seed is None else body.seed
-        made = []
+        made: list[asked.Request] = []
         for prompt in prompts:
             for _ in range(body.choices):
                 try:
@@ -338,7 +338,9 @@ class Service:
                 one = asked.Request(prompt, served.members, how)
                 if one.rows * (len(prompt) + room) > self.limits.cache_tokens:
                     raise ApiError(
-                        400, f"prompt and answer may have {self.limits.cache_tokens // one.rows} tokens here", "context_length_exceeded"
+                        400,
+                        f"prompt and answer may have {self.limits.cache_tokens // one.rows} tokens here",
+                        "context_length_exceeded",
                     )
                 made.append(one)
         return made
