@@ -31,7 +31,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from pipeline.inference import Decoding, Members, Request
 from pipeline.inference.decoder import Decoder
 from pipeline.inference.request import Loaded
-from pipeline.prefix import FrozenBase, attach, save_prefix
+from pipeline.prefix import FrozenBase, attach, load_prefix, save_prefix
 from pipeline.prefix.initialise import from_random
 from pipeline.prefix.peft_format import export_peft
 
@@ -99,11 +99,12 @@ def timed(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return {**found, "wall": time.monotonic() - wall, "cpu": time.process_time() - cpu}
 
 
-def memory_of_a_customer(base: FrozenBase, count: int) -> dict[str, float]:
+def memory_of_a_customer(base: FrozenBase, folder: Path, count: int) -> dict[str, float]:
     """Bytes that `count` further prefixes take, by their tensors and by the process."""
-    process, device = psutil.Process(), base.device
+    process = psutil.Process()
+    load_prefix(folder)  # what is made at the first use is not counted
     before = process.memory_info().rss
-    held = [Loaded(from_random(base.sites, LENGTH, seed)).to(device) for seed in range(count)]
+    held = [Loaded(load_prefix(folder)[0]).to(base.device, base.model.dtype) for _ in range(count)]
     return {"tensors": sum(p.bytes for p in held) / count, "process": (process.memory_info().rss - before) / count}
 
 
@@ -138,7 +139,8 @@ def main() -> None:
     made = [from_random(base.sites, LENGTH, seed) for seed in range(most)]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        config = {"base": {"id": str(arguments.base), "revision": None, "is_encoder_decoder": False}, "prefix": {}}
+        base_named = {"id": str(arguments.base), "revision": None, "digest": "", "is_encoder_decoder": False}
+        config: dict[str, Any] = {"base": base_named, "prefix": {}}
         model: Any = None
         for i, prefix in enumerate(made):
             save_prefix(folder / f"p{i}", prefix, config)
@@ -147,10 +149,10 @@ def main() -> None:
                 model = PeftModel.from_pretrained(load(), folder / "a0", adapter_name="c0")
             else:
                 model.load_adapter(str(folder / f"a{i}"), adapter_name=f"c{i}")
+        memory = memory_of_a_customer(base, folder / "p0", 500)
     model.eval()
     model.generation_config.eos_token_id = None  # see `together`
-    prefixes = [Loaded(prefix).to(base.device) for prefix in made]
-    memory = memory_of_a_customer(base, 300)
+    prefixes = [Loaded(prefix).to(base.device, base.model.dtype) for prefix in made]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     with torch.inference_mode():
         together(base, tokenizer, prefixes[:2], prompts[:2], 4)  # what is made at the first use is not counted

@@ -94,7 +94,7 @@ class Decoder:
         self._next: list[int] = []  # the last token of each row, which the next step reads
         self._cache = RowCache()
         self._cross = RowCache()  # of encoder-decoders: keys and values of the prompt
-        self._bank = PrefixBank(self.base.sites, 1, 0, self.base.device, _prefix_dtype(self.base))
+        self._bank = PrefixBank(self.base.sites, 1, 0, self.base.device, prefix_dtype(self.base))
         self._in_bank: dict[Loaded, tuple[int, int]] = {}  # slot, and how many lanes use it
         self._row_slots: torch.Tensor | None = None
 
@@ -527,6 +527,6 @@ def _end_tokens(base: FrozenBase, tokenizer: Any) -> list[int]:
     return sorted({token for token in [*named, tokenizer.eos_token_id] if token is not None})
 
 
-def _prefix_dtype(base: FrozenBase) -> torch.dtype:
+def prefix_dtype(base: FrozenBase) -> torch.dtype:
     """What the base computes keys and values in; prefixes are rounded to it once instead of at every step."""
     return base.model.dtype if base.model.dtype.is_floating_point else torch.float32

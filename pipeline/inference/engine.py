@@ -15,7 +15,7 @@ from pipeline.data.prompt import encode_prompt, load_tokenizer
 from pipeline.errors import BaseModelError, PrefixError
 from pipeline.files import digest_of
 from pipeline.inference.choose import averaged
-from pipeline.inference.decoder import Decoder
+from pipeline.inference.decoder import Decoder, prefix_dtype
 from pipeline.inference.ensemble import load_members
 from pipeline.inference.request import BASE_ALONE, Decoding, Loaded, Members, Request
 from pipeline.prefix import FrozenBase, PrefixBank, load_base
@@ -71,7 +71,8 @@ class PrefixEngine:
             PrefixBank(self.base.sites, slots=1, length=member.length).put(0, member.prefix)
             if member.infix:
                 self.base.check_infix()
-        return replace(members, prefixes=tuple(member.to(self.base.device) for member in members.prefixes)), config
+        held = tuple(member.to(self.base.device, prefix_dtype(self.base)) for member in members.prefixes)
+        return replace(members, prefixes=held), config
 
     def add(self, prefix_dir: Path) -> int:
         """Load a prefix folder, or an ensemble's, into a slot of its own; the same again gets the same slot.

@@ -99,9 +99,15 @@ class Loaded:
         """What its tensors take."""
         return sum(tensor.nbytes for pair in self.prefix.values() for tensor in pair)
 
-    def to(self, device: torch.device) -> "Loaded":
-        """On `device`."""
-        return Loaded({site: (key.to(device), value.to(device)) for site, (key, value) in self.prefix.items()}, self.infix)
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Loaded":
+        """A copy on `device` in `dtype`, which holds on to no file."""
+        return Loaded(
+            {
+                site: (key.to(device, dtype, copy=True), value.to(device, dtype, copy=True))
+                for site, (key, value) in self.prefix.items()
+            },
+            self.infix,
+        )
 
 
 # The base without a prefix.
