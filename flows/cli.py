@@ -174,6 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--rows", type=_count, default=64, metavar="N", help="rows of a batch (default: 64)")
     text = "prompt and answer tokens of all rows together (default: 65536)"
     serve.add_argument("--cache-tokens", type=_count, default=65536, metavar="N", help=text)
+    serve.add_argument("--max-prompt", type=_count, default=8192, metavar="N", help="tokens of one prompt (default: 8192)")
     text = "memory for prefixes (default: 1GiB)"
     serve.add_argument("--prefix-memory", default="1GiB", metavar="SIZE", help=text)
     text = "answers under way and waiting; more get 429 (default: 256)"
@@ -487,6 +488,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     limits = Limits(
         rows=arguments.rows,
         cache_tokens=arguments.cache_tokens,
+        prompt_tokens=arguments.max_prompt,
         prefix_bytes=parse_bytes(arguments.prefix_memory),
         queue=arguments.queue,
         per_minute=arguments.rate,

@@ -104,6 +104,8 @@ class Decoder:
         Raises:
             PrefixError: prompt, prefix and answer pass the positions of the base.
         """
+        if self.base.is_encoder_decoder:
+            self.base.check_length(0, len(request.prompt_ids))
         for member in request.members.prefixes:
             own = 0 if self.base.is_encoder_decoder else len(request.prompt_ids)
             self.base.check_length(member.length, own + request.decoding.max_new_tokens)
@@ -188,6 +190,8 @@ class Decoder:
         while self._waiting:
             request = self._waiting[0]
             own = len(request.prompt_ids) + request.decoding.max_new_tokens
+            if (self._lanes or lanes) and not (self._shares(request) and self._shares((self._lanes or lanes)[0].request)):
+                break
             rows, columns = rows + request.rows, max(columns, own)
             prompts, longest = prompts + len(request.members.prefixes), max(longest, len(request.prompt_ids))
             if (self._lanes or lanes) and (rows > self.max_rows or rows * columns > self.max_tokens):
@@ -197,6 +201,17 @@ class Decoder:
             self._waiting.popleft()
             lanes.append(self._lane(request, own))
         return lanes
+
+    def _shares(self, request: Request) -> bool:
+        """Whether its rows come out the same in company.
+
+        LLM.int8 keeps the columns that are large in any row of a batch in 16 bit, and some scalings of rotary positions look at the longest row.
+        """
+        if getattr(self.base.model, "is_loaded_in_8bit", False):
+            return False
+        limit = self.base.rotary_limit
+        longest = request.members.length + len(request.prompt_ids) + request.decoding.max_new_tokens
+        return limit is None or longest <= limit
 
     def _lane(self, request: Request, columns: int) -> _Lane:
         how = request.decoding

@@ -222,6 +222,8 @@ class PrefixEngine:
         """
         before = 0 if self.base.is_encoder_decoder else prompt
         self.base.check_length(prefix, before + 1)
+        if self.base.is_encoder_decoder:
+            self.base.check_length(0, prompt)
         limit = self.base.max_positions
         return max_new_tokens if limit is None else min(max_new_tokens, limit - prefix - before)
 

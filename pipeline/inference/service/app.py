@@ -61,6 +61,7 @@ class Limits:
     Attributes:
         rows: of a batch; a beam, or a member of an ensemble, is a row.
         cache_tokens: prompt and answer tokens of all rows together, as far as they may come.
+        prompt_tokens: of one prompt; its attention grows with their square.
         prefix_bytes: of all prefixes in memory.
         queue: answers under way, waiting ones included; further requests get 429.
         per_minute: requests of one key; None for no limit.
@@ -72,6 +73,7 @@ class Limits:
 
     rows: int = 64
     cache_tokens: int = 65_536
+    prompt_tokens: int = 8192
     prefix_bytes: int = 1 << 30
     queue: int = 256
     per_minute: int | None = None
@@ -309,6 +311,13 @@ class Service:
         seed = secrets.randbits(48) if body.seed is None else body.seed
         made: list[asked.Request] = []
         for prompt in prompts:
+            if len(prompt) > self.limits.prompt_tokens:
+                raise ApiError(
+                    400,
+                    f"the prompt has {len(prompt)} tokens, and may have {self.limits.prompt_tokens} here",
+                    "context_length_exceeded",
+                    "prompt",
+                )
             for _ in range(body.choices):
                 try:
                     room = self.engine.room(served.members.length, len(prompt), body.most_tokens or judged["max_new_tokens"])

@@ -258,6 +258,24 @@ def test_a_prefix_is_held_once_for_all_rows_of_its_customer_and_in_no_rows_cache
     assert sizes([prefixes[1]] * 4 + [prefixes[0]] * 4)[0] == 3 * prefixes[1].bytes
 
 
+def test_rows_that_would_change_one_another_run_alone() -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    scaled = attach(tiny_double("llama", rope_parameters=rope, max_position_embeddings=18), max_positions=64)
+    assert scaled.rotary_limit == 18
+    eight_bit = attach(tiny_double("llama"), max_positions=64)
+    eight_bit.model.is_loaded_in_8bit = True
+    for base in (scaled, eight_bit):
+        prefixes = strong_prefixes(base, 2)
+        asked = some_requests(prefixes, 8, 1)
+        decoder = Decoder(base, Tokens(), max_rows=12, max_tokens=2000)
+        run_at_random(decoder, asked, 6)
+        assert (decoder.row_steps > decoder.steps) == (base is scaled)  # short ones share as ever
+        for request in asked:
+            assert request.tokens == by_transformers(
+                base, list(request.prompt_ids), request.members.prefixes[0], request.decoding
+            )
+
+
 def test_settings_that_make_no_sense_are_refused_in_words() -> None:
     for wrong in (
         {"num_beams": 2, "temperature": 1.0},
@@ -271,3 +289,6 @@ def test_settings_that_make_no_sense_are_refused_in_words() -> None:
     base = attach(tiny_model("gpt2"), max_positions=64)
     with pytest.raises(PrefixError, match="64 positions"):
         Decoder(base, Tokens(), max_rows=2, max_tokens=99).submit(Request([5] * 60, Members((NO_PREFIX,)), Decoding(5)))
+    bart = attach(tiny_model("bart"), max_positions=64)
+    with pytest.raises(PrefixError, match="64 positions"):  # of the encoder
+        Decoder(bart, Tokens(), max_rows=2, max_tokens=99).submit(Request([5] * 65, Members((NO_PREFIX,)), Decoding(5)))

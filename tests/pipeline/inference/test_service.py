@@ -223,11 +223,12 @@ def test_hostile_requests_are_refused_in_openais_words_and_harm_nobody(fleet: Fl
 
 
 def test_an_answer_that_would_need_more_than_the_whole_cache_is_refused(serving: Serving) -> None:
-    running = serving(cache_tokens=30)
+    running = serving(cache_tokens=30, prompt_tokens=20)
     with running.client() as client:
         assert client.post("/v1/completions", json={"model": "acme", "prompt": TEXT, "max_tokens": 8}).status_code == 200
-        refused = client.post("/v1/completions", json={"model": "acme", "prompt": TEXT, "max_tokens": 40})
-    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
+        for body in ({"prompt": TEXT, "max_tokens": 40}, {"prompt": [5] * 21}):
+            refused = client.post("/v1/completions", json={"model": "acme", **body})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(serving: Serving) -> None:
