@@ -75,3 +75,19 @@ def test_every_row_keeps_its_own_columns_and_what_it_does_not_use_is_zero(seed: 
     while cache.rows:
         cache.leave(0)
     assert cache.bytes == 0
+
+
+def test_what_a_long_row_left_is_not_seen_when_the_window_widens_again() -> None:
+    cache = RowCache()
+
+    def join(length: int, value: float) -> None:
+        cache.join(batch([torch.full((2, HEADS, length, SIZE), value)], False), [0], [length])
+
+    for length, value in ((3, 1.0), (3, 2.0), (10, float("nan")), (3, 3.0)):
+        join(length, value)
+    cache.leave(3)
+    cache.leave(2)  # the long one, the last now
+    join(3, 4.0)  # in its place
+    join(10, 5.0)
+    assert cache.width == 10
+    assert (cache.layers[0].keys[2, :, :7] == 0).all() and (cache.layers[0].keys[2, :, 7:] == 4).all()
