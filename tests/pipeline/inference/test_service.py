@@ -44,8 +44,10 @@ def until(true: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def slowed(running: Running, seconds: float) -> None:
-    """Every step of the decoder takes at least so long."""
+def slowed(running: Running, seconds: float, endless: bool = False) -> None:
+    """Every step of the decoder takes at least so long; `endless` answers have all the tokens that were asked for."""
+    if endless:
+        running.service.loop.decoder.ends = []
     step = running.service.loop.decoder.step
 
     def slow() -> None:
@@ -265,7 +267,7 @@ def test_a_full_queue_is_told_and_the_official_client_understands(serving: Servi
 
 def test_a_client_that_leaves_frees_its_rows(serving: Serving) -> None:
     running = serving()
-    slowed(running, 0.05)
+    slowed(running, 0.05, endless=True)
     decoder = running.service.loop.decoder
     body = {"model": "acme", "prompt": TEXT, "max_tokens": 50, "temperature": 1.0}
     with running.client() as client:
@@ -282,7 +284,7 @@ def test_a_client_that_leaves_frees_its_rows(serving: Serving) -> None:
 
 def test_an_answer_that_takes_too_long_ends_in_an_error_and_frees_its_rows(serving: Serving) -> None:
     running = serving(request_seconds=0.3)
-    slowed(running, 0.05)
+    slowed(running, 0.05, endless=True)
     client = official(running)
     with pytest.raises(openai.APIStatusError) as told:
         client.completions.create(model="acme", prompt=TEXT, max_tokens=50, temperature=1.0)
@@ -294,7 +296,7 @@ def test_an_answer_that_takes_too_long_ends_in_an_error_and_frees_its_rows(servi
 
 def test_stopping_finishes_what_runs_refuses_what_comes_and_says_so(serving: Serving) -> None:
     running = serving()
-    slowed(running, 0.05)
+    slowed(running, 0.05, endless=True)
     client = official(running)
     with ThreadPoolExecutor() as pool, running.client() as plain:
         assert plain.get("/readyz").status_code == plain.get("/healthz").status_code == 200
