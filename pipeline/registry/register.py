@@ -243,6 +243,10 @@ def _tags(candidate: _Candidate) -> dict[str, str]:
     """The lineage of a version. Every value is data of others: text, cut to a readable length."""
     prefix, scores = candidate.prefix, candidate.metrics["scores"]
     lineage, base = prefix["lineage"], prefix["base"]
+    made = prefix.get("ensemble")
+    members = (
+        {} if made is None else {"ensemble": f"{made['average']} of {', '.join(str(one['name']) for one in made['members'])}"}
+    )
     values = {
         "customer": candidate.key.customer,
         "task": candidate.key.task,
@@ -259,19 +263,11 @@ def _tags(candidate: _Candidate) -> dict[str, str]:
         "decision": candidate.decision["decision"],
         "reasons": "; ".join(str(reason) for reason in candidate.decision["reasons"]),
         "evaluation": candidate.metrics["digest"],
-        **_ensemble(prefix),
+        **members,
         **{f"score.{metric}": f"{value['score']:.4f}" for metric, value in scores["prefix"].items()},
         **{f"base_score.{metric}": f"{value['score']:.4f}" for metric, value in scores["base"].items()},
     }
     return {TAG + name: _text(value) for name, value in values.items()}
-
-
-def _ensemble(prefix: dict[str, Any]) -> dict[str, str]:
-    """Of an ensemble, what of whom is averaged."""
-    made = prefix.get("ensemble")
-    if made is None:
-        return {}
-    return {"ensemble": f"{made['average']} of {', '.join(str(member['name']) for member in made['members'])}"}
 
 
 def _text(value: Any) -> str:
