@@ -20,7 +20,20 @@ from flows import cli
 from pipeline.home import Home
 
 HERE = Path(__file__).parent
-COMMANDS = ("run", "prepare", "train", "evaluate", "register", "generate", "serve", "keys", "ensemble", "status", "compare", "sweep")
+COMMANDS = (
+    "run",
+    "prepare",
+    "train",
+    "evaluate",
+    "register",
+    "generate",
+    "serve",
+    "keys",
+    "ensemble",
+    "status",
+    "compare",
+    "sweep",
+)
 
 
 @pytest.fixture(autouse=True)

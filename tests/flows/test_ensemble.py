@@ -30,7 +30,7 @@ SITES = {f"decoder.self.{layer}": Site(2, 64) for layer in range(10)}
 @pytest.fixture
 def fleet(tmp_path: Path, fleet_file: Path) -> Path:
     """Answers of five tokens, and nothing that takes long."""
-    fast = "defaults:\n  evaluation: {prompt_baseline: false, max_new_tokens: 5, bootstrap_resamples: 100}\ncustomers:"
+    fast = "defaults:\n  evaluation: {prompt_baseline: false, max_new_tokens: 5, bootstrap_resamples: 1000}\ncustomers:"
     fleet_file.write_text(fleet_file.read_text().replace("customers:", fast))
     return fleet_file
 
