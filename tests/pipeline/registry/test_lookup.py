@@ -77,7 +77,7 @@ def test_unknown_customer_is_told_who_exists(sqlite: Home, make) -> None:
     register(*make())
     register(*make(customer="bistro", task="menu"))
     with pytest.raises(RegistryError, match=r"customer nobody: .*Registered are: acme, bistro/menu"):
-        lookup(CustomerKey("nobody"))
+        lookup("nobody", fresh=True)
 
 
 def test_missing_alias_is_told_which_exist_and_why_the_gate_said_no(home: Home, make) -> None:

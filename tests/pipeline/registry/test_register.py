@@ -230,4 +230,4 @@ def test_missing_file_of_an_evaluation_is_named_with_the_remedy(make, name: str)
 def test_a_prefix_that_is_no_better_than_the_champion_is_registered_and_leaves_it(home: Home, make, customer: str) -> None:
     register(*make(customer=customer, seed=1))
     kept = register(*make(customer=customer, seed=2, decision="keep", bleu=40.0))
-    assert (kept.version, kept.alias, champion(customer)) == (2, None, 1)
+    assert (kept.version, kept.alias, champion(customer)) == (2, "challenger", 1)

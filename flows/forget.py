@@ -1,0 +1,132 @@
+"""`prefixfleet forget`: everything that was made from one customer's data, wherever it lies: in MLflow, on this machine, in Prefect.
+
+In: a customer's id. Out: a `Forgotten` that says what is gone and what is not. MLflow comes first, for its tombstone keeps others from beginning
+anew. Each part finds what is left by itself, so a process that is killed is simply run again. Imports Prefect only where there is a Prefect.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from flows import locks
+from flows.prefect_api import prefect_api
+from pipeline.errors import ConfigError, PrefixFleetError
+from pipeline.home import Home
+from pipeline.keys import DEFAULT_TASK, CustomerKey, validate_id
+from pipeline.leftovers import remove_leftovers, tasks_on_disk
+from pipeline.registry.forget import Forgotten, forget_in_mlflow
+
+_PAGE = 200
+
+
+def forget(customer: str, home: Home, backend_store_uri: str | None = None) -> Forgotten:
+    """Remove all traces of a customer, all its tasks.
+
+    Args:
+        customer: an id, without a task.
+        home: whose files, embedded MLflow and embedded Prefect.
+        backend_store_uri: the database behind the MLflow server, if this process can reach it.
+
+    Raises:
+        ConfigError: no valid id.
+        PrefixFleetError: a run is at work on the customer, or MLflow or Prefect do not answer. What is removed stays removed: run it again.
+    """
+    validate_id(customer)
+    keys = {CustomerKey(customer, DEFAULT_TASK), *tasks_on_disk(home, customer)}
+    with locks.holding(home, keys) as busy:
+        if busy:
+            raise PrefixFleetError(
+                f"customer {customer}: a run is at work on {', '.join(str(key) for key in sorted(busy))}. Stop it or wait for it, and run the "
+                "same command again. Nothing was removed."
+            )
+        done = forget_in_mlflow(customer, backend_store_uri, home)
+        done.removed += remove_leftovers(home, customer)
+        done.removed += _forget_in_prefect(customer, home)
+    return done
+
+
+def _forget_in_prefect(customer: str, home: Home) -> list[str]:
+    """Deployments and schedules that train the customer, flow runs that were about it alone, and its rows in the tables of other runs."""
+    if not os.environ.get("PREFECT_API_URL") and not (home.prefect / "prefect.db").exists():
+        return []
+    with prefect_api(home):
+        from prefect.client.orchestration import get_client
+
+        with get_client(sync_client=True) as client:
+            return [*_deployments(client, customer), *_flow_runs(client, customer), *_artifacts(client, customer)]
+
+
+def _pages(read: Any, **arguments: Any) -> Iterator[Any]:
+    """All that a query finds. Read whole before anything is deleted, which would move the pages."""
+    found: list[Any] = []
+    while True:
+        page = read(limit=_PAGE, offset=len(found), **arguments)
+        found += page
+        if len(page) < _PAGE:
+            return iter(found)
+
+
+def _deployments(client: Any, customer: str) -> Iterator[str]:
+    from prefect.client.schemas.actions import DeploymentUpdate
+
+    for deployment in _pages(client.read_deployments):
+        left = _without(deployment.parameters or {}, customer)
+        if left is None:
+            client.delete_deployment(deployment.id)
+            yield f"Prefect deployment {deployment.name}"
+            continue
+        if left != deployment.parameters:
+            client.update_deployment(deployment.id, DeploymentUpdate(parameters=left))
+            yield f"{customer} in Prefect deployment {deployment.name}"
+        for schedule in deployment.schedules or []:
+            if schedule.parameters and _without(schedule.parameters, customer) != schedule.parameters:
+                client.delete_deployment_schedule(deployment.id, schedule.id)
+                yield f"a schedule of Prefect deployment {deployment.name}"
+
+
+def _flow_runs(client: Any, customer: str) -> Iterator[str]:
+    """With a flow run go its task runs, artifacts and log."""
+    gone = 0
+    for run in _pages(client.read_flow_runs):
+        if _without(run.parameters or {}, customer) is None:
+            client.delete_flow_run(run.id)
+            gone += 1
+    if gone:
+        yield f"{gone} Prefect flow runs about {customer} alone"
+
+
+def _artifacts(client: Any, customer: str) -> Iterator[str]:
+    from prefect.client.schemas.actions import ArtifactUpdate
+
+    changed = 0
+    for artifact in _pages(client.read_artifacts, sort=None):
+        if artifact.type != "table" or not isinstance(artifact.data, str):
+            continue
+        rows = json.loads(artifact.data)
+        if not isinstance(rows, list):
+            continue
+        others = [row for row in rows if not (isinstance(row, dict) and _is(str(row.get("customer", "")), customer))]
+        if len(others) < len(rows):
+            client.update_artifact(artifact.id, ArtifactUpdate(data=json.dumps(others)))
+            changed += 1
+    if changed:
+        yield f"{customer} in {changed} Prefect artifacts"
+
+
+def _without(parameters: Mapping[str, Any], customer: str) -> dict[str, Any] | None:
+    """Parameters of our flows without a customer; None if they are about nobody else."""
+    if _is(str(parameters.get("customer_id") or ""), customer):
+        return None
+    named = parameters.get("customers")
+    if not isinstance(named, list):
+        return dict(parameters)
+    others = [name for name in named if not _is(str(name), customer)]
+    return None if named and not others else {**parameters, "customers": others}
+
+
+def _is(name: str, customer: str) -> bool:
+    try:
+        return CustomerKey.parse(name).customer == customer
+    except ConfigError:
+        return False
