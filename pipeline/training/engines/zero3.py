@@ -106,7 +106,8 @@ def zero3(model: Any, device: torch.device, dtype: torch.dtype, settings: dict[s
             if not hasattr(parameter, "ds_id"):
                 # Copied even if it is here already: DeepSpeed broadcasts into it, which would make the pages of a mapped file memory of ours.
                 parameter.data = parameter.data.to(device, copy=True)
-        Init(module=unit, config_dict_or_path=whole_config, dtype=dtype)
+        # No dtype: it is that of weights still to be made, and on a processor with float16 DeepSpeed (0.19.8) refuses float64 there.
+        Init(module=unit, config_dict_or_path=whole_config)
     model.to(device)  # its buffers
     gc.collect()
     offload = DeepSpeedZeRoOffload(
