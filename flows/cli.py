@@ -690,7 +690,9 @@ def _forget(arguments: argparse.Namespace) -> int:
     set_environment(home, False)
     from flows.forget import forget
 
-    done = forget(customer, home, os.environ.get("MLFLOW_BACKEND_STORE_URI") or None)
+    arguments.verbose = False
+    with _display(arguments):
+        done = forget(customer, home, os.environ.get("MLFLOW_BACKEND_STORE_URI") or None)
     if arguments.json:
         _print_json({"format": 1, **vars(done)})
     else:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from flows import locks
+from flows.events import emit
 from flows.prefect_api import prefect_api
 from pipeline.errors import ConfigError, PrefixFleetError
 from pipeline.home import Home
@@ -40,7 +41,11 @@ def forget(customer: str, home: Home, backend_store_uri: str | None = None) -> F
                 f"customer {customer}: a run is at work on {', '.join(str(key) for key in sorted(busy))}. Stop it or wait for it, and run the "
                 "same command again. Nothing was removed."
             )
-        done = forget_in_mlflow(customer, backend_store_uri, home)
+
+        def count(done: int, total: int) -> None:
+            emit({"stage": "forget", "done": done, "total": total, "unit": "entries of MLflow"})
+
+        done = forget_in_mlflow(customer, backend_store_uri, home, count)
         done.removed += remove_leftovers(home, customer)
         done.removed += _forget_in_prefect(customer, home)
     return done

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.home import Home
 from pipeline.keys import validate_id
-from pipeline.progress import Progress
 from pipeline.registry import tombstones
 from pipeline.registry.erase import database_of, erase_model, erase_run
 from pipeline.registry.lookup import outdated
@@ -42,7 +41,12 @@ class Forgotten:
     left: list[str] = field(default_factory=list)
 
 
-def forget_in_mlflow(customer: str, backend_store_uri: str | None = None, home: Home | None = None) -> Forgotten:
+def forget_in_mlflow(
+    customer: str,
+    backend_store_uri: str | None = None,
+    home: Home | None = None,
+    count: Callable[[int, int], None] = lambda done, total: None,
+) -> Forgotten:
     """Remove every trace of a customer from MLflow, and leave a tombstone.
 
     Args:
@@ -50,6 +54,7 @@ def forget_in_mlflow(customer: str, backend_store_uri: str | None = None, home: 
         backend_store_uri: the database behind the MLflow server, where this process can reach it. Over HTTP MLflow deletes softly:
             entries are hidden, their files removed, and the rest is `left`.
         home: where the embedded store is.
+        count: told how many entries are done, of how many.
 
     Raises:
         RegistryError: MLflow does not answer, or refuses. What is removed stays removed: run it again.
@@ -63,19 +68,20 @@ def forget_in_mlflow(customer: str, backend_store_uri: str | None = None, home: 
         names = _models_of(client, customer)
         found = _logged_models(client, customer, database)
         runs = _runs(client, customer)
-        with Progress("forget", len(names) + len(found) + len(runs), "entries") as progress:
-            for name in names:
-                numbers = [version.version for version in reversed(versions_of(client, name))]
-                client.delete_registered_model(name)
-                outdated(name)
-                done.removed.append(f"MLflow model {name}" + (f" with version {', '.join(numbers)}" if numbers else ""))
-                progress.update()
-            for model in found:
-                _erase(client, done, database, "model", model.model_id, model, erase_model)
-                progress.update()
-            for run in runs:
-                _erase(client, done, database, "run", run.info.run_id, run, erase_run)
-                progress.update()
+        total = len(names) + len(found) + len(runs)
+        for number, name in enumerate(names):
+            count(number, total)
+            versions = [str(version.version) for version in reversed(versions_of(client, name))]
+            client.delete_registered_model(name)
+            outdated(name)
+            done.removed.append(f"MLflow model {name}" + (f" with version {', '.join(versions)}" if versions else ""))
+        for number, model in enumerate(found, start=len(names)):
+            count(number, total)
+            _erase(client, done, database, "model", model.model_id, model, erase_model)
+        for number, run in enumerate(runs, start=len(names) + len(found)):
+            count(number, total)
+            _erase(client, done, database, "run", run.info.run_id, run, erase_run)
+        count(total, total)
         if database is None:
             done.left += _for_an_administrator(customer, tombstones.hidden(client, customer))
         else:

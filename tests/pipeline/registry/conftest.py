@@ -198,13 +198,14 @@ class Server:
     Attributes:
         uri: where it answers.
         backend: its database.
+        root: the folder of its files.
     """
 
     def __init__(self, root: Path, backend: str, artifacts: str, **environment: str) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self.uri, self.backend, self._root = f"http://127.0.0.1:{port}", backend, root
+        self.uri, self.backend, self.root = f"http://127.0.0.1:{port}", backend, root
         self._command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
         self._command += ["--backend-store-uri", backend, "--artifacts-destination", artifacts]
         kept = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
@@ -217,9 +218,9 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        with (self._root / "log").open("ab") as log:
+        with (self.root / "log").open("ab") as log:
             self._process = subprocess.Popen(
-                self._command, env=self._environment, stdout=log, stderr=log, cwd=self._root, start_new_session=True
+                self._command, env=self._environment, stdout=log, stderr=log, cwd=self.root, start_new_session=True
             )
         deadline = time.monotonic() + 120
         while True:
@@ -227,7 +228,7 @@ class Server:
                 urllib.request.urlopen(f"{self.uri}/health", timeout=2).close()
                 return
             except OSError:
-                assert self._process.poll() is None and time.monotonic() < deadline, (self._root / "log").read_text()
+                assert self._process.poll() is None and time.monotonic() < deadline, (self.root / "log").read_text()
                 time.sleep(0.1)
 
     def stop(self) -> None:
@@ -287,6 +288,7 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server
             **keys,
         )
         server.objects = lambda: [one["Key"] for one in store.list_objects_v2(Bucket="mlflow").get("Contents", [])]  # type: ignore[attr-defined]
+        server.read = lambda key: store.get_object(Bucket="mlflow", Key=key)["Body"].read().decode("utf-8", "replace")  # type: ignore[attr-defined]
         server.start()
         stack.callback(server.stop)
         yield server

@@ -1,0 +1,261 @@
+"""Forgetting: nothing of a customer's content is left anywhere, neighbours keep everything, and what could not be removed is said."""
+
+import json
+import os
+import signal
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy
+import yaml
+from mlflow import MlflowClient
+
+from pipeline.errors import ConfigError, RegistryError
+from pipeline.files import write_json
+from pipeline.home import Home
+from pipeline.keys import CustomerKey
+from pipeline.leftovers import remove_leftovers, tasks_on_disk
+from pipeline.registry import forgotten_customers, history, lift, lookup, promote, register
+from pipeline.registry.forget import forget_in_mlflow
+from pipeline.registry.tombstones import hidden
+
+# Stands in everything that is made of the customer's data, and in nothing else.
+SECRET = "zyxsecretzyx"
+
+
+def with_secret(made: tuple[Path, Path]) -> tuple[Path, Path]:
+    prefix_dir, evaluation_dir = made
+    prefix = json.loads((prefix_dir / "prefix.json").read_text())
+    prefix["prefix"]["init_text"] = f"words of the customer {SECRET}"
+    prefix["lineage"]["code_version"] = f"tagged {SECRET}"
+    (prefix_dir / "prefix.json").write_text(json.dumps(prefix))
+    (evaluation_dir / "report.html").write_text(f"<p>{SECRET}</p>")
+    (evaluation_dir / "generations.jsonl").write_text(json.dumps({"input": f"in {SECRET}"}) + "\n")
+    return made
+
+
+def registered(make, customer: str) -> None:
+    """Two versions of one task, one of another, a failed training's run, files in the cache; a neighbour whose name begins alike."""
+    register(*with_secret(make(customer=customer, seed=1)))
+    register(*with_secret(make(customer=customer, seed=2, decision="keep")))
+    register(*with_secret(make(customer=customer, task="menu")))
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name("prefixfleet").experiment_id
+    run = client.create_run(experiment, tags={"prefixfleet.customer": customer, "note": SECRET})
+    client.log_text(run.info.run_id, SECRET, "evaluation/report.html")
+    client.log_param(run.info.run_id, "text", SECRET)
+    client.delete_run(run.info.run_id)  # hidden is not gone
+    lookup(customer)
+    register(*make(customer=f"{customer}-too"))
+
+
+def files_with(word: str, *roots: Path) -> list[str]:
+    return [
+        str(f) for root in roots for f in root.rglob("*") if f.is_file() and (word.encode() in f.read_bytes() or word in f.name)
+    ]
+
+
+def rows_with(word: str, uri: str) -> list[str]:
+    """The tables of a database in which any column of any row holds `word`."""
+    engine = sqlalchemy.create_engine(uri)
+    with engine.connect() as connection:
+        tables = sqlalchemy.inspect(engine).get_table_names()
+        found = [
+            name
+            for name in tables
+            if any(word in str(row) for row in connection.execute(sqlalchemy.text(f'SELECT * FROM "{name}"')))
+        ]
+    engine.dispose()
+    return found
+
+
+def test_nothing_is_left_of_a_forgotten_customer_and_neighbours_keep_everything(
+    request: pytest.FixtureRequest, any_home: Home, make, customer: str
+) -> None:
+    kind = request.node.callspec.params["any_home"]
+    server = (
+        request.getfixturevalue({"server": "sqlite_server", "postgres": "postgres_server"}[kind]) if kind != "sqlite" else None
+    )
+    backend = server.backend if server else f"sqlite:///{any_home.mlflow_database}"
+    places = [any_home.root] if server is None else [any_home.root, server.root]
+    registered(make, customer)
+    assert rows_with(SECRET, backend) and files_with(SECRET, *places)
+    done = forget_in_mlflow(customer, server.backend if server else None, any_home)
+    remove_leftovers(any_home, customer)
+    assert done.left == [] and any(f"MLflow model prefixfleet.{customer} with version 1, 2" in line for line in done.removed)
+    assert rows_with(SECRET, backend) == [] and files_with(SECRET, *places) == []
+    if kind == "postgres":
+        assert not [name for name in server.objects() if name.endswith("report.html") and SECRET in server.read(name)]
+        assert len([name for name in server.objects() if name.endswith("prefix.safetensors")]) >= 1  # the neighbour's
+    assert lookup(f"{customer}-too", fresh=True).version == 1
+    # What is left is the tombstone: the id and the time.
+    assert set(rows_with(f"{customer}'", backend)) == {"registered_models", "registered_model_tags"}
+    assert forgotten_customers()[customer] == done.since
+    assert hidden(MlflowClient(), customer) == {}
+    again = forget_in_mlflow(customer, server.backend if server else None, any_home)
+    assert (again.since, again.removed, again.left) == (done.since, [], [])
+
+
+def test_a_forgotten_customer_is_not_registered_looked_up_or_promoted_until_that_is_lifted(sqlite: Home, make) -> None:
+    folders = make()
+    register(*folders)
+    cached = lookup("acme").prefix_dir
+    forget_in_mlflow("acme", home=sqlite)
+    refused = r"customer acme: was forgotten on 20\d\d-\d\d-\d\d .*--customer acme --lift"
+    with pytest.raises(RegistryError, match=refused):
+        register(*folders)
+    with pytest.raises(RegistryError, match=refused):
+        register(*make(task="menu"))
+    for ask in (lambda: lookup("acme"), lambda: promote(CustomerKey("acme"), 1), lambda: history(CustomerKey("acme"))):
+        with pytest.raises(RegistryError, match=refused):
+            ask()
+    assert not cached.exists()  # also on a machine where nobody called `forget`
+    assert lift("acme") and not lift("acme") and forgotten_customers() == {}
+    assert register(*folders).version == 1
+
+
+def test_without_the_database_what_stays_is_named_with_the_command_and_that_command_removes_it(
+    server: Home, sqlite_server: Any, make, customer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registered(make, customer)
+    done = forget_in_mlflow(customer, home=server)
+    ids = hidden(MlflowClient(), customer)
+    assert len(ids) == 7 and len(done.left) == 1 and all(number in done.left[0] for number in ids)
+    assert (
+        f"MLFLOW_BACKEND_STORE_URI=<the server's --backend-store-uri> prefixfleet forget --customer {customer} --yes"
+        in done.left[0]
+    )
+    # Files and versions are gone all the same; rows that nobody but an administrator can remove are not.
+    assert not list((sqlite_server.root / "artifacts").rglob("report.html")) or not files_with(
+        SECRET, sqlite_server.root / "artifacts"
+    )
+    assert "params" in rows_with(SECRET, sqlite_server.backend)
+    assert len(forget_in_mlflow(customer, home=server).left) == 1  # again: the same is left, and found again
+    with pytest.raises(RegistryError, match="still holds 7 deleted entries"):
+        lift(customer)
+    assert forget_in_mlflow(customer, sqlite_server.backend, server).left == []
+    assert rows_with(SECRET, sqlite_server.backend) == [] and lift(customer)
+
+
+def _die_forgetting(customer: str, step: int) -> None:
+    import pipeline.registry.forget as module
+
+    real, calls = module._erase, []
+
+    def killed(*arguments: Any) -> None:
+        calls.append(1)
+        if len(calls) == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(*arguments)
+
+    module._erase = killed  # type: ignore[assignment]
+    forget_in_mlflow(customer)
+
+
+@pytest.mark.parametrize("step", [1, 3, 6])
+def test_a_forget_that_is_killed_is_finished_by_the_next(sqlite: Home, make, in_child: Callable[..., Any], step: int) -> None:
+    registered(make, "acme")
+    assert in_child(_die_forgetting, "acme", step).wait() == -signal.SIGKILL
+    assert "acme" in forgotten_customers()  # from the first moment
+    assert forget_in_mlflow("acme", home=sqlite).left == []
+    remove_leftovers(sqlite, "acme")
+    assert files_with(SECRET, sqlite.root) == []
+
+
+def test_a_store_that_refuses_to_delete_files_is_reported_and_the_rest_goes_on(
+    sqlite: Home, make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(*make())
+    from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+
+    def refuse(self: Any, path: str | None = None) -> None:
+        raise PermissionError(13, "Permission denied", self.artifact_dir)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalArtifactRepository, "delete_artifacts", refuse)
+        done = forget_in_mlflow("acme", home=sqlite)
+    assert len(done.left) == 2 and all("could not be deleted" in line and "Permission denied" in line for line in done.left)
+    assert any("MLflow model prefixfleet.acme" in line for line in done.removed)
+    assert forget_in_mlflow("acme", home=sqlite).left == []
+
+
+@pytest.mark.parametrize("name", ["../acme", "acme/menu", "%", "acme' OR 1=1 --", ""])
+def test_only_ids_are_forgotten(sqlite: Home, name: str) -> None:
+    with pytest.raises(ConfigError, match="is not valid"):
+        forget_in_mlflow(name, home=sqlite)
+    with pytest.raises(ConfigError, match="is not valid"):
+        remove_leftovers(sqlite, name)
+
+
+def test_names_with_an_underscore_match_only_themselves(sqlite: Home, make) -> None:
+    for name in ("a_b", "axb"):
+        register(*make(customer=name, task="menu"))
+    forget_in_mlflow("a_b", home=sqlite)
+    assert lookup("axb/menu").version == 1
+
+
+@pytest.fixture
+def lived_in(tmp_path: Path) -> Home:
+    """A home in which acme and bistro have been through every stage, and share a job that was interrupted."""
+    home = Home(tmp_path / "home")
+    for customer in ("acme", "bistro"):
+        for folder in ("prepared", "prefixes", "evaluations", "comparisons", "staging", "cache/prefixes", "jobs/fleet-1"):
+            place = home.root / folder / customer / "default"
+            place.mkdir(parents=True)
+            (place / "content").write_text(f"secret of {customer}")
+            (place / ".half.tmp").write_text(f"secret of {customer}")
+        write_json(home.root / "registered" / customer / "default.json", {"format": 1, "of": f"secret of {customer}"})
+    job = {
+        "format": 3,
+        "name": "fleet-1",
+        "customers": [{"customer": c, "task": "default", "note": f"secret of {c}"} for c in ("acme", "bistro")],
+    }
+    (home.root / "jobs/fleet-1/job.yaml").write_text(yaml.safe_dump(job))
+    manifest = {
+        "format": 1, "tick": 3, "budget": 1, "asked_budget": 1, "length": 5, "slots": ["acme", None, "bistro", "acme/menu"],
+        "finished": ["acme"], "parked": ["bistro"], "done": 0, "failed": {"acme/x": "secret of acme", "bistro/x": "no"},
+    }  # fmt: skip
+    write_json(home.root / "jobs/fleet-1/checkpoint.json", manifest)
+    rows = [
+        {"key": key, "status": "done", "metric": "bleu", "reasons": [f"secret of {key}"]}
+        for key in ("acme", "acme/menu", "bistro")
+    ]
+    from pipeline.evaluation.report import fleet_report
+
+    fleet_report(rows, home.root / "reports" / "fleet.html")
+    fleet_report(rows[:2], home.root / "reports" / "acme-alone.html")
+    (home.root / "jobs" / "acme").mkdir()  # a job may be called like a customer
+    (home.root / "jobs" / "acme" / "metrics.jsonl").write_text("{}")
+    return home
+
+
+def test_files_of_one_customer_go_and_those_of_others_stay(lived_in: Home) -> None:
+    assert tasks_on_disk(lived_in, "acme") == [CustomerKey("acme")]
+    removed = remove_leftovers(lived_in, "acme")
+    assert files_with("secret of acme", lived_in.root) == []
+    kept = [file for file in files_with("secret of bistro", lived_in.root) if "/reports/" not in file]
+    assert len(kept) == 7 * 2 + 1 + 1  # its folders, its receipt, the job
+    assert "secret of bistro" in (lived_in.root / "reports" / "fleet.json").read_text()
+    assert any(line.startswith("prefixes/acme (") for line in removed) and "acme in reports/fleet.html" in removed
+    manifest = json.loads((lived_in.root / "jobs/fleet-1/checkpoint.json").read_text())
+    assert (manifest["slots"], manifest["finished"], manifest["parked"]) == ([None, None, "bistro", None], [], ["bistro"])
+    assert manifest["failed"] == {"bistro/x": "no"} and manifest["tick"] == 3
+    assert not list((lived_in.root / "reports").glob("acme-alone*")) and (lived_in.root / "jobs" / "acme").is_dir()
+    assert remove_leftovers(lived_in, "acme") == []
+    remove_leftovers(lived_in, "bistro")
+    assert files_with("secret", lived_in.root) == [] and not (lived_in.root / "jobs/fleet-1").exists()
+
+
+def test_sqlite_gives_up_the_pages_that_deleted_rows_lay_on(sqlite: Home, make) -> None:
+    register(*with_secret(make()))
+    plain = MlflowClient()
+    plain.delete_registered_model("prefixfleet.acme")
+    # This is why: MLflow's own deletion leaves the text in the file.
+    assert files_with(SECRET, sqlite.root) and SECRET.encode() in sqlite.mlflow_database.read_bytes()
+    forget_in_mlflow("acme", home=sqlite)
+    assert SECRET.encode() not in sqlite.mlflow_database.read_bytes()
+    with sqlite3.connect(sqlite.mlflow_database) as database:
+        assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
