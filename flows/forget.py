@@ -47,19 +47,29 @@ def forget(customer: str, home: Home, backend_store_uri: str | None = None) -> F
 
         done = forget_in_mlflow(customer, backend_store_uri, home, count)
         done.removed += remove_leftovers(home, customer)
-        done.removed += _forget_in_prefect(customer, home)
+        # Where there never was a Prefect, none is started.
+        if os.environ.get("PREFECT_API_URL") or (home.prefect / "prefect.db").exists():
+            with prefect_api(home):
+                from prefect.client.orchestration import get_client
+
+                with get_client(sync_client=True) as client:
+                    done.removed += forget_in_prefect(client, customer)
     return done
 
 
-def _forget_in_prefect(customer: str, home: Home) -> list[str]:
-    """Deployments and schedules that train the customer, flow runs that were about it alone, and its rows in the tables of other runs."""
-    if not os.environ.get("PREFECT_API_URL") and not (home.prefect / "prefect.db").exists():
-        return []
-    with prefect_api(home):
-        from prefect.client.orchestration import get_client
+def forget_in_prefect(client: Any, customer: str) -> Iterator[str]:
+    """Remove deployments and schedules that train the customer, flow runs that were about it alone, and its rows in the tables of other runs.
 
-        with get_client(sync_client=True) as client:
-            return [*_deployments(client, customer), *_flow_runs(client, customer), *_artifacts(client, customer)]
+    Args:
+        client: of Prefect, synchronous.
+        customer: an id.
+
+    Returns:
+        what was removed, in words.
+    """
+    yield from _deployments(client, customer)
+    yield from _flow_runs(client, customer)
+    yield from _artifacts(client, customer)
 
 
 def _pages(read: Any, **arguments: Any) -> Iterator[Any]:
