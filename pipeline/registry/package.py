@@ -4,6 +4,7 @@ In: a prefix folder, perhaps an evaluation folder. Out: a folder to upload. Know
 """
 
 import contextlib
+import functools
 import importlib.metadata
 import json
 import shutil
@@ -84,6 +85,7 @@ def staging(place: Path) -> Iterator[Path]:
         shutil.rmtree(place, ignore_errors=True)
 
 
+@functools.cache  # reading what is installed takes as long as writing the rest of the folder
 def _requirements() -> list[str]:
     # A local version such as 2.13.0+cpu is on no index.
     pinned = [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in _REQUIREMENTS]
