@@ -166,12 +166,17 @@ def translated(doing: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         raise RegistryError(
             f"{doing}: MLflow at {shown_uri()} needs the Python module {error.name!r}, which is not installed. Install the driver of that "
-            "database (psycopg2-binary for postgresql://, pymysql for mysql+pymysql://), or correct MLFLOW_TRACKING_URI."
+            "database (psycopg2-binary for postgresql://, pymysql for mysql+pymysql://) or store (boto3 for s3://), or correct "
+            "MLFLOW_TRACKING_URI."
         ) from error
-    except (MlflowException, RequestException, SQLAlchemyError) as error:
+    except Exception as error:
+        # boto3 is there only if artifacts go to S3 past the server, so its errors are known by where they come from.
+        of_s3 = type(error).__module__.partition(".")[0] in ("botocore", "boto3", "s3transfer")
+        if not of_s3 and not isinstance(error, MlflowException | RequestException | SQLAlchemyError):
+            raise
         reason = redact(str(error)).strip()
         # MLflow 3.17 has no class of its own for a server that does not answer (rest_utils.http_request).
-        if isinstance(error, RequestException) or "API request to" in reason:
+        if isinstance(error, RequestException) or "API request to" in reason or "Could not connect to the endpoint" in reason:
             raise RegistryError(
                 f"{doing}: MLflow at {shown_uri()} does not answer. Start it, or correct MLFLOW_TRACKING_URI and "
                 "MLFLOW_REGISTRY_URI; with both unset an embedded store is used. What is trained stays on disk: run the same "
