@@ -103,6 +103,12 @@ def _inspect(name: str, folder: Path, revision: str | None, digests: Path | None
     causal = any(a.endswith(_CAUSAL) for a in architectures)
     seq2seq = any(a.endswith(_SEQ2SEQ) for a in architectures) and bool(config.get("is_encoder_decoder"))
     if not causal and not seq2seq:
+        if any(a.endswith(_SEQ2SEQ) for a in architectures):
+            # …ForConditionalGeneration is also what transformers calls models that see or hear (Gemma 3, Qwen-VL).
+            raise BaseModelError(
+                f"base model {name}: {', '.join(architectures)} is no encoder-decoder (config.json does not say is_encoder_decoder): it takes images "
+                "or sound besides text. Choose its text-only form (…ForCausalLM), or save one from it: the language model with its text_config."
+            )
         raise BaseModelError(
             f"base model {name}: {', '.join(architectures) or 'no architecture named in config.json'} is neither a causal language model "
             "(…ForCausalLM) nor an encoder-decoder (…ForConditionalGeneration). Choose a generative base."

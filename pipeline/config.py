@@ -197,6 +197,10 @@ class PrefixSettings(Settings):
         return self
 
 
+# By `prefix.reparam`: the rates of AdamW that learned fastest and stayed steady on the example base; docs/method.md has the figures.
+LEARNING_RATES = {"none": 0.1, "mlp": 1e-3, "embedding": 0.1}
+
+
 class TrainingSettings(Settings):
     """AdamW on the prefix; the base never changes."""
 
@@ -207,7 +211,12 @@ class TrainingSettings(Settings):
         ge=1,
         description="an optimiser step has so many times batch_size rows; how they are packed into micro-batches is the job's own affair",
     )
-    lr: float = Field(0.1, gt=0, description="peak learning rate; keys and values trained directly want far more than weights do")
+    lr: float = Field(
+        LEARNING_RATES["none"],
+        gt=0,
+        description="peak learning rate; keys and values trained directly want far more than weights do. Where neither the customer nor the "
+        f"defaults give one, it is {LEARNING_RATES['mlp']} with prefix.reparam: mlp",
+    )
     schedule: Literal["linear", "cosine", "constant"] = Field(
         "linear", description="of the learning rate, down to zero at max_steps"
     )
@@ -359,6 +368,22 @@ class Customer(Settings):
     prefix: PrefixSettings = PrefixSettings()
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rate_of_the_parameterisation(cls, value: Any) -> Any:
+        """A learning rate that nobody gives is that of `prefix.reparam`: what is right for keys and values takes an MLP apart."""
+        if not isinstance(value, dict):
+            return value
+        prefix, training = (
+            section.model_dump(exclude_unset=True) if isinstance(section, Settings) else section
+            for section in (value.get("prefix", {}), value.get("training", {}))
+        )
+        # Whatever else is wrong with either is said by their own checks.
+        reparam = prefix.get("reparam") if isinstance(prefix, dict) else None
+        if isinstance(training, dict) and isinstance(reparam, str) and reparam in LEARNING_RATES:
+            value = {**value, "training": {"lr": LEARNING_RATES[reparam], **training}}
+        return value
 
     @field_validator("id", "task")
     @classmethod

@@ -43,3 +43,17 @@ def shared() -> Path:
 def example_base() -> Path:
     """The embedded base model."""
     return ROOT / "examples" / "base"
+
+
+# The files that take longest go first, so that the last of the processes that share the tests does not end with one of them alone.
+_LONGEST = ("pipeline/training", "flows/test_exchange", "flows", "pipeline/registry", "pipeline/compare", "pipeline/inference")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the files; the order within a file stays."""
+
+    def place(item: pytest.Item) -> int:
+        file = item.path.relative_to(ROOT / "tests").as_posix()
+        return next((i for i, start in enumerate(_LONGEST) if file.startswith(start)), len(_LONGEST))
+
+    items.sort(key=place)

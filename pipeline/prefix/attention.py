@@ -1,6 +1,6 @@
 """Where the prefix enters a block: an attention function that puts each row's prefix before the keys and values of the sequence.
 
-It is registered with transformers' `AttentionInterface`, so the model itself is unchanged (Li & Liang 2021, equation 2: `h_i` is a trained
+It is registered with transformers' `AttentionInterface`, so the model itself is unchanged (Li & Liang 2021, section 4.2: `h_i` is a trained
 parameter where i stands in the prefix, and the frozen LM's own activation elsewhere). Knows nothing of training or generation: which prefix
 belongs to which row is what `ActivePrefix` holds for the forward (and backward) pass under way.
 """
@@ -102,8 +102,12 @@ class ActivePrefix:
 
 def _repeated(values: torch.Tensor, batch: int) -> torch.Tensor:
     # Beam search repeats each row `num_beams` times, beams of a row side by side.
-    beams, rest = divmod(batch, len(values))
-    assert rest == 0, f"{batch} rows do not stand for {len(values)} prefixes"
+    beams, rest = divmod(batch, len(values)) if len(values) else (0, batch)
+    if rest:
+        raise PrefixError(
+            f"the batch has {batch} rows and base.prefixes(bank, rows) was given {len(values)}: name one slot of the bank for each row of the batch "
+            "(or for each prompt, where generation makes several rows of one)."
+        )
     return values if beams == 1 else values.repeat_interleave(beams)
 
 

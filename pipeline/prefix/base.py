@@ -302,7 +302,14 @@ def attach(model: Any, max_positions: int | None = None, attention: str = "sdpa"
         BaseModelError: its attention does not go through transformers' attention interface, so a prefix would be ignored silently; the kernel
             does not compute what the model needs; or the check found that a prefix is not seen as it must be.
     """
-    assert attention in KERNELS, attention
+    if attention not in KERNELS:
+        raise BaseModelError(f"attention: {attention!r} is no kernel. Choose {', '.join(KERNELS)}.")
+    if any(isinstance(getattr(module, "_prefixfleet", None), ActivePrefix) for module in model.modules()):
+        # Its modules would stand for two bases, and its positions would be shifted twice.
+        raise BaseModelError(
+            f"model type {model.config.model_type!r}: this model has the prefix hook already. Use the base that attach() returned, or load the model "
+            "again."
+        )
     model.requires_grad_(False)
     # Dropout would make a row depend on the random numbers its neighbours drew; and gradient checkpointing needs train() mode.
     for module in model.modules():

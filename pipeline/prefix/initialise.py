@@ -8,7 +8,7 @@ import torch
 from pipeline.errors import PrefixError
 from pipeline.prefix.bank import Prefix, Site
 from pipeline.prefix.base import FrozenBase
-from pipeline.prefix.store import is_infix, load_prefix
+from pipeline.prefix.store import is_infix, load_prefix, require
 
 RANDOM_STD = 0.02
 KINDS = ("decoder.self", "encoder.self", "decoder.cross")
@@ -107,9 +107,10 @@ def from_prefix(folder: Path, base_digest: str, sites: Mapping[str, Site], lengt
 
     Raises:
         PrefixError: it is damaged, or for another base, other sites, another length or place.
-        StorageError: there is no such folder.
+        StorageError: there is no such folder, or its prefix.json does not say what it must.
     """
     prefix, config = load_prefix(folder)
+    require(folder, config, "prefix.length")
     theirs, digest = config["prefix"], config["base"]["digest"]
     if digest != base_digest:
         raise PrefixError(

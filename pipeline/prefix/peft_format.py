@@ -22,7 +22,7 @@ from pipeline.files import whole_folder
 from pipeline.prefix.bank import Prefix, PrefixBank
 from pipeline.prefix.base import FrozenBase
 from pipeline.prefix.embedding import EmbeddingOnly
-from pipeline.prefix.store import is_infix, load_prefix
+from pipeline.prefix.store import is_infix, load_prefix, require
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -37,6 +37,7 @@ def export_peft(prefix_dir: Path, out: Path) -> None:
         StorageError: the prefix is missing, or `out` cannot be written.
     """
     prefix, config = load_prefix(prefix_dir)
+    require(prefix_dir, config, "base.id", "base.revision", "base.is_encoder_decoder")
     if out.exists():
         raise PrefixError(f"{out}: is there already. Choose another folder, or delete it.")
     reason = _unknown_to_peft(prefix, config)
@@ -110,24 +111,33 @@ def import_peft(folder: Path, base: FrozenBase) -> Prefix:
     A projection is computed, embeddings of prompt tuning are run through the base: what comes out is flat keys and values.
 
     Raises:
-        PrefixError: damaged, pickled, of another type of adapter, or not for this base.
+        PrefixError: damaged, pickled, of another type of adapter, with numbers that are not finite, too long, or not for this base.
     """
     config = read_adapter_config(folder)
+    prompt = config["peft_type"] == "PROMPT_TUNING"
+    if config.get("task_type") == ("CAUSAL_LM" if base.is_encoder_decoder else "SEQ_2_SEQ_LM"):
+        raise PrefixError(
+            f"{folder}: was made for {config['task_type']}, and {base.model.config.model_type} in {base.folder} is "
+            f"{'an encoder-decoder' if base.is_encoder_decoder else 'decoder-only'}. It was made for another base "
+            f"({config.get('base_model_name_or_path')})."
+        )
+    if prompt and base.is_encoder_decoder:
+        raise PrefixError(
+            f"{folder}: is prompt tuning for an encoder-decoder ({base.model.config.model_type}), which puts embeddings before the encoder's input: "
+            "positions of a sequence, not keys and values of every layer, so no prefix is equal to it. Tune with PEFT's PrefixTuningConfig, "
+            "or train a prefix here."
+        )
     tensors = _tensors(folder)
-    if config["peft_type"] == "PROMPT_TUNING":
-        return _of_embeddings(folder, _one(tensors, folder), base)
     table = tensors.get("prompt_embeddings")
-    flat = table if table is not None else _projected(tensors, folder)
+    flat = _one(tensors, folder) if prompt else table if table is not None else _projected(tensors, folder)
+    _check_numbers(folder, flat, config, base)
+    if prompt:
+        return _of_embeddings(folder, flat, base)
     sites = {name: site for name, site in base.sites.items() if name.startswith("decoder.self.")}
     doubled = config.get("num_transformer_submodules") == 2
     width = 2 * sites["decoder.self.0"].heads * sites["decoder.self.0"].head_dim
     stored = flat.shape[-1] // width
-    if (
-        flat.dim() != 2
-        or flat.shape[1] != stored * width
-        or stored not in (len(sites), len(sites) | doubled)
-        or len(set(sites.values())) > 1
-    ):
+    if flat.shape[1] != stored * width or stored not in (len(sites), len(sites) | doubled) or len(set(sites.values())) > 1:
         raise PrefixError(
             f"{folder}: holds {list(flat.shape)} numbers; a prefix for {base.model.config.model_type} in {base.folder} has {len(sites) * width} for "
             f"each of its virtual tokens ({len(sites)} layers). It was made for another base ({config.get('base_model_name_or_path')})."
@@ -157,6 +167,35 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
         raise PrefixError(f"{file}: cannot be read ({error}). Save the adapter again.") from error
 
 
+def _check_numbers(folder: Path, flat: torch.Tensor, config: dict[str, Any], base: FrozenBase) -> None:
+    """Refuse what is no table [P, …] of finite numbers, or longer than the base.
+
+    Raises:
+        PrefixError: it is not.
+    """
+    place = f"{folder / WEIGHTS}"
+    if flat.dim() != 2 or 0 in flat.shape:
+        raise PrefixError(
+            f"{place}: holds a tensor of shape {list(flat.shape)}, not one row for each virtual token. Save it again with PEFT."
+        )
+    if not flat.is_floating_point() or not bool(flat.isfinite().all()):
+        raise PrefixError(
+            f"{place}: holds numbers that are not finite, or none that can be trained ({flat.dtype}). Its training failed, or it was damaged: train "
+            "it again."
+        )
+    if config.get("num_virtual_tokens", len(flat)) != len(flat):
+        raise PrefixError(
+            f"{place}: has {len(flat)} virtual tokens, {CONFIG} says {config['num_virtual_tokens']}. They are not of one adapter: save it again "
+            "with PEFT."
+        )
+    limit = base.max_positions
+    if limit is not None and len(flat) >= limit:
+        raise PrefixError(
+            f"{place}: has {len(flat)} virtual tokens, and {base.model.config.model_type} in {base.folder} has {limit} positions for prefix and "
+            "sequence together. Train a shorter one."
+        )
+
+
 def _one(tensors: dict[str, torch.Tensor], folder: Path) -> torch.Tensor:
     found = [t for name, t in tensors.items() if name == "prompt_embeddings" or name.endswith("embedding.weight")]
     if len(found) != 1:
@@ -171,7 +210,12 @@ def _projected(tensors: dict[str, torch.Tensor], folder: Path) -> torch.Tensor:
     by_end = {end: [t for name, t in tensors.items() if name.endswith(end)] for end in _ENCODER}
     if len(by_end["embedding.weight"]) == 1 and all(len(found) == 1 for found in by_end.values()):
         (given,), (w0,), (b0,), (w2,), (b2,) = (by_end[end] for end in _ENCODER)
-        return torch.tanh(given.float() @ w0.float().T + b0.float()) @ w2.float().T + b2.float()
+        try:
+            return torch.tanh(given.float() @ w0.float().T + b0.float()) @ w2.float().T + b2.float()
+        except RuntimeError as error:
+            raise PrefixError(
+                f"{folder / WEIGHTS}: the parts of its projection do not fit together ({error}). Save it again with PEFT."
+            ) from error
     return _one(tensors, folder)
 
 
@@ -180,7 +224,7 @@ _ENCODER = ("embedding.weight", "transform.0.weight", "transform.0.bias", "trans
 
 def _of_embeddings(folder: Path, embeddings: torch.Tensor, base: FrozenBase) -> Prefix:
     width = base.model.get_input_embeddings().weight.shape[1]
-    if embeddings.dim() != 2 or embeddings.shape[1] != width:
+    if embeddings.shape[1] != width:
         raise PrefixError(
             f"{folder}: holds embeddings {list(embeddings.shape)}, those of {base.model.config.model_type} in {base.folder} are {width} wide. "
             "It was made for another base."

@@ -2,7 +2,8 @@
 
 In: a base with the hook on. Out: nothing, or an error. Three passes over a few tokens are compared with what is computed without the hook's kernel,
 concatenation and masks: each attention output and the logits with attention worked by hand from the definition, and the logits behind a text's
-prefix with those of the model's own eager attention that has the text in front as a prompt. The last also proves positions.
+prefix with those of the model's own eager attention that has the text in front as a prompt. The last also proves positions; where experts make
+logits too rough for that, queries and keys do.
 """
 
 import math
@@ -27,8 +28,11 @@ ATTENTION = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torc
 # How far logits may be, as a part of their length (Euclidean). Measured on models of 24 layers: 1e-6 in float32, 1e-2 in bfloat16; positions that
 # are not shifted give 0.2 to 0.6 on every family that is tested, no prefix at all 1 and more.
 LOGITS = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
-# In 16 bit, rounding sends a token to other experts now and then: up to 0.5.
+# In 16 bit, rounding sends a token to other experts now and then: up to 0.5. What that hides is looked for in queries and keys, see `_placed`.
 LOGITS_OF_EXPERTS = 0.7
+# How far those may be, as a part of their length: from equal inputs, equal positions give equal ones, up to the rounding of one matrix product.
+# Positions that are not shifted turn them by 0.3 and more.
+PLACED = 0.05
 
 
 @torch.no_grad()
@@ -57,18 +61,23 @@ def prove(base: "FrozenBase") -> None:
             found = logits()
         with _checking(base, lambda call, output: by_hand(call).to(output.dtype)), _implementation(base, IMPLEMENTATION, "sdpa"):
             expected = logits()
-    errors = {"with attention by hand": _distance(found, expected)}
+    errors = {"logits with attention by hand": _distance(found, expected)}
     if not base.is_encoder_decoder:
-        errors["with the text as a prompt"] = _distance(*_behind_a_text(base))
+        errors["logits with the text as a prompt"] = _distance(*_behind_a_text(base))
 
     # Quantised layers round activations to 8 bit, and TensorFloat-32 to less than float32, whatever the dtype.
     rough = getattr(model, "is_quantized", False) or torch.get_float32_matmul_precision() != "highest"
     dtype = torch.bfloat16 if rough else model.dtype
+    misplaced = 0.0
     at_most, allowed = ATTENTION.get(model.dtype, 5e-2), LOGITS.get(dtype, 0.1)
     if dtype.itemsize == 2 and _has_experts(model):
         allowed = LOGITS_OF_EXPERTS
+        if not base.is_encoder_decoder:
+            misplaced = _placed(base)
     worst, effect = max(deviations, default=math.inf), _distance(found, plain)
-    wrong = [f"{error:.1e} off the logits {name}" for name, error in errors.items() if not error <= allowed]
+    wrong = [f"{error:.1e} off the {name}" for name, error in errors.items() if not error <= allowed]
+    if not misplaced <= PLACED:
+        wrong.append(f"{misplaced:.1e} off the queries with the text as a prompt")
     if len(deviations) != len(base.sites):
         wrong.append(f"{len(deviations)} of {len(base.sites)} attention layers asked for their prefix")
     if not worst <= at_most:
@@ -106,9 +115,53 @@ def _behind_a_text(base: "FrozenBase") -> tuple[torch.Tensor, torch.Tensor]:
     return found, expected
 
 
+def _placed(base: "FrozenBase") -> float:
+    """How far the queries and keys of tokens behind a prefix are from those of the same tokens behind as many others, from equal inputs.
+
+    Which experts a token is sent to makes no difference here: the second pass gets, in front of every attention layer, what the first one had
+    there. What is left is where the tokens stand: learned positions are in the first layer's input, rotary ones in queries and keys.
+    """
+    ids = torch.arange(1, COLUMNS + 5, device=base.device)[None] % base.model.get_input_embeddings().num_embeddings
+    text, sequence = COLUMNS, ids.shape[1] - COLUMNS
+    bank = PrefixBank(base.sites, slots=2, length=COLUMNS, device=base.device)
+    bank.put(1, _random_bank(base).take(0))
+    layers = [module for module in base.model.modules() if hasattr(module, "_prefixfleet_site")]
+    passes: list[list[torch.Tensor]] = []
+    inputs: dict[torch.nn.Module, torch.Tensor] = {}
+    worst = 0.0
+
+    def note(call: Call, output: torch.Tensor) -> torch.Tensor:
+        both = (call.query, call.sequence[0])  # [1, heads, T, head_dim]
+        passes[-1].extend(tensor[:, :, -sequence:] for tensor in both)
+        return output
+
+    def swap(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        nonlocal worst
+        given: torch.Tensor = args[0] if args else kwargs["hidden_states"]  # [1, T, hidden size]
+        if len(passes) == 1:
+            inputs[module] = given[:, text:].clone()
+            return args, kwargs
+        if module is next(iter(inputs)):
+            worst = _distance(given, inputs[module])
+        return ((inputs[module], *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": inputs[module]})
+
+    hooks = [layer.register_forward_pre_hook(swap, with_kwargs=True) for layer in layers]
+    try:
+        for slot, tokens in ((0, ids), (1, ids[:, text:])):
+            passes.append([])
+            with base.prefixes(bank, torch.tensor([slot], device=base.device)), _checking(base, note):
+                base.model(input_ids=tokens, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return max([worst, *(_distance(found, expected) for expected, found in zip(*passes, strict=True))])
+
+
 def _has_experts(model: Any) -> bool:
     config = model.config.get_text_config(decoder=True)
-    return any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    return any(
+        getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    )
 
 
 @contextmanager

@@ -16,6 +16,16 @@ from pipeline.prefix.bank import Prefix
 
 FORMAT = 1
 
+# What is asked of prefix.json somewhere in this room, and what it may be.
+_KINDS: dict[str, tuple[type, ...]] = {
+    "weights_sha256": (str,),
+    "prefix.length": (int,),
+    "base.id": (str,),
+    "base.revision": (str, type(None)),
+    "base.digest": (str,),
+    "base.is_encoder_decoder": (bool,),
+}
+
 
 def save_prefix(folder: Path, prefix: Prefix, config: dict[str, Any]) -> None:
     """Write a prefix folder. `config` is the content of prefix.json; format and digest of the weights are added.
@@ -37,12 +47,26 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The content of prefix.json.
 
     Raises:
-        StorageError: missing or damaged.
+        StorageError: missing or damaged, or it does not say which base and weights it belongs to.
     """
     config = read_json(folder / "prefix.json", FORMAT)
-    if "weights_sha256" not in config:
-        raise StorageError(f"{folder / 'prefix.json'}: names no weights. It was damaged or changed: train or download it again.")
+    require(folder, config, "weights_sha256", "base.digest")
     return config
+
+
+def require(folder: Path, config: dict[str, Any], *names: str) -> None:
+    """Refuse a prefix.json without what is needed of it; names are `section.key`.
+
+    Raises:
+        StorageError: one of them is missing or of another kind.
+    """
+    for name in names:
+        section, _, key = name.rpartition(".")
+        held = config.get(section) if section else config
+        if not isinstance(held, dict) or key not in held or not isinstance(held[key], _KINDS[name]):
+            raise StorageError(
+                f"{folder / 'prefix.json'}: has no {name}, or not of the right kind. It was damaged or changed: train or download it again."
+            )
 
 
 def weights_digest(prefix: Prefix) -> str:

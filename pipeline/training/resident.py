@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import get_scheduler
 
 from pipeline.errors import TrainingError
 from pipeline.prefix.bank import Flat, Prefix
@@ -227,10 +226,20 @@ class Resident:
 
 
 def _schedule(settings: JobTraining) -> Callable[[int], float]:
-    """transformers' schedule as a function of the steps taken, so that there is no state to keep."""
-    # transformers calls the constant schedule that can warm up by another name.
-    name = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler: Any = get_scheduler(name, optimizer, num_warmup_steps=settings.warmup_steps, num_training_steps=settings.max_steps)
-    factor: Callable[[int], float] = scheduler.lr_lambdas[0]
+    """The share of `lr` as a function of the steps taken, so that there is no state to keep: transformers' schedules of the same names.
+
+    Not taken from there: importing `transformers.get_scheduler` imports PEFT and what that imports, a second of every start.
+    """
+    warmup, last = settings.warmup_steps, settings.max_steps
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return step / max(1, warmup)
+        if settings.schedule == "constant":
+            return 1.0
+        span = max(1, last - warmup)
+        if settings.schedule == "cosine":
+            return max(0.0, 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / span)))
+        return max(0.0, (last - step) / span)
+
     return factor

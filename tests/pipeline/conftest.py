@@ -83,6 +83,11 @@ def rows(seed: int, count: int = 60) -> list[dict[str, str]]:
 @pytest.fixture
 def make_job(tiny_base: Path, tmp_path: Path) -> Callable[..., tuple[Job, Path]]:
     """Prepare data for customers `c0`, `c1`, … and write a job for them; keyword arguments change the training settings."""
+    return job_maker(tiny_base, tmp_path)
+
+
+def job_maker(tiny_base: Path, tmp_path: Path) -> Callable[..., tuple[Job, Path]]:
+    """What makes jobs below `tmp_path`; see `make_job`."""
 
     def make(
         customers: int = 1,

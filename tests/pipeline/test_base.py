@@ -102,6 +102,16 @@ def test_a_model_that_generates_nothing_is_refused_by_name(copy: Path) -> None:
         resolve_base(str(copy))
 
 
+def test_a_model_that_also_sees_is_refused_as_such_and_not_as_what_it_is_called(copy: Path) -> None:
+    """Gemma 3's architecture of text and images ends as those of encoder-decoders do."""
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "architectures": ["Gemma3ForConditionalGeneration"]}))
+    with pytest.raises(
+        BaseModelError, match=r"Gemma3ForConditionalGeneration is no encoder-decoder.*images.*text-only.*ForCausalLM"
+    ):
+        resolve_base(str(copy))
+
+
 def test_a_hub_id_offline_is_an_error_at_once() -> None:
     with pytest.raises(BaseModelError, match="HF_HUB_OFFLINE is set"):
         resolve_base("some-org/some-model")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import Fleet, load_fleet
+from pipeline.config import LEARNING_RATES, Customer, DataSettings, Fleet, PrefixSettings, TrainingSettings, load_fleet
 from pipeline.errors import ConfigError
 from pipeline.keys import CustomerKey
 
@@ -219,6 +219,25 @@ customers:
     assert (a.layers, b.layers, a.sites) == (2, "all", ("decoder.self", "decoder.cross"))
     assert (a.init_prefix, b.init_prefix) == (str(tmp_path / "old" / "prefix"), "champion")
     assert (fleet.base_model.quantization, fleet.base_model.attention) == ("int4", "flex_attention")
+
+
+def test_a_learning_rate_that_nobody_gives_is_that_of_the_parameterisation(tmp_path: Path) -> None:
+    customers = """customers:
+  - {id: plain, data: a.jsonl}
+  - {id: mlp, data: a.jsonl, prefix: {reparam: mlp}, training: {max_steps: 7}}
+  - {id: embedding, data: a.jsonl, prefix: {reparam: embedding}}
+  - {id: own, data: a.jsonl, prefix: {reparam: mlp}, training: {lr: 0.5}}
+"""
+    plain, mlp, embedding, own = load(tmp_path, HEAD + customers).customers
+    rates = [one.training.lr for one in (plain, mlp, embedding, own)]
+    assert rates == [LEARNING_RATES["none"], LEARNING_RATES["mlp"], LEARNING_RATES["embedding"], 0.5]
+    assert mlp.training.lr <= plain.training.lr / 10 and mlp.training.max_steps == 7
+    # Said in the defaults it is said for all.
+    assert {one.training.lr for one in load(tmp_path, HEAD + "defaults: {training: {lr: 0.5}}\n" + customers).customers} == {0.5}
+    # The parameterisation may stand in the defaults, and settings may be objects.
+    inherited = load(tmp_path, HEAD + "defaults: {prefix: {reparam: mlp}}\n" + customers).customers[0]
+    built = Customer(id="x", data=DataSettings(path="a.jsonl"), prefix=PrefixSettings(reparam="mlp"), training=TrainingSettings())
+    assert inherited.training.lr == built.training.lr == LEARNING_RATES["mlp"]
 
 
 def test_a_preset_brings_its_metrics_and_the_gate_takes_the_first(tmp_path: Path) -> None:

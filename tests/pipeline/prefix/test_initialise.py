@@ -165,7 +165,8 @@ def test_embedding_only_gets_the_gradient_of_the_prefill(checkpointing: bool) ->
 
 
 def saved(folder: Path, base: FrozenBase, length: int = 4, digest: str = DIGEST) -> Path:
-    content = {"base": {"digest": digest}, "prefix": {"length": length, "placement": "prefix"}}
+    of_base = {"id": "some/base", "revision": None, "digest": digest, "is_encoder_decoder": base.is_encoder_decoder}
+    content = {"base": of_base, "prefix": {"length": length, "placement": "prefix"}}
     save_prefix(folder, from_random(base.sites, length, seed=5), content)
     return folder
 

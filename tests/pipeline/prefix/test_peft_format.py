@@ -21,7 +21,7 @@ TEXT = [5, 6, 7, 8]
 
 def saved(folder: Path, base: FrozenBase, prefix: Prefix, **settings: Any) -> Path:
     config = {
-        "base": {"id": "some/base", "revision": None, "is_encoder_decoder": base.is_encoder_decoder},
+        "base": {"id": "some/base", "revision": None, "digest": "b" * 64, "is_encoder_decoder": base.is_encoder_decoder},
         "prefix": {"length": 4, "layers": "all", "placement": "prefix", **settings},
     }
     save_prefix(folder, prefix, config)
@@ -134,3 +134,67 @@ def test_adapters_that_are_not_ours_to_read_are_refused(tmp_path: Path) -> None:
     with pytest.raises(PrefixError, match="pickled"):
         import_peft(tmp_path / "gpt2", base)
     assert json.loads((tmp_path / "gpt2" / "adapter_config.json").read_text())["peft_type"] == "PREFIX_TUNING"
+
+
+@pytest.fixture(scope="module")
+def llama() -> FrozenBase:
+    return attach(tiny_model("llama"), max_positions=64)
+
+
+@pytest.mark.parametrize("kind", ["PREFIX_TUNING", "PROMPT_TUNING"])
+@pytest.mark.parametrize(
+    ("table", "reason"),
+    [
+        (torch.tensor(1.0), r"shape \[\], not one row for each virtual token"),
+        (torch.zeros(0, 96), r"shape \[0, 96\], not one row"),
+        (torch.zeros(96), r"shape \[96\], not one row"),
+        (torch.full((4, 96), float("nan")), r"not finite.*train it again"),
+        (torch.full((4, 96), float("inf")), r"not finite.*train it again"),
+        (torch.zeros(4, 96, dtype=torch.int64), r"torch\.int64"),
+        (torch.zeros(3, 96), r"has 3 virtual tokens, adapter_config\.json says 4"),
+    ],
+)
+def test_numbers_that_are_no_prefix_are_refused_with_the_file_and_what_is_wrong(
+    tmp_path: Path, llama: FrozenBase, kind: str, table: torch.Tensor, reason: str
+) -> None:
+    adapter(tmp_path, table, peft_type=kind)
+    with pytest.raises(PrefixError, match=rf"adapter_model\.safetensors: .*{reason}"):
+        import_peft(tmp_path, llama)
+
+
+def adapter(folder: Path, table: torch.Tensor, **config: Any) -> None:
+    save_file({"prompt_embeddings": table}, folder / "adapter_model.safetensors")
+    content = {"peft_type": "PREFIX_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 4, **config}
+    (folder / "adapter_config.json").write_text(json.dumps(content))
+
+
+def test_an_adapter_as_long_as_the_base_has_positions_is_refused(tmp_path: Path, llama: FrozenBase) -> None:
+    adapter(tmp_path, torch.zeros(64, 96), num_virtual_tokens=64)
+    with pytest.raises(PrefixError, match=r"64 virtual tokens.*llama.*64 positions.*[Tt]rain a shorter"):
+        import_peft(tmp_path, llama)
+    adapter(tmp_path, torch.zeros(63, 96), num_virtual_tokens=63)
+    assert import_peft(tmp_path, llama)["decoder.self.0"][0].shape == (2, 63, 8)
+
+
+def test_a_projection_whose_parts_do_not_fit_together_is_refused(tmp_path: Path, llama: FrozenBase) -> None:
+    adapter(tmp_path, torch.zeros(4, 96))
+    parts = {"embedding.weight": (4, 8), "transform.0.weight": (16, 7), "transform.0.bias": (16,), "transform.2.weight": (96, 16)}
+    zeros = {name: torch.zeros(shape) for name, shape in (parts | {"transform.2.bias": (96,)}).items()}
+    save_file(zeros, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(PrefixError, match="projection do not fit together"):
+        import_peft(tmp_path, llama)
+
+
+def test_adapters_of_encoder_decoders_and_of_decoders_are_told_apart(tmp_path: Path, llama: FrozenBase) -> None:
+    t5 = attach(tiny_model("t5"))
+    theirs = get_peft_model(tiny_model("t5"), PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=4))
+    theirs.save_pretrained(tmp_path)
+    # No prefix equals it, and no setting of ours changes that.
+    with pytest.raises(PrefixError, match=r"prompt tuning for an encoder-decoder \(t5\).*PrefixTuningConfig") as refused:
+        import_peft(tmp_path, t5)
+    assert "reparam" not in str(refused.value)
+    with pytest.raises(PrefixError, match=r"made for SEQ_2_SEQ_LM, and llama .* is decoder-only"):
+        import_peft(tmp_path, llama)
+    adapter(tmp_path, torch.zeros(4, 96))
+    with pytest.raises(PrefixError, match=r"made for CAUSAL_LM, and t5 .* is an encoder-decoder"):
+        import_peft(tmp_path, t5)

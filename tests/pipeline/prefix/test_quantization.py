@@ -1,4 +1,4 @@
-"""A base in 8 or 4 bit: loaded, frozen, and a prefix trained on it. Needs the extra `quantization`."""
+"""A base in 8 or 4 bit: loaded, frozen, and a prefix trained on it, through bitsandbytes on the CPU."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +21,6 @@ CPU = torch.device("cpu")
 def test_a_quantised_base_trains_a_prefix_and_stays_as_it_is(
     make_job: MakeJob, quantization: str, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pytest.importorskip("bitsandbytes")
     job, _ = make_job(max_steps=30, eval_every=10, lr=0.1, quantization=quantization, mixing={"slots": 1})
     caplog.clear()
     base = load_base(job.base, CPU)

@@ -2,18 +2,23 @@
 
 import errno
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from pipeline.errors import PrefixError, StorageError
-from pipeline.prefix import load_prefix, save_prefix
+from pipeline.prefix import Site, load_prefix, save_prefix
+from pipeline.prefix.initialise import from_prefix
+from pipeline.prefix.peft_format import export_peft
 
 PREFIX = {"decoder.self.0": (torch.ones(2, 3, 4), torch.zeros(2, 3, 4))}
+BASE: dict[str, Any] = {"id": "some/base", "revision": None, "digest": "b" * 64, "is_encoder_decoder": False}
+CONFIG = {"base": BASE, "prefix": {"length": 3}}
 
 
 def test_saved_prefix_comes_back(tmp_path: Path) -> None:
-    save_prefix(tmp_path / "p", PREFIX, {"customer": "acme"})
+    save_prefix(tmp_path / "p", PREFIX, {**CONFIG, "customer": "acme"})
     prefix, config = load_prefix(tmp_path / "p")
     assert config["customer"] == "acme" and config["format"] == 1
     assert torch.equal(prefix["decoder.self.0"][0], PREFIX["decoder.self.0"][0])
@@ -21,13 +26,13 @@ def test_saved_prefix_comes_back(tmp_path: Path) -> None:
 
 def test_saving_again_replaces_the_folder_and_leaves_nothing_else(tmp_path: Path) -> None:
     for customer in ("a", "b"):
-        save_prefix(tmp_path / "p", PREFIX, {"customer": customer})
+        save_prefix(tmp_path / "p", PREFIX, {**CONFIG, "customer": customer})
     assert load_prefix(tmp_path / "p")[1]["customer"] == "b"
     assert [f.name for f in tmp_path.iterdir()] == ["p"]
 
 
 def test_changed_weights_are_refused(tmp_path: Path) -> None:
-    save_prefix(tmp_path / "p", PREFIX, {})
+    save_prefix(tmp_path / "p", PREFIX, CONFIG)
     file = tmp_path / "p" / "prefix.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -37,7 +42,7 @@ def test_changed_weights_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_said_and_keeps_the_old_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_prefix(tmp_path / "p", PREFIX, {"customer": "old"})
+    save_prefix(tmp_path / "p", PREFIX, {**CONFIG, "customer": "old"})
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -45,7 +50,7 @@ def test_a_full_disk_is_said_and_keeps_the_old_prefix(tmp_path: Path, monkeypatc
     with monkeypatch.context() as patched:
         patched.setattr(Path, "write_bytes", full)
         with pytest.raises(StorageError, match="the disk is full"):
-            save_prefix(tmp_path / "p", PREFIX, {"customer": "new"})
+            save_prefix(tmp_path / "p", PREFIX, {**CONFIG, "customer": "new"})
     assert load_prefix(tmp_path / "p")[1]["customer"] == "old"
 
 
@@ -55,3 +60,33 @@ def test_missing_or_foreign_config_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "prefix.json").write_text('{"format": 99}')
     with pytest.raises(StorageError, match="format 99"):
         load_prefix(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "missing"),
+    [
+        ({"base": None}, r"base\.digest"),
+        ({"base": "some/base"}, r"base\.digest"),
+        ({"base": {**BASE, "digest": None}}, r"base\.digest"),
+        ({"base": {"digest": "b" * 64}}, r"base\.id"),
+        ({"base": {**BASE, "is_encoder_decoder": "no"}}, r"base\.is_encoder_decoder"),
+        ({"prefix": []}, r"prefix\.length"),
+        ({"prefix": {}}, r"prefix\.length"),
+    ],
+)
+def test_a_config_that_does_not_say_whose_base_it_is_for_is_an_error_that_names_what_is_missing(
+    tmp_path: Path, changed: dict[str, Any], missing: str
+) -> None:
+    folder = tmp_path / "p"
+    save_prefix(folder, PREFIX, {**CONFIG, **changed})
+
+    def use() -> None:
+        if "prefix" in changed:  # a warm start
+            from_prefix(folder, BASE["digest"], {"decoder.self.0": Site(2, 4)}, 3, False)
+        elif "digest" in missing:
+            load_prefix(folder)
+        else:
+            export_peft(folder, tmp_path / "out")
+
+    with pytest.raises(StorageError, match=rf"prefix\.json: has no {missing}, .*train or download it again"):
+        use()

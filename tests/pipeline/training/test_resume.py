@@ -23,6 +23,9 @@ from pipeline.training.job import Job, write_job
 from pipeline.training.results import read_result
 from pipeline.training.run import Paused, run_job
 
+from ..conftest import job_maker
+from .warm import Trainer
+
 MakeJob = Callable[..., tuple[Job, Path]]
 
 # Five customers through two slots: whoever is late gets a slot only when another is through.
@@ -54,16 +57,6 @@ def varied(job: Job, path: Path) -> Job:
     return job
 
 
-def start(path: Path, root: Path, **environment: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "pipeline.training", str(path)],
-        cwd=root,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-
-
 def tick_of(job: Job) -> int:
     """How far a job has come, by its own metrics."""
     try:
@@ -73,8 +66,9 @@ def tick_of(job: Job) -> int:
         return 0
 
 
-@pytest.fixture
-def undisturbed(make_job: MakeJob) -> tuple[Job, list[str]]:
+@pytest.fixture(scope="module")
+def undisturbed(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, list[str]]:
+    make_job = job_maker(tiny_base, tmp_path_factory.mktemp("undisturbed"))
     job = varied(*make_job(customers=5, name="undisturbed", mixing=MIXING))
     assert run_job(job) == 0
     return job, digests(job)
@@ -91,7 +85,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_prefixes_bit_for_bit(
     for _ in range(4):
         from_tick = tick_of(job)
         until = from_tick + moments.randint(1, 12)
-        child = start(path, root)
+        child = Trainer(path, root)
         while child.poll() is None and tick_of(job) < until:
             time.sleep(0.002)
         time.sleep(moments.random() * 0.05)
@@ -138,10 +132,7 @@ def test_stopped_before_every_tick_it_ends_with_the_same_prefixes(make_job: Make
 def test_asked_to_stop_it_leaves_a_checkpoint_and_says_resume_me(make_job: MakeJob, root: Path, how: Any) -> None:
     job, path = make_job(customers=2, max_steps=100_000, eval_every=50_000)
     environment = {"PREFIXFLEET_EXIT_WITH_PARENT": "1"} if how == "parent" else {}
-    child = subprocess.Popen(
-        [sys.executable, "-c", _NOT_IGNORED, "-m", str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )  # fmt: skip
+    child = Trainer(path, root, **environment)
     deadline = time.monotonic() + 120
     while tick_of(job) < 5:
         assert child.poll() is None and time.monotonic() < deadline
@@ -193,15 +184,6 @@ def test_whatever_ends_the_flow_the_job_has_a_checkpoint(make_job: MakeJob, root
         time.sleep(0.1)
     assert checkpoint.tick >= 5
     assert {plain["step"] for _, plain in checkpoint.states.values()} == {checkpoint.tick}
-
-
-# A shell that runs tests in the background ignores SIGINT for all its children.
-_NOT_IGNORED = """
-import runpy, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.argv = ["pipeline.training", sys.argv[2]]
-runpy.run_module("pipeline.training", run_name="__main__")
-"""
 
 
 def stop_after(looks: int) -> Callable[[], bool]:

@@ -8,20 +8,27 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import get_scheduler
 
 from pipeline.data import Record, read_split
 from pipeline.errors import BaseModelError, ConfigError
 from pipeline.inference import load_engine
 from pipeline.prefix import PrefixBank, load_base, load_prefix
+from pipeline.prefix.direct import Direct
 from pipeline.prefix.initialise import from_text
 from pipeline.training.batches import row_losses
 from pipeline.training.job import Job, read_job
+from pipeline.training.resident import Resident
 from pipeline.training.results import read_result
 from pipeline.training.run import run_job
+
+from .crowd import SETTINGS
+from .warm import Trainer
 
 MakeJob = Callable[..., tuple[Job, Path]]
 
@@ -85,6 +92,22 @@ def test_a_customer_gets_the_same_prefix_alone_and_after_others(make_job: MakeJo
     run_job(alone)
     a, b = weights(together, 2), weights(alone)
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize(("name", "theirs"), [("linear", "linear"), ("cosine", "cosine"), ("constant", "constant_with_warmup")])
+@pytest.mark.parametrize(("warmup", "last"), [(0, 12), (5, 12), (12, 12), (20, 12)])
+def test_schedules_are_those_of_transformers(name: str, theirs: str, warmup: int, last: int) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    expected = get_scheduler(theirs, optimizer, num_warmup_steps=warmup, num_training_steps=last)
+    settings = replace(SETTINGS, schedule=name, warmup_steps=warmup, max_steps=last, lr=1.0)
+    resident = Resident(
+        Direct({"decoder.self.0": (torch.zeros(1, 1, 2), torch.zeros(1, 1, 2))}, torch.device("cpu")), False, [], [], settings
+    )
+    for step in range(last + 2):
+        resident.step = step
+        assert resident.lr == pytest.approx(expected.get_last_lr()[0], abs=1e-15), step
+        optimizer.step()
+        expected.step()
 
 
 def test_early_stopping_ends_before_max_steps(make_job: MakeJob) -> None:
@@ -228,12 +251,12 @@ def launch(path: Path, config: str, root: Path, **environment: str) -> subproces
 
 
 def test_two_processes_give_the_prefix_of_one(make_job: MakeJob, root: Path) -> None:
-    one, path_one = make_job(name="one")
-    two, path_two = make_job(name="two")
-    for path, config in ((path_one, "cpu"), (path_two, "cpu_2proc")):
-        child = launch(path, config, root)
-        output, _ = child.communicate(timeout=180)
-        assert child.returncode == 0, output.decode()
+    one, _ = make_job(name="one")
+    two, path = make_job(name="two")
+    assert run_job(one) == 0
+    child = launch(path, "cpu_2proc", root)
+    output, _ = child.communicate(timeout=180)
+    assert child.returncode == 0, output.decode()
     a, b = weights(one), weights(two)
     # The two sum their gradients in another order; Adam turns a rounding error of a tiny gradient into a step of up to lr.
     assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
@@ -242,13 +265,13 @@ def test_two_processes_give_the_prefix_of_one(make_job: MakeJob, root: Path) -> 
 def test_a_customer_that_one_process_fails_at_is_given_up_by_all_and_the_next_is_trained_rightly(
     make_job: MakeJob, root: Path
 ) -> None:
-    one, path_one = make_job(customers=2, name="one")
-    two, path_two = make_job(customers=2, name="two")
+    one, _ = make_job(customers=2, name="one")
+    two, path = make_job(customers=2, name="two")
+    assert run_job(one) == 0
     (Path(two.folder) / "c0" / "default" / "metrics.jsonl").mkdir(parents=True)  # only the first process writes it
-    for path, config in ((path_one, "cpu"), (path_two, "cpu_2proc")):
-        child = launch(path, config, root)
-        output, _ = child.communicate(timeout=180)
-        assert child.returncode == 0, output.decode()
+    child = launch(path, "cpu_2proc", root)
+    output, _ = child.communicate(timeout=180)
+    assert child.returncode == 0, output.decode()
     results = [read_result(two, customer.key, "train") for customer in two.customers]
     assert [r and r["status"] for r in results] == ["failed", "done"]
     a, b = weights(one, 1), weights(two, 1)
@@ -272,9 +295,7 @@ def test_training_ends_when_the_process_that_started_it_dies(make_job: MakeJob, 
 
 def test_killed_at_any_moment_it_can_be_run_again(make_job: MakeJob, root: Path) -> None:
     job, path = make_job(customers=2, max_steps=300, eval_every=50)
-    child = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.training", str(path)], cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    child = Trainer(path, root)
     first = Path(job.customers[0].prefix_dir) / "prefix.json"
     deadline = time.monotonic() + 120
     while not first.exists():
