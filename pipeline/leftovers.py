@@ -67,14 +67,20 @@ def _leave_job(folder: Path, customer: str) -> list[Path]:
     changed = []
     job, manifest = folder / "job.yaml", folder / "checkpoint.json"
     if job.is_file():
-        content = yaml.safe_load(job.read_text(encoding="utf-8"))
-        others = [one for one in content["customers"] if one["customer"] != customer]
+        try:
+            content = yaml.safe_load(job.read_text(encoding="utf-8"))
+            others = [one for one in content["customers"] if one["customer"] != customer]
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
+            raise _damaged(job, error) from error
         if len(others) < len(content["customers"]):
             changed.append(job)
             write_text(job, yaml.safe_dump({**content, "customers": others}, sort_keys=False, allow_unicode=True))
     if manifest.is_file():
         content = read_json(manifest, 1)
-        without = _without(content, customer)
+        try:
+            without = _without(content, customer)
+        except (KeyError, TypeError, AttributeError, ConfigError) as error:
+            raise _damaged(manifest, error) from error
         if without != content:
             changed.append(manifest)
             write_json(manifest, without)
@@ -95,6 +101,12 @@ def _without(manifest: dict[str, Any], customer: str) -> dict[str, Any]:
         **{part: [name for name in manifest[part] if other(name)] for part in ("finished", "parked")},
         "failed": {name: reason for name, reason in manifest["failed"].items() if other(name)},
     }
+
+
+def _damaged(file: Path, error: Exception) -> StorageError:
+    return StorageError(
+        f"{file}: is damaged ({error!r}), so nobody can be taken out of it. Delete it, and run the same command again."
+    )
 
 
 def _leave_report(file: Path, customer: str) -> bool:

@@ -47,8 +47,10 @@ log = logging.getLogger(__name__)
 
 FRESH_SECONDS = 5.0
 STALE_SECONDS = 60.0
-# Beyond so many, one question about all models is cheaper than one for each.
+# One question about all models is cheaper than one for each in use, if those in use are more than so many, and more than this share of all:
+# MLflow looks for the newest version of each model that it lists, used or not (docs/registry.md has the times).
 _ONE_BY_ONE = 16
+_SHARE = 1 / 8
 # Answers kept; those that were not asked for longest go. Whoever asks for names at random fills no memory.
 _MOST_ANSWERS = 50_000
 _SHOWN_CUSTOMERS = 20
@@ -98,6 +100,8 @@ _guard = threading.Lock()
 # The thread that refreshes, while there is one, and when the last one began.
 _refreshing: threading.Thread | None = None
 _refreshed = 0.0
+# How many models there were when they were last listed.
+_listed = 0
 # Size, time and number of the files in the cache that were read and found right.
 _checked: dict[Path, tuple[tuple[tuple[int, int, int], ...], str]] = {}
 
@@ -256,14 +260,13 @@ def _refresh(stores: tuple[str, str], home: Home, due: list[_Question]) -> None:
     try:
         with translated("refreshing what was looked up"):
             client = client_of(stores)
-            unchanged = _unchanged(client, due) if len(due) > _ONE_BY_ONE else set()
+            unchanged = _unchanged(client, due) if len(due) > max(_ONE_BY_ONE, _SHARE * _listed) else set()
             for question in due:
-                if question in unchanged:
-                    _answers[question].asked = time.monotonic()
-                else:
+                known = _answers.get(question)
+                if known is not None and question in unchanged:
+                    known.asked = time.monotonic()
+                elif known is not None:  # else dropped meanwhile, because this process changed it
                     _renew(client, question, home)
-    except KeyError:  # dropped meanwhile, because this process changed it
-        pass
     except Exception as error:  # a thread has nobody to tell; whoever looks up after STALE_SECONDS is told
         log.warning("%s", error)
 
@@ -287,7 +290,9 @@ def _renew(client: "MlflowClient", question: _Question, home: Home) -> None:
 
 def _unchanged(client: "MlflowClient", due: Iterable[_Question]) -> set[_Question]:
     """Those whose alias is still held by the version that is known, or still by none: one question to MLflow for all."""
+    global _listed
     held = {model.name: model.aliases for model in pages(client.search_registered_models, f"name LIKE '{MODELS}%'")}
+    _listed = len(held)
     same = set()
     for question in due:
         known = _answers.get(question)

@@ -11,6 +11,7 @@ earns. The same prefix is registered once, however often, from however many proc
 """
 
 import json
+import logging
 import re
 import time
 from dataclasses import dataclass
@@ -23,10 +24,11 @@ from pipeline.home import Home
 from pipeline.keys import CustomerKey
 from pipeline.registry.aliases import Alias, settle
 from pipeline.registry.erase import erase_model, erase_run
+from pipeline.registry.forget import forget_in_mlflow
 from pipeline.registry.lookup import outdated
 from pipeline.registry.package import EVALUATION_FILES, EVALUATION_PATH, GENERATIONS, build, stage_evaluation, staging
-from pipeline.registry.store import connect, embedded, ensure_store, experiment_id, lock, quiet, translated
-from pipeline.registry.tombstones import refuse_forgotten
+from pipeline.registry.store import connect, embedded, ensure_store, experiment_id, lock, quiet, redact, translated
+from pipeline.registry.tombstones import forgotten_since, refuse_forgotten
 from pipeline.registry.versions import (
     CHAMPION,
     TAG,
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel
     from mlflow.entities.model_registry import ModelVersion
+
+log = logging.getLogger(__name__)
 
 # How often a registration starts again whose version somebody deletes under it.
 _ATTEMPTS = 3
@@ -139,6 +143,10 @@ def _register(candidate: _Candidate, decision: str | None) -> Registration:
         client = connect()
         refuse_forgotten(client, key.customer)
         version, created = _one_version(client, candidate, home)
+        if created and forgotten_since(client, key.customer) is not None:
+            # Forgotten by another machine while this one was uploading.
+            forget_in_mlflow(key.customer, home=home)
+            refuse_forgotten(client, key.customer)
         alias = None if decision is None else settle(client, name, int(version.version), decision)
         if created:
             _sweep(client, candidate, experiment_id(home=home), 0.0 if embedded(home) else _ABANDONED_SECONDS)
@@ -151,9 +159,10 @@ def _one_version(client: "MlflowClient", candidate: _Candidate, home: Home) -> "
     name, fingerprint = candidate.key.model_name, candidate.fingerprint
     for _ in range(_ATTEMPTS):
         made = None
-        if find_version(client, name, fingerprint) is None:
+        found = find_versions(client, name, fingerprint)
+        if not found:
             made = _create(client, candidate, home)
-        found = sorted(find_versions(client, name, fingerprint), key=lambda version: int(version.version))
+            found = find_versions(client, name, fingerprint)
         if not found:
             continue  # somebody has just deleted it
         for other in found[1:]:
@@ -182,9 +191,15 @@ def _withdraw(client: "MlflowClient", version: "ModelVersion", winner: "ModelVer
             if _OWN_RUN in run.data.tags:
                 erase_run(client, run)
     except MlflowException as error:
-        # Whoever made it withdraws it too, and may have been faster.
+        # Whoever made it withdraws it too, and may have been faster. Nor does one that must not delete hinder anybody: the lowest counts.
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise
+            log.warning(
+                "%s version %s holds what version %s does and cannot be removed: %s",
+                version.name,
+                version.version,
+                winner.version,
+                error,
+            )
 
 
 def _model_id(version: "ModelVersion") -> str | None:
@@ -197,13 +212,18 @@ def _sweep(client: "MlflowClient", candidate: _Candidate, experiment: str, secon
     """Remove what registrations of this customer left that died before their version appeared, if it is older than `seconds`."""
     used = {_model_id(version) for version in versions_of(client, candidate.key.model_name)}
     before = (time.time() - seconds) * 1000
-    for model in client.search_logged_models([experiment], _of_customer(candidate)):
-        if model.model_id not in used and model.creation_timestamp < before:
-            erase_model(client, model)
-    begun = f"{_of_customer(candidate)} and tags.`{_OWN_RUN}` = 'registration' and attributes.status = 'RUNNING'"
-    for run in client.search_runs([experiment], begun):
-        if run.info.start_time < before:
-            erase_run(client, run)
+    try:
+        for model in client.search_logged_models([experiment], _of_customer(candidate)):
+            if model.model_id not in used and model.creation_timestamp < before:
+                erase_model(client, model)
+        begun = f"{_of_customer(candidate)} and tags.`{_OWN_RUN}` = 'registration' and attributes.status = 'RUNNING'"
+        for run in client.search_runs([experiment], begun):
+            if run.info.start_time < before:
+                erase_run(client, run)
+    except (
+        Exception
+    ) as error:  # of MLflow, of its store: what is registered is registered, and the next registration sweeps again
+        log.warning("what a registration of %s left could not be removed: %s", candidate.key, redact(str(error)))
 
 
 def _read(prefix_dir: Path, evaluation_dir: Path) -> _Candidate:

@@ -55,14 +55,16 @@ def find_version(client: "MlflowClient", name: str, fingerprint: str) -> int | N
     Raises:
         RegistryError: `fingerprint` is none.
     """
-    return min((int(version.version) for version in find_versions(client, name, fingerprint)), default=None)
+    found = find_versions(client, name, fingerprint)
+    return int(found[0].version) if found else None
 
 
 def find_versions(client: "MlflowClient", name: str, fingerprint: str) -> "list[ModelVersion]":
-    """All versions with this fingerprint, see `find_version`."""
+    """All versions with this fingerprint, the lowest first; see `find_version`."""
     if not re.fullmatch("[0-9a-f]{64}", fingerprint):
         raise RegistryError(f"{name}: {fingerprint[:80]!r} is no fingerprint (64 hex digits). Train the prefix again.")
-    return list(pages(client.search_model_versions, f"name = '{name}' and tags.`{TAG}fingerprint` = '{fingerprint}'"))
+    found = pages(client.search_model_versions, f"name = '{name}' and tags.`{TAG}fingerprint` = '{fingerprint}'")
+    return sorted(found, key=lambda version: int(version.version))
 
 
 def versions_of(client: "MlflowClient", name: str) -> "list[ModelVersion]":

@@ -13,14 +13,14 @@ import sqlalchemy
 import yaml
 from mlflow import MlflowClient
 
-from pipeline.errors import ConfigError, RegistryError
+from pipeline.errors import ConfigError, RegistryError, StorageError
 from pipeline.files import write_json
 from pipeline.home import Home
 from pipeline.keys import CustomerKey
 from pipeline.leftovers import remove_leftovers, tasks_on_disk
 from pipeline.registry import forgotten_customers, history, lift, lookup, promote, register
 from pipeline.registry.forget import forget_in_mlflow
-from pipeline.registry.tombstones import hidden
+from pipeline.registry.tombstones import hidden, leave_tombstone
 
 # Stands in everything that is made of the customer's data, and in nothing else.
 SECRET = "zyxsecretzyx"
@@ -38,16 +38,19 @@ def with_secret(made: tuple[Path, Path]) -> tuple[Path, Path]:
 
 
 def registered(make, customer: str) -> None:
-    """Two versions of one task, one of another, a failed training's run, files in the cache; a neighbour whose name begins alike."""
+    """Versions of two tasks, one of them deleted in MLflow, a failed training's run, files in the cache; a neighbour whose name begins alike."""
     register(*with_secret(make(customer=customer, seed=1)))
     register(*with_secret(make(customer=customer, seed=2, decision="keep")))
     register(*with_secret(make(customer=customer, task="menu")))
     client = MlflowClient()
+    register(*with_secret(make(customer=customer, seed=3)))
+    client.delete_model_version(f"prefixfleet.{customer}", "3")  # hidden is not gone
+    promote(CustomerKey(customer), 1)
     experiment = client.get_experiment_by_name("prefixfleet").experiment_id
     run = client.create_run(experiment, tags={"prefixfleet.customer": customer, "note": SECRET})
     client.log_text(run.info.run_id, SECRET, "evaluation/report.html")
     client.log_param(run.info.run_id, "text", SECRET)
-    client.delete_run(run.info.run_id)  # hidden is not gone
+    client.delete_run(run.info.run_id)
     lookup(customer)
     register(*make(customer=f"{customer}-too"))
 
@@ -123,7 +126,7 @@ def test_without_the_database_what_stays_is_named_with_the_command_and_that_comm
     registered(make, customer)
     done = forget_in_mlflow(customer, home=server)
     ids = hidden(MlflowClient(), customer)
-    assert len(ids) == 7 and len(done.left) == 1 and all(number in done.left[0] for number in ids)
+    assert len(ids) == 9 and len(done.left) == 1 and all(number in done.left[0] for number in ids)
     assert (
         f"MLFLOW_BACKEND_STORE_URI=<the server's --backend-store-uri> prefixfleet forget --customer {customer} --yes"
         in done.left[0]
@@ -134,10 +137,34 @@ def test_without_the_database_what_stays_is_named_with_the_command_and_that_comm
     )
     assert "params" in rows_with(SECRET, sqlite_server.backend)
     assert len(forget_in_mlflow(customer, home=server).left) == 1  # again: the same is left, and found again
-    with pytest.raises(RegistryError, match="still holds 7 deleted entries"):
+    with pytest.raises(RegistryError, match="still holds 9 deleted entries"):
         lift(customer)
     assert forget_in_mlflow(customer, sqlite_server.backend, server).left == []
     assert rows_with(SECRET, sqlite_server.backend) == [] and lift(customer)
+
+
+def test_a_customer_that_is_forgotten_while_it_is_registered_elsewhere_is_forgotten_all_the_same(
+    sqlite: Home, make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = MlflowClient.create_model_version
+
+    def meanwhile(self: MlflowClient, *arguments: Any, **named: Any) -> Any:
+        leave_tombstone(self, "acme")
+        return real(self, *arguments, **named)
+
+    monkeypatch.setattr(MlflowClient, "create_model_version", meanwhile)
+    with pytest.raises(RegistryError, match="was forgotten"):
+        register(*with_secret(make()))
+    assert files_with(SECRET, sqlite.root) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("job.yaml", "customers: 3"), ("job.yaml", "{"), ("checkpoint.json", '{"format": 1}')]
+)
+def test_a_damaged_file_of_a_job_is_named_with_the_remedy(lived_in: Home, name: str, content: str) -> None:
+    (lived_in.root / "jobs/fleet-1" / name).write_text(content)
+    with pytest.raises(StorageError, match=rf"{name}: is damaged .* Delete it, and run the same command again"):
+        remove_leftovers(lived_in, "acme")
 
 
 def _die_forgetting(customer: str, step: int) -> None:
