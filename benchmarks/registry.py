@@ -109,7 +109,7 @@ def copy_rows(database: str, first: int, last: int) -> None:
         found = {}
         for table in tables.sorted_tables:
             rows = [row._asdict() for row in connection.execute(sqlalchemy.select(table))]
-            own = [row for row in rows if any(word in str(row) for word in (customer(0), run_id, model_id))]
+            own = [row for row in rows if copied(row, dict.fromkeys((customer(0), run_id, model_id), "")) != row]
             if own:
                 found[table] = own
         for number in range(first, last + 1):
@@ -128,12 +128,12 @@ def copied(row: dict[str, Any], words: dict[str, str]) -> dict[str, Any]:
     """A row with other names and ids, but with the same files."""
     copy = {}
     for column, value in row.items():
-        if column == "input_uuid":
-            value = uuid.uuid4().hex
-        elif isinstance(value, str) and column not in ("artifact_location", "storage_location", "artifact_uri"):
+        if isinstance(value, str) and column not in ("artifact_location", "storage_location", "artifact_uri"):
             for old, new in words.items():
                 value = value.replace(old, new)
         copy[column] = value
+    if copy != row and "input_uuid" in copy:
+        copy["input_uuid"] = uuid.uuid4().hex
     return copy
 
 
