@@ -22,7 +22,9 @@ from pipeline.errors import PrefixFleetError
 from pipeline.keys import CustomerKey
 from pipeline.registry import ensure_store
 
-WIDTH, HEIGHT = 1400, 900
+# Of the pictures; on the right a fresh browser has MLflow's assistant open, which is cut off.
+WIDTH, ASSISTANT = 1300, 452
+HEIGHTS = (1700, 1000)
 _SECONDS = 120.0
 
 
@@ -39,12 +41,12 @@ def wait_for(url: str) -> None:
             time.sleep(0.2)
 
 
-def photograph(url: str, path: Path) -> None:
+def photograph(url: str, path: Path, height: int) -> None:
     """Take a picture of a page once its requests are answered."""
     browser = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
     if browser is None:
         raise PrefixFleetError("no Chromium was found. Install one, such as with `apt-get install chromium`.")
-    window = [f"--window-size={WIDTH},{HEIGHT}", "--hide-scrollbars", "--force-color-profile=srgb"]
+    window = [f"--window-size={WIDTH + ASSISTANT},{height}", "--hide-scrollbars", "--force-color-profile=srgb"]
     # Time is virtual to the page: it waits for answers, not for the clock.
     quiet = [
         "--headless",
@@ -60,7 +62,7 @@ def photograph(url: str, path: Path) -> None:
 
 
 def main() -> None:
-    """Start a server if need be, take two pictures, put one below the other."""
+    """Start a server if need be, take the pictures, put one below the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--customer", required=True)
     parser.add_argument("--version", type=int, required=True)
@@ -83,14 +85,12 @@ def main() -> None:
         wait_for(url)
         with tempfile.TemporaryDirectory() as folder:
             pages = [f"/#/models/{name}", f"/#/models/{name}/versions/{arguments.version}"]
-            files = [Path(folder) / f"{i}.png" for i in range(len(pages))]
-            for page, file in zip(pages, files, strict=True):
-                photograph(url + page, file)
-            shots = [Image.open(file).convert("RGB") for file in files]
-            both = Image.new("RGB", (WIDTH, sum(shot.height for shot in shots)), "white")
-            both.paste(shots[0], (0, 0))
-            both.paste(shots[1], (0, shots[0].height))
-            both.quantize(64).save(arguments.out, optimize=True)
+            whole, top = Image.new("RGB", (WIDTH, sum(HEIGHTS)), "white"), 0
+            for page, height in zip(pages, HEIGHTS, strict=True):
+                photograph(url + page, Path(folder) / "page.png", height)
+                whole.paste(Image.open(Path(folder) / "page.png").convert("RGB").crop((0, 0, WIDTH, height)), (0, top))
+                top += height
+            whole.quantize(64).save(arguments.out, optimize=True)
     finally:
         if server is not None:
             os.killpg(server.pid, 15)

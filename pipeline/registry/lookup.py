@@ -50,7 +50,7 @@ STALE_SECONDS = 60.0
 # One question about all models is cheaper than one for each in use, if those in use are more than so many, and more than this share of all:
 # MLflow looks for the newest version of each model that it lists, used or not (docs/registry.md has the times).
 _ONE_BY_ONE = 16
-_SHARE = 1 / 8
+_SHARE = 1 / 3
 # Answers kept; those that were not asked for longest go. Whoever asks for names at random fills no memory.
 _MOST_ANSWERS = 50_000
 _SHOWN_CUSTOMERS = 20

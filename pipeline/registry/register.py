@@ -267,7 +267,10 @@ def _create(client: "MlflowClient", candidate: _Candidate, home: Home) -> int:
     if own_run:
         client.set_terminated(run_id)
     try:
-        client.create_registered_model(name, tags={f"{TAG}customer": candidate.key.customer, f"{TAG}task": candidate.key.task})
+        tags = {f"{TAG}customer": candidate.key.customer, f"{TAG}task": candidate.key.task}
+        client.create_registered_model(
+            name, tags=tags, description=f"Prefixes of customer {candidate.key}, trained by PrefixFleet."
+        )
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
@@ -277,7 +280,9 @@ def _create(client: "MlflowClient", candidate: _Candidate, home: Home) -> int:
     source = f"models:/{model.model_id}" if one_server else model.artifact_location
     tags = {**_tags(candidate), **_at_creation(client, candidate)}
     with quiet():
-        version = client.create_model_version(name, source, run_id=run_id, tags=tags, model_id=model.model_id)
+        version = client.create_model_version(
+            name, source, run_id=run_id, tags=tags, description=_description(candidate), model_id=model.model_id
+        )
     # As `mlflow.register_model` does: the model's page in MLflow's UI names its versions by this tag.
     versions = json.dumps([{"name": name, "version": int(version.version)}])
     client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": versions})
@@ -293,6 +298,8 @@ def _update(client: "MlflowClient", candidate: _Candidate, known: "ModelVersion"
             staged = stage_evaluation(candidate.evaluation_dir, place)
             client.log_model_artifacts(model.model_id, str(staged), EVALUATION_PATH)
         _log_scores(client, candidate, known.run_id, model.model_id)
+    if changed:
+        client.update_model_version(known.name, known.version, _description(candidate))
     # The tag that says which evaluation this is comes last: a run that dies before it is repeated.
     for tag in sorted(changed, key=lambda tag: tag == f"{TAG}evaluation"):
         client.set_model_version_tag(known.name, known.version, tag, changed[tag])
@@ -322,6 +329,17 @@ def _tags(candidate: _Candidate) -> dict[str, str]:
         **{f"base_score.{metric}": f"{value['score']:.4f}" for metric, value in scores["base"].items()},
     }
     return {TAG + name: plain_text(value) for name, value in values.items()}
+
+
+def _description(candidate: _Candidate) -> str:
+    """One line for the tables of MLflow's UI: `promote: bleu 20.8 (base 4.2), rougeL 46.0 (base 34.2)`."""
+    scores = candidate.metrics["scores"]
+    shown = [
+        f"{plain_text(metric)} {value['score']:.1f}"
+        + (f" (base {scores['base'][metric]['score']:.1f})" if metric in scores["base"] else "")
+        for metric, value in scores["prefix"].items()
+    ]
+    return ": ".join(filter(None, (candidate.decision["decision"], ", ".join(shown))))
 
 
 def _at_creation(client: "MlflowClient", candidate: _Candidate) -> dict[str, str]:

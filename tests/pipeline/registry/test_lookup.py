@@ -143,6 +143,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [1000.0]
     monkeypatch.setattr(looking, "_answers", OrderedDict())
     monkeypatch.setattr(looking, "_refreshed", 0.0)
+    monkeypatch.setattr(looking, "_listed", 0)
     monkeypatch.setattr(looking.time, "monotonic", lambda: now[0])
     return now
 

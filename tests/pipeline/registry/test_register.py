@@ -61,6 +61,7 @@ def test_changed_decision_updates_tags_report_scores_and_alias_of_the_same_versi
     client = MlflowClient()
     version = client.get_model_version(first.name, "1")
     assert version.tags["prefixfleet.decision"] == "promote" and version.tags["prefixfleet.score.bleu"] == "50.0000"
+    assert version.description == "promote: bleu 50.0 (base 3.2), rougeL 60.0 (base 20.0)"
     assert client.get_run(first.run_id).data.metrics["score.bleu"] == 50.0
     report = mlflow.artifacts.download_artifacts(
         f"models:/{first.name}/1/artifacts/evaluation/report.html", dst_path=str(tmp_path / "got")
