@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sqlalchemy
 import yaml
 from mlflow import MlflowClient
 
@@ -22,84 +21,7 @@ from pipeline.registry import forgotten_customers, history, lift, lookup, promot
 from pipeline.registry.forget import forget_in_mlflow
 from pipeline.registry.tombstones import hidden, leave_tombstone
 
-# Stands in everything that is made of the customer's data, and in nothing else.
-SECRET = "zyxsecretzyx"
-
-
-def with_secret(made: tuple[Path, Path]) -> tuple[Path, Path]:
-    prefix_dir, evaluation_dir = made
-    prefix = json.loads((prefix_dir / "prefix.json").read_text())
-    prefix["prefix"]["init_text"] = f"words of the customer {SECRET}"
-    prefix["lineage"]["code_version"] = f"tagged {SECRET}"
-    (prefix_dir / "prefix.json").write_text(json.dumps(prefix))
-    (evaluation_dir / "report.html").write_text(f"<p>{SECRET}</p>")
-    (evaluation_dir / "generations.jsonl").write_text(json.dumps({"input": f"in {SECRET}"}) + "\n")
-    return made
-
-
-def registered(make, customer: str) -> None:
-    """Versions of two tasks, one of them deleted in MLflow, a failed training's run, files in the cache; a neighbour whose name begins alike."""
-    register(*with_secret(make(customer=customer, seed=1)))
-    register(*with_secret(make(customer=customer, seed=2, decision="keep")))
-    register(*with_secret(make(customer=customer, task="menu")))
-    client = MlflowClient()
-    register(*with_secret(make(customer=customer, seed=3)))
-    client.delete_model_version(f"prefixfleet.{customer}", "3")  # hidden is not gone
-    promote(CustomerKey(customer), 1)
-    experiment = client.get_experiment_by_name("prefixfleet").experiment_id
-    run = client.create_run(experiment, tags={"prefixfleet.customer": customer, "note": SECRET})
-    client.log_text(run.info.run_id, SECRET, "evaluation/report.html")
-    client.log_param(run.info.run_id, "text", SECRET)
-    client.delete_run(run.info.run_id)
-    lookup(customer)
-    register(*make(customer=f"{customer}-too"))
-
-
-def files_with(word: str, *roots: Path) -> list[str]:
-    return [
-        str(f) for root in roots for f in root.rglob("*") if f.is_file() and (word.encode() in f.read_bytes() or word in f.name)
-    ]
-
-
-def rows_with(word: str, uri: str) -> list[str]:
-    """The tables of a database in which any column of any row holds `word`."""
-    engine = sqlalchemy.create_engine(uri)
-    with engine.connect() as connection:
-        tables = sqlalchemy.inspect(engine).get_table_names()
-        found = [
-            name
-            for name in tables
-            if any(word in str(row) for row in connection.execute(sqlalchemy.text(f'SELECT * FROM "{name}"')))
-        ]
-    engine.dispose()
-    return found
-
-
-def test_nothing_is_left_of_a_forgotten_customer_and_neighbours_keep_everything(
-    request: pytest.FixtureRequest, any_home: Home, make, customer: str
-) -> None:
-    kind = request.node.callspec.params["any_home"]
-    server = (
-        request.getfixturevalue({"server": "sqlite_server", "postgres": "postgres_server"}[kind]) if kind != "sqlite" else None
-    )
-    backend = server.backend if server else f"sqlite:///{any_home.mlflow_database}"
-    places = [any_home.root] if server is None else [any_home.root, server.root]
-    registered(make, customer)
-    assert rows_with(SECRET, backend) and files_with(SECRET, *places)
-    done = forget_in_mlflow(customer, server.backend if server else None, any_home)
-    remove_leftovers(any_home, customer)
-    assert done.left == [] and any(f"MLflow model prefixfleet.{customer} with version 1, 2" in line for line in done.removed)
-    assert rows_with(SECRET, backend) == [] and files_with(SECRET, *places) == []
-    if kind == "postgres":
-        assert not [name for name in server.objects() if name.endswith("report.html") and SECRET in server.read(name)]
-        assert len([name for name in server.objects() if name.endswith("prefix.safetensors")]) >= 1  # the neighbour's
-    assert lookup(f"{customer}-too", fresh=True).version == 1
-    # What is left is the tombstone: the id and the time.
-    assert set(rows_with(f"{customer}'", backend)) == {"registered_models", "registered_model_tags"}
-    assert forgotten_customers()[customer] == done.since
-    assert hidden(MlflowClient(), customer) == {}
-    again = forget_in_mlflow(customer, server.backend if server else None, any_home)
-    assert (again.since, again.removed, again.left) == (done.since, [], [])
+from .traces import SECRET, files_with, registered, rows_with, with_secret
 
 
 def test_a_forgotten_customer_is_not_registered_looked_up_or_promoted_until_that_is_lifted(sqlite: Home, make) -> None:
@@ -182,7 +104,7 @@ def _die_forgetting(customer: str, step: int) -> None:
     forget_in_mlflow(customer)
 
 
-@pytest.mark.parametrize("step", [1, 3, 6])
+@pytest.mark.parametrize("step", [1, 6])
 def test_a_forget_that_is_killed_is_finished_by_the_next(sqlite: Home, make, in_child: Callable[..., Any], step: int) -> None:
     registered(make, "acme")
     assert in_child(_die_forgetting, "acme", step).wait() == -signal.SIGKILL

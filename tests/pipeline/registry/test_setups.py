@@ -18,7 +18,12 @@ from mlflow import MlflowClient
 from pipeline.errors import RegistryError
 from pipeline.home import Home
 from pipeline.keys import CustomerKey
-from pipeline.registry import lookup, register
+from pipeline.leftovers import remove_leftovers
+from pipeline.registry import forgotten_customers, lookup, register
+from pipeline.registry.forget import forget_in_mlflow
+from pipeline.registry.tombstones import hidden
+
+from .traces import SECRET, files_with, registered, rows_with
 
 InChild = Callable[..., Any]
 Folders = tuple[Path, Path]
@@ -125,7 +130,7 @@ def test_killed_around_any_step_on_every_set_up(
     _killed_then_run_again(make, customer, in_child, step, before)
 
 
-@pytest.mark.parametrize("setup", ["sqlite", "postgres"])
+@pytest.mark.parametrize("setup", ["sqlite", pytest.param("postgres", marks=pytest.mark.slow)])
 def test_what_a_dead_registration_left_is_removed_by_that_of_another_prefix(
     request: pytest.FixtureRequest, setup: str, make, customer: str, in_child: InChild, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,13 +193,15 @@ def test_a_tampered_artifact_is_refused(any_home: Home, make, customer: str, tmp
     assert not list(any_home.root.glob("cache/prefixes/*/*/*"))
 
 
-@pytest.mark.parametrize("setup", ["server", "postgres"])
+@pytest.mark.parametrize("setup", ["server", pytest.param("postgres", marks=pytest.mark.slow)])
 def test_a_server_that_is_stopped_and_started_again_is_waited_for(
     request: pytest.FixtureRequest, setup: str, make, customer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request.getfixturevalue(setup)
     mlflow_server = request.getfixturevalue({"server": "sqlite_server", "postgres": "postgres_server"}[setup])
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "7")  # a start takes longer here than the 12 s that the default waits
+    # A start takes longer here than the 12 s that the default waits.
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0.5")
     real = MlflowClient.finalize_logged_model
 
     def interrupted(self: MlflowClient, *arguments: Any) -> Any:
@@ -257,3 +264,30 @@ def test_hostile_names_of_models_and_tags_harm_nobody(any_home: Home, make, cust
     for name in hostile:
         with contextlib.suppress(mlflow.MlflowException):
             client.delete_registered_model(name)
+
+
+def test_nothing_is_left_of_a_forgotten_customer_and_neighbours_keep_everything(
+    request: pytest.FixtureRequest, any_home: Home, make, customer: str
+) -> None:
+    kind = request.node.callspec.params["any_home"]
+    server = (
+        request.getfixturevalue({"server": "sqlite_server", "postgres": "postgres_server"}[kind]) if kind != "sqlite" else None
+    )
+    backend = server.backend if server else f"sqlite:///{any_home.mlflow_database}"
+    places = [any_home.root] if server is None else [any_home.root, server.root]
+    registered(make, customer)
+    assert rows_with(SECRET, backend) and files_with(SECRET, *places)
+    done = forget_in_mlflow(customer, server.backend if server else None, any_home)
+    remove_leftovers(any_home, customer)
+    assert done.left == [] and any(f"MLflow model prefixfleet.{customer} with version 1, 2" in line for line in done.removed)
+    assert rows_with(SECRET, backend) == [] and files_with(SECRET, *places) == []
+    if kind == "postgres":
+        assert not [name for name in server.objects() if name.endswith("report.html") and SECRET in server.read(name)]
+        assert len([name for name in server.objects() if name.endswith("prefix.safetensors")]) >= 1  # the neighbour's
+    assert lookup(f"{customer}-too", fresh=True).version == 1
+    # What is left is the tombstone: the id and the time.
+    assert set(rows_with(f"{customer}'", backend)) == {"registered_models", "registered_model_tags"}
+    assert forgotten_customers()[customer] == done.since
+    assert hidden(MlflowClient(), customer) == {}
+    again = forget_in_mlflow(customer, server.backend if server else None, any_home)
+    assert (again.since, again.removed, again.left) == (done.since, [], [])
