@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 OK, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 _FLEET = "examples/fleet.yaml"
+# Named here too, since `--help` imports nothing; tests hold them to those of `pipeline.sweep.grid` and `pipeline.config`.
+_INITS = ("text", "task", "random", "zeros")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -180,6 +182,32 @@ def _parser() -> argparse.ArgumentParser:
     against.add_argument(
         "--adapter-share", type=_share, default=0.02, metavar="S", help="of the base's parameters, for adapters (default: 0.02)"
     )
+
+    text = (
+        "try settings of one customer's prefix, all in one mixed job, and say which is best, with the curve over prefix lengths"
+    )
+    grid = command(
+        "sweep",
+        _sweep,
+        text,
+        [
+            f"prefixfleet sweep {_FLEET} --customer bistro --lengths 1,2,5,10,20,40",
+            f"prefixfleet sweep {_FLEET} --customer bistro --lengths 5,20 --lrs 0.1,0.3 --seeds 0,1,2",
+        ],
+    )
+    grid.add_argument("fleet", type=Path, metavar="FLEET.yaml", help="the fleet file")
+    grid.add_argument("--customer", required=True, metavar="ID", help="ID, or ID/TASK for one of its tasks")
+    for option, kind, told in (
+        ("--lengths", _count, "prefix lengths (1,5,10,20 if nothing is varied)"),
+        ("--lrs", _rate, "learning rates"),
+        ("--batch-sizes", _count, "rows per optimiser step"),
+        ("--steps", _count, "optimiser steps at most"),
+        ("--inits", _init, "text, task, random, zeros"),
+        ("--seeds", _seed, "seeds: repetitions, whose mean counts"),
+    ):
+        grid.add_argument(option, type=_several(kind), metavar="A,B,…", help=told)
+    grid.add_argument("--metric", metavar="METRIC", help="what decides (default: the metric of the customer's gate)")
+    grid.add_argument("-v", "--verbose", action="store_true", help="show what the stages print instead of bars")
 
     status = command(
         "status",
@@ -731,6 +759,70 @@ def _compare(arguments: argparse.Namespace) -> int:
         print(comparison_markdown(content))
         print(f"Report: {folder / 'compare.html'}")
     return FAILED if any("error" in row for row in content["methods"]) else OK
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from flows.prefect_api import set_environment
+    from pipeline.home import Home
+
+    home = Home.current()
+    set_environment(home, arguments.verbose)
+    from flows import work
+    from flows.display import output, shown, sweep_table
+    from flows.prefect_api import prefect_api
+
+    # What is wrong with file and customer is said at once, before an API is started.
+    work.open_work(arguments.fleet, [arguments.customer], home)
+    names = ("lengths", "lrs", "batch_sizes", "steps", "inits", "seeds")
+    with _display(arguments), prefect_api(home):
+        from flows.sweep import sweep
+
+        state: Any = sweep(
+            arguments.fleet.resolve(),
+            arguments.customer,
+            **{name: getattr(arguments, name) for name in names},
+            metric=arguments.metric,
+            return_state=True,
+        )
+        content = state.result(raise_on_failure=False)
+    if isinstance(content, BaseException):
+        raise content
+    if arguments.json:
+        _print_json(content)
+    else:
+        sweep_table(content, output())
+        print(f"Report: {shown(Path(content['folder']) / 'sweep.html')}")
+    return FAILED if any("error" in variant for variant in content["variants"]) else OK
+
+
+def _several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """A type for argparse: values with commas between."""
+
+    def parse(text: str) -> list[Any]:
+        return [kind(part.strip()) for part in text.split(",")]
+
+    parse.__name__ = "list"  # argparse: "invalid list value"
+    return parse
+
+
+def _rate(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} must be more than 0")
+    return number
+
+
+def _seed(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} must be 0 or more")
+    return number
+
+
+def _init(text: str) -> str:
+    if text not in _INITS:
+        raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(_INITS)}")
+    return text
 
 
 def _count(text: str) -> int:

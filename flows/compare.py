@@ -12,7 +12,7 @@ from typing import Any
 from flows import jobs, work
 from flows.events import emit
 from pipeline.config import LaunchSettings
-from pipeline.errors import BaseModelError, ConfigError, DataError, EvaluationError, PrefixFleetError
+from pipeline.errors import BaseModelError, ConfigError, EvaluationError, PrefixFleetError
 from pipeline.files import digest_of, read_json, write_json
 from pipeline.progress import MARK
 from pipeline.training.job import Job, write_job
@@ -81,8 +81,6 @@ def run_comparison(
 
 def _job(todo: work.Work, one: Any, steps: int | None) -> tuple[Any, Job]:
     prepared = work.prepare(one, todo.base, todo.home)
-    if not prepared.card["counts"]["test"] or not prepared.card["counts"]["dev"]:
-        raise DataError(f"customer {one.key}: a comparison needs a dev and a test split.")
     model = todo.fleet.base_model
     if model.quantization is not None:
         raise BaseModelError(

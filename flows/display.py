@@ -7,7 +7,7 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -233,6 +233,30 @@ def _scores(scores: dict[str, float], base_scores: dict[str, float]) -> list[str
 
 def _when(time: datetime, gap: str) -> str:
     return time.astimezone().strftime(f"%Y-%m-%d{gap}%H:%M")
+
+
+def sweep_table(content: Mapping[str, Any], console: Console) -> None:
+    """Print the settings of a sweep, what came out in words, and the lines for the fleet file."""
+    from pipeline.sweep.report import failures, plain_table
+
+    head, rows = plain_table(content)
+    console.print()
+    _print_table(lambda gap: _plain_table(head, rows, gap), console)
+    for failure in failures(content):
+        console.print(Text(failure, style="red"), soft_wrap=True)
+    console.print()
+    for sentence in content["said"]:
+        console.print(Text(sentence), soft_wrap=True)
+    console.print(Text(f"For the fleet file:\n{content['best']['fleet_file'].rstrip()}"), soft_wrap=True)
+
+
+def _plain_table(head: Iterable[str], rows: Iterable[Iterable[str]], gap: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in head:
+        table.add_column(title.removeprefix("#"), justify="right" if title.startswith("#") else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(cell.replace(" (", f"{gap}(")) for cell in row))
+    return table
 
 
 def _table(*names: str) -> Table:

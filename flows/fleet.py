@@ -66,6 +66,7 @@ def _leave_table(outcome: work.Outcome) -> None:
             "customer": row.key,
             "result": "failed" if row.error else row.decision or row.status,
             "metric": row.metric,
+            "signature": row.signature,
             "base": row.base_score,
             "champion": row.champion_score,
             "prefix": None if row.score is None else row.score["score"],

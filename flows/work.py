@@ -36,7 +36,7 @@ class Row:
     """One customer in the table at the end. Scores are in the unit of `metric`; the champion is the one that this prefix was compared with.
 
     `status` is `done` (something was done), `unchanged`, `failed` or `forgotten`; `seconds` are those of this run; `score` holds `score`, `low`
-    and `high`.
+    and `high`; `signature` says how it was computed.
     `overlap` counts the inputs that stand in two ready-made splits, as `train/test`: only those that are not zero.
     """
 
@@ -44,6 +44,7 @@ class Row:
     rows_used: int | None = None
     quarantined: int | None = None
     metric: str = ""
+    signature: str = ""
     base_score: float | None = None
     champion_score: float | None = None
     score: dict[str, float] | None = None
@@ -487,4 +488,5 @@ def _judge(row: Row, folder: Path) -> None:
     champion = metrics["scores"].get("champion")
     row.champion_score = None if champion is None else champion[row.metric]["score"]
     row.base_score, row.score = base, {name: score[name] for name in ("score", "low", "high")}
+    row.signature = str(metrics["signatures"].get(row.metric, ""))
     row.decision, row.reasons, row.report = decision["decision"], list(decision["reasons"]), folder / "report.html"

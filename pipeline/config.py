@@ -263,7 +263,7 @@ class EvaluationSettings(Settings):
     gate: GateSettings = Field(GateSettings(), description="what makes a champion")
     num_beams: int = Field(1, ge=1, le=64, description="1: greedy; the paper takes 5 for table-to-text, 6 for summaries")
     max_new_tokens: int | None = Field(None, ge=1, description="by default the prompt's max_target_tokens")
-    bootstrap_resamples: int = Field(1000, ge=100, le=100_000, description="for 95 % intervals and p-values")
+    bootstrap_resamples: int = Field(1000, ge=1000, le=100_000, description="for 95 % intervals and p-values")
     slices: tuple[str, ...] = Field(
         ("input_length",),
         description="scores of parts of the test split: names of the records' fields, or input_length (thirds by tokens)",

@@ -34,6 +34,10 @@ class Home:
         """Folder of one evaluation; `digest` is that of the prefix, the test set and the evaluation settings."""
         return key.below(self.root / "evaluations") / digest[:16]
 
+    def sweep(self, key: CustomerKey) -> Path:
+        """Folder of the sweeps of one customer: a home of its own for the settings tried, and `reports/<digest>/` for what came of them."""
+        return key.below(self.root / "sweeps")
+
     def cached_prefix(self, key: CustomerKey, digest: str) -> Path:
         """Folder of a prefix that was downloaded from the registry; `digest` is that of its content."""
         return key.below(self.root / "cache" / "prefixes") / digest[:16]

@@ -1,12 +1,12 @@
 """What a base can be made to do: prefixes trained with plain PEFT, full fine-tuning as the ceiling, and the base alone, in BLEU.
 
-    python measure.py --base FOLDER --data DIR [DIR ...] [--method none prefix full] [--steps 600] [--jobs 4] [--device cuda]
+    python measure.py --base FOLDER --data DIR [DIR ...] [--method none instruction prefix full] [--steps 600] [--device cuda]
 
 Each DIR holds train.jsonl and dev.jsonl. Records are `{"input", "target"}` or `{"input", "references": [...]}`; the prompt is the
 input and a newline, the target ends with the end-of-text token. A prefix starts from the keys and values that the frozen base computes for
 `--init-text` (its first `--length` tokens, repeated if it has fewer); without the option, for the start of the first training
 target. Every combination of folder, method and rate is one run; `--jobs` of them share the device. Prints one line of JSON for
-each. Knows nothing of the pipeline: it is the independent check of it.
+each; `--outputs` keeps what was generated, for by_relation.py. Knows nothing of the pipeline: it is the independent check of it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ import torch
 from peft import PrefixTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, get_linear_schedule_with_warmup
 
-RATES = {"none": [0.0], "prefix": [0.1], "full": [5e-4]}
+# none: the base alone; instruction: the base alone behind a line of instruction.
+RATES = {"none": [0.0], "instruction": [0.0], "prefix": [0.1], "full": [5e-4]}
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -108,12 +109,13 @@ def run(job: tuple[argparse.Namespace, str, str, float]) -> str:
     pairs = [encode(tokenizer, r, ref) for r in train for ref in r["references"]]
     pairs = [(p, t) for p, t in pairs if len(p) + len(t) <= 512]
     model: Any = base
+    before = args.instruction + "\n" if method == "instruction" else ""
     if method == "prefix":
         model = get_peft_model(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=args.length))
         start_from_text(model, base, tokenizer, args.init_text or train[0]["references"][0], args.length)
     loss_sum, losses = 0.0, []
     autocast = torch.autocast(args.device, torch.bfloat16, enabled=method == "full")
-    if method != "none":
+    if method in ("prefix", "full"):
         trained = [p for p in model.parameters() if p.requires_grad]
         optimiser = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
         schedule = get_linear_schedule_with_warmup(optimiser, min(30, args.steps // 10), args.steps)
@@ -154,14 +156,19 @@ def run(job: tuple[argparse.Namespace, str, str, float]) -> str:
     with autocast:
         for at in range(0, len(order), args.rows):
             rows = order[at : at + args.rows]
-            prompts = [encode(tokenizer, dev[i], "")[0] for i in rows]
+            prompts = [encode(tokenizer, {"input": before + dev[i]["input"]}, "")[0] for i in rows]
             for i, out in zip(rows, generate(base, prefix, prompts, eos, pad, args.max_new_tokens), strict=True):
                 texts[i] = tokenizer.decode(out).strip()
+    if args.outputs:
+        args.outputs.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps({**r, "output": text}, ensure_ascii=False) + "\n" for r, text in zip(dev, texts, strict=True)]
+        name = f"{Path(folder).name}-{method}-{lr:g}.jsonl"
+        (args.outputs / name).write_text("".join(lines), encoding="utf-8")
     result = {
         "data": folder,
         "method": method,
         "length": args.length,
-        "steps": args.steps if method != "none" else 0,
+        "steps": args.steps if method in ("prefix", "full") else 0,
         "batch": args.batch,
         "lr": lr,
         "seed": args.seed,
@@ -182,11 +189,15 @@ def main() -> None:
     parser.add_argument("--lr", nargs="+", help="rates to try, each method=rate; default: " + str(RATES))
     parser.add_argument("--length", type=int, default=10)
     parser.add_argument("--init-text")
+    parser.add_argument(
+        "--instruction", default="Describe:", help="line that stands before each input of the method `instruction`"
+    )
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=10)
     parser.add_argument("--rows", type=int, default=32, help="inputs decoded at a time")
     parser.add_argument("--max-new-tokens", type=int, default=90)
     parser.add_argument("--show", type=int, default=3, help="samples in the printed line")
+    parser.add_argument("--outputs", type=Path, help="folder for every record's output, DATA-METHOD-RATE.jsonl")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=2, help="of each run")
     parser.add_argument("--device", default="cpu")

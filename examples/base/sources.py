@@ -2,20 +2,23 @@
 
     python sources.py SOURCES --out material.json.xz
 
-In: a folder of git clones named as in README.md (work trees or bare), read with git itself, and WordNet's data files. Out: a
-`Material`: sentences, dialogues, acts, records and lists of names, without markup. `Material.read` takes the folder or the compact
-file, so a machine without the clones can train too. Knows nothing about tasks, tokenisation or training.
+In: a folder of git clones named as in `COMMITS` (work trees or bare), of which the commits named there are read with git itself,
+whatever is checked out, and WordNet's data files with the digests in `WORDNET`. What is missing or another version is refused, with
+the commands that bring it. Out: a `Material`: sentences, dialogues, acts, records and lists of names, without markup. `Material.read`
+takes the folder or the compact file, so a machine without the clones can train too. Knows nothing about tasks, tokenisation or training.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import html
 import io
 import json
 import lzma
 import re
+import shlex
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -25,23 +28,93 @@ from typing import Any
 MAX_BLOB = 4 * 1024 * 1024  # larger files of the sources are left out, so that every copy of a source gives the same mix
 
 
+# The repository and the commit that the released weights were made from, by the clone's folder.
+COMMITS = {
+    "RNNLG": ("shawnwun/RNNLG", "61ac6fd1304c9dcf29ea894452e685652718f6f8"),
+    "slug2slug": ("jjuraska/slug2slug", "3a1629a05ad6204aac07c24c6250b06311bc28b2"),
+    "alex_context_nlg_dataset": ("UFAL-DSG/alex_context_nlg_dataset", "1151088dc00d9e2e07ae5f8388882fc0691b63a0"),
+    "nlu-benchmark": ("sonos/nlu-benchmark", "b86ac7f1577868c42158d0dec77db50956046696"),
+    "dstc8-schema-guided-dialogue": (
+        "google-research-datasets/dstc8-schema-guided-dialogue",
+        "e852981ae34990f4358979625854259302feaa78",
+    ),
+    "Taskmaster": ("google-research-datasets/Taskmaster", "d92cb6af3005f1dc09c39e75e7daf4a04905e00b"),
+    "wiki-split": ("google-research-datasets/wiki-split", "80f5bddf42d1a68201b7b107ee4b8d86d82e9fde"),
+    "gap-coreference": ("google-research-datasets/gap-coreference", "83135f26025cdd705c04f77e940d0c9201116b80"),
+    "FewRel": ("thunlp/FewRel", "278a2315d2138810a379cd8d5718914dc56e2582"),
+    "QED": ("google-research-datasets/QED", "2492920337122918bbfc7d12c1268b9af796c6cf"),
+    "osbooks-life-liberty-and-pursuit-happiness": (
+        "openstax/osbooks-life-liberty-and-pursuit-happiness",
+        "acb6fbe2744dd112187b6aff5946cfe969410fca",
+    ),
+    "osbooks-introduction-anthropology": (
+        "openstax/osbooks-introduction-anthropology",
+        "418eedd9bef21ec1a6fa1b472c0d82c084e35c70",
+    ),
+    "digitalgov.gov": ("GSA/digitalgov.gov", "4979583206d90ff1707b097454a9b169ca9e95e4"),
+    "18f.gsa.gov": ("18F/18f.gsa.gov", "0a55c75e6d9bc71c80136a3867dac52356177443"),
+    "arthur-conan-doyle_the-adventures-of-sherlock-holmes": (
+        "standardebooks/arthur-conan-doyle_the-adventures-of-sherlock-holmes",
+        "23b2b6e0aa1350aaccaac91e1d0fe3bb6ed4c81f",
+    ),
+    "p-g-wodehouse_love-among-the-chickens": (
+        "standardebooks/p-g-wodehouse_love-among-the-chickens",
+        "225f938a7eea9b3fa721065cf04917f253733285",
+    ),
+    "factbook.json": ("factbook/factbook.json", "8662a8b17a784841ab4528631b04090eb2f183eb"),
+    "corpora": ("dariusk/corpora", "cf30ca27ab176b63623af1ddcfa2447ac07305ba"),
+}
+# sha256 of the files of WordNet 3.0, as in Debian's package wordnet-base 1:3.0-37.
+WORDNET = {
+    "data.noun": "fea17d2f9656611334eac790e5d69e47645fa180c4aa481fb4cd9b3520754ca2",
+    "data.verb": "adcf43e35b581e8036d8b5a52d63d9cd3d3b4870b2720d3c03c799df44777bc2",
+    "data.adj": "c89120dfc1f046ddff4a631bf9b7e9fa1a36b5e86565a23bf82dbe14f30b88a7",
+    "data.adv": "444a63bf3955080ab7524f5079cfc07ff9bc682cb98bdb1db73b0fb9829f1139",
+}
+
+
+def missing(sources: Path) -> list[str]:
+    """What of `COMMITS` and `WORDNET` is not in the folder: for each a line that says so and a line of shell that brings it."""
+    out = []
+    for name, (repository, commit) in COMMITS.items():
+        found = subprocess.run(["git", "-C", str(sources / name), "cat-file", "-e", f"{commit}^{{commit}}"], capture_output=True)
+        if found.returncode == 0:
+            continue
+        folder = shlex.quote(str(sources / name))
+        out.append(
+            f"# {name}: {'another version, without' if (sources / name).exists() else 'no repository with'} commit {commit}"
+        )
+        out.append(f"git init -q {folder} && git -C {folder} fetch --depth 1 https://github.com/{repository} {commit}")
+    for name, digest in WORDNET.items():
+        file = sources / "wordnet" / name
+        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+            where = shlex.quote(str(sources / "wordnet"))
+            out.append(f"# {file}: {'another version' if file.is_file() else 'not there'}; data.* of WordNet 3.0 belong there")
+            out.append(f"apt-get download wordnet-base && dpkg-deb -x wordnet-base_*3.0-37_all.deb {where} && "
+                       f"mv {where}/usr/share/wordnet/data.* {where}")  # fmt: skip
+            break
+    return out
+
+
 def blobs(repo: Path, prefix: str, suffix: str) -> Iterator[tuple[str, str]]:
-    """(path, text) of the files of a clone's HEAD below `prefix` that end in `suffix`, in the order of their paths."""
+    """(path, text) of the files of a clone's commit below `prefix` that end in `suffix`, in the order of their paths."""
+    commit = COMMITS[repo.name][1]
     listing = subprocess.run(
-        ["git", "-C", str(repo), "ls-tree", "-r", "-l", "HEAD"], check=True, capture_output=True, text=True
+        ["git", "-C", str(repo), "ls-tree", "-r", "-l", commit], check=True, capture_output=True, text=True
     ).stdout
     for line in sorted(listing.splitlines(), key=lambda row: row.split("\t", 1)[1]):
         head, path = line.split("\t", 1)
         size = head.split()[3]
         if path.startswith(prefix) and path.endswith(suffix) and size.isdigit() and int(size) < MAX_BLOB:
-            out = subprocess.run(["git", "-C", str(repo), "show", f"HEAD:{path}"], capture_output=True)
+            out = subprocess.run(["git", "-C", str(repo), "show", f"{commit}:{path}"], capture_output=True)
             if out.returncode == 0:
                 yield path, out.stdout.decode("utf-8", "replace")
 
 
 def blob(repo: Path, path: str) -> str:
-    """The text of one file of a clone's HEAD."""
-    return subprocess.run(["git", "-C", str(repo), "show", f"HEAD:{path}"], check=True, capture_output=True).stdout.decode()
+    """The text of one file of a clone's commit."""
+    commit = COMMITS[repo.name][1]
+    return subprocess.run(["git", "-C", str(repo), "show", f"{commit}:{path}"], check=True, capture_output=True).stdout.decode()
 
 
 def detokenise(text: str) -> str:
@@ -354,12 +427,16 @@ class Material:
 
     @classmethod
     def read(cls, place: Path) -> Material:
-        """From a folder of clones, or from the compact file that `write` made."""
+        """From a folder of clones, or from the compact file that `write` made. Raises ValueError where a source is not as it was."""
         if place.is_file():
             with lzma.open(place, "rt", encoding="utf-8") as file:
                 fields: dict[str, Any] = json.load(file)
             fields["sgd"] = [(service, [Turn(*turn) for turn in turns]) for service, turns in fields["sgd"]]
             return cls(**fields)
+        if lines := missing(place):
+            raise ValueError(
+                "sources are missing, or are other versions than the base was made from. What brings them:\n" + "\n".join(lines)
+            )
         fewrel, relation_names = read_fewrel(place)
         acts: list[Callable[[Path], list[tuple[str, list[tuple[str, str]], list[str]]]]] = [
             read_rnnlg, read_games, read_transport, read_commands,
@@ -419,7 +496,10 @@ def main() -> None:
     parser.add_argument("sources", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="compact file to write, material.json.xz")
     args = parser.parse_args()
-    material = Material.read(args.sources)
+    try:
+        material = Material.read(args.sources)
+    except ValueError as error:
+        raise SystemExit(f"sources.py: {error}") from None
     material.write(args.out)
     for name, row in material.sizes().items():
         print(f"{name}: {row['texts']:,} texts, {row['characters']:,} characters")

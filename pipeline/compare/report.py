@@ -15,12 +15,11 @@ from pipeline.evaluation.page import (
     digits,
     facts,
     page,
-    score_axis,
     score_cell,
     score_plot,
+    score_rows,
     table,
     text,
-    top_of_scale,
 )
 from pipeline.evaluation.scores import score_systems
 from pipeline.files import write_json, write_text
@@ -81,7 +80,14 @@ def compare(
         },
         "metrics": metrics,
         "signatures": scores.signatures,
-        "notes": scores.notes,
+        "notes": {
+            **scores.notes,
+            **(
+                {"perplexity": "Perplexity is left out: methods are compared by what they write."}
+                if len(metrics) < len(settings.metrics)
+                else {}
+            ),
+        },
         "methods": rows,
     }
     write_json(folder / "compare.json", content)
@@ -113,6 +119,8 @@ def comparison_markdown(content: Mapping[str, Any]) -> str:
                 ([row["method"], *(gain_text(row["prefix_gain"][m]) for m in metrics)] for row in gains),
             ),
         ]
+    if content["notes"]:
+        parts += ["## Notes\n", "".join(f"- {escaped(note)}\n" for note in content["notes"].values())]
     parts += ["## Signatures\n", "".join(f"- {name}: `{signature}`\n" for name, signature in content["signatures"].items())]
     return "\n".join(parts)
 
@@ -181,7 +189,9 @@ def comparison_page(content: Mapping[str, Any]) -> str:
         *(_plot(content, metric) for metric in metrics),
         shown,
         f"<section><h2>What they are</h2>{facts({row['method']: row['what'] + _tried(row) for row in content['methods']})}"
-        f"<h3>Metric signatures</h3>{facts(content['signatures'])}</section>",
+        f"<h3>Metric signatures</h3>{facts(content['signatures'])}"
+        + "".join(f'<p class="note small">{text(note)}</p>' for note in content["notes"].values())
+        + "</section>",
         "<footer>The same figures are in compare.json and compare.md beside this page.</footer>",
     ]
     return page(f"{content['customer']}/{content['task']}: methods - PrefixFleet", "\n".join(body))
@@ -190,15 +200,19 @@ def comparison_page(content: Mapping[str, Any]) -> str:
 def _plot(content: Mapping[str, Any], metric: str) -> str:
     scored = [row for row in content["methods"] if "scores" in row]
     base = next((row["scores"][metric] for row in scored if row["method"] == "base"), None)
-    highest = [row["scores"][metric]["high"] for row in scored]
-    in_points = METRICS[metric].top == 100
-    top = top_of_scale(highest) if in_points else max(1e-9, *highest) * 1.05
-    lines = "".join(
-        f"<div>{text(row['method'])}</div>{score_plot({'score': (base or row['scores'][metric])['score']}, row['scores'][metric], top)}"
-        f'<div class="number">{row["scores"][metric]["score"]:.{digits(METRICS[metric].top)}f}</div>'
-        for row in scored
-        if row["method"] != "base"
+    end = METRICS[metric].top
+    drawn = score_rows(
+        end,
+        [row["scores"][metric]["high"] for row in scored],
+        lambda top: (
+            (
+                text(row["method"]),
+                score_plot({"score": (base or row["scores"][metric])["score"]}, row["scores"][metric], top),
+                f"{row['scores'][metric]['score']:.{digits(end)}f}",
+            )
+            for row in scored
+            if row["method"] != "base"
+        ),
     )
-    axis = f"<div></div>{score_axis(top)}<div></div>" if in_points else ""
     key = '<div class="key"><span><i class="base"></i>the base</span><span><i></i>the method, with its interval</span></div>'
-    return f'<section><h2>{text(metric)}</h2><div class="rows">{lines}{axis}</div>{key}</section>'
+    return f"<section><h2>{text(metric)}</h2>{drawn}{key}</section>"

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from pipeline.errors import PrefixFleetError, StorageError
 from pipeline.files import read_json
+from pipeline.training.job import JobBase, JobEvaluation
 
 FORMAT = 1
 
@@ -47,6 +48,11 @@ def described(system: System) -> dict[str, Any]:
 def prefix_digest(prefix: Mapping[str, Any]) -> str:
     """What outputs depend on of a prefix: its weights, and where they stand."""
     return f"{prefix['weights_sha256']}:{prefix['prefix'].get('placement', 'prefix')}"
+
+
+def generation_of(base: JobBase, settings: JobEvaluation, tokenizer_digest: str) -> list[Any]:
+    """What all outputs depend on but prefix and prompts: base, decoding, tokenizer."""
+    return [base.digest, base.dtype, base.quantization, settings.num_beams, settings.max_new_tokens, tokenizer_digest]
 
 
 def earlier_outputs(systems: Iterable[System], evaluations: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pipeline.evaluation.metrics import METRICS
+from pipeline.evaluation.rows import COLUMNS, Row, gain_of, number_of, result_of, signatures, version_of, why_failed
 from pipeline.keys import CustomerKey
 
 
@@ -37,16 +38,20 @@ def score_text(score: Mapping[str, float] | None, metric: str) -> str:
 
 def gain_text(compared: Mapping[str, float]) -> str:
     """`+1.20 (-0.30 to +2.10), p 0.041`."""
-    return f"{compared['gain']:+.3g} ({compared['low']:+.3g} to {compared['high']:+.3g}), p {max(compared['p'], 0.0):.3g}"
+    p = f"{compared['p']:.3f}" if compared["p"] >= 0.001 else "below 0.001"
+    return f"{compared['gain']:+.3g} ({compared['low']:+.3g} to {compared['high']:+.3g}), p {p}"
 
 
-def customer_markdown(prefix: Mapping[str, Any], metrics: Mapping[str, Any], decision: Mapping[str, Any]) -> str:
+def customer_markdown(
+    prefix: Mapping[str, Any], metrics: Mapping[str, Any], decision: Mapping[str, Any], sweep: Mapping[str, Any] | None = None
+) -> str:
     """The report of one evaluation.
 
     Args:
         prefix: content of prefix.json.
         metrics: content of metrics.json.
         decision: content of decision.json.
+        sweep: content of the newest sweep.json over prefix lengths, if there is one.
     """
     key = str(CustomerKey(metrics["customer"], metrics["task"]))
     systems, names = list(metrics["scores"]), list(metrics["scores"]["prefix"])
@@ -79,6 +84,13 @@ def customer_markdown(prefix: Mapping[str, Any], metrics: Mapping[str, Any], dec
                 f"## {escaped(gate)} by {escaped(title.replace('_', ' '))}\n",
                 markdown_table([escaped(title), "#records", *(f"#{system}" for system in systems)], rows),
             ]
+    if sweep is not None:
+        points = ([f"{point['value']}", score_text(point, sweep["metric"])] for point in sweep["curves"]["length"])
+        parts += [
+            f"## Prefix length (sweep of {sweep['made'][:10]}, dev split)\n",
+            markdown_table(["#length", f"#{escaped(sweep['metric'])}"], points),
+            "".join(f"- {escaped(sentence)}\n" for sentence in sweep["said"]),
+        ]
     found = metrics["contamination"]
     training = prefix["training"]
     parts += [
@@ -98,50 +110,32 @@ def _named(name: str, metrics: Mapping[str, Any]) -> str:
     return escaped(name) + ("" if metrics["better"][name] == "higher" else " (lower is better)")
 
 
-def fleet_markdown(fleet: str, rows: Sequence[Mapping[str, Any]], summary: Iterable[tuple[str, str]]) -> str:
+def fleet_markdown(fleet: str, rows: Sequence[Row], summary: Iterable[tuple[str, str]]) -> str:
     """The report of a fleet's run; `rows` as in `pipeline.evaluation.report.fleet_report`."""
     return "\n".join(
         [
             f"# {escaped(fleet)}\n",
             ", ".join(f"{name}: {escaped(figure)}" for name, figure in summary) + "\n",
-            markdown_table(
-                [
-                    "customer",
-                    "result",
-                    "#rows used",
-                    "#quarantined",
-                    "metric",
-                    "#base",
-                    "#champion",
-                    "#prefix",
-                    "version",
-                    "#seconds",
-                ],
-                (_fleet_row(row) for row in rows),
-            ),
+            markdown_table(COLUMNS, (_fleet_row(row) for row in rows)),
+            "".join(f"- {escaped(metric)}: `{signature.replace('`', ' ')}`\n" for metric, signature in signatures(rows).items()),
         ]
     )
 
 
-def _fleet_row(row: Mapping[str, Any]) -> list[str]:
-    def number(name: str, pattern: str) -> str:
-        return "" if row.get(name) is None else format(row[name], pattern)
-
-    failed = row.get("status") == "failed"
-    metric = str(row.get("metric") or "")
+def _fleet_row(row: Row) -> list[str]:
+    metric, gain = str(row.get("metric") or ""), gain_of(row)
     named = {name: None if row.get(f"{name}_score") is None else {"score": row[f"{name}_score"]} for name in ("base", "champion")}
-    version = "" if row.get("version") is None else " ".join(filter(None, (f"v{row['version']}", row.get("alias"))))
+    result = result_of(row)
     return [
         escaped(row["key"]),
-        escaped(
-            f"failed: {row.get('error') or 'no reason was given'}" if failed else row.get("decision") or row.get("status") or ""
-        ),
-        number("rows_used", ","),
-        number("quarantined", ","),
+        escaped(f"failed: {why_failed(row)}" if result == "failed" else result),
+        number_of(row, "rows_used", ","),
+        number_of(row, "quarantined", ","),
         escaped(metric),
         score_text(named["base"], metric),
         score_text(named["champion"], metric),
         score_text(row.get("score"), metric),
-        escaped(version),
-        number("seconds", ",.0f"),
+        "" if gain is None else f"{gain:+.3g}",
+        escaped(version_of(row)),
+        number_of(row, "seconds", ",.0f"),
     ]

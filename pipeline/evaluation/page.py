@@ -5,11 +5,12 @@ since the texts shown are customers' and models' and may be hostile. Light or da
 evaluations.
 """
 
+import contextlib
 import html
 import io
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 _STYLE = """
@@ -27,6 +28,7 @@ h2{font-size:18px;margin:0 0 14px}
 h3{font-size:15px;margin:22px 0 8px}
 h3:first-of-type{margin-top:0}
 p{margin:0 0 10px}
+p,li{overflow-wrap:anywhere}
 .more{margin-top:20px}
 .more p{margin:8px 0 0}
 tbody th .small{font-weight:400;display:block}
@@ -100,6 +102,8 @@ section{padding:16px}
 .scores .scale{padding:0;border:0}
 .scores th,.scores td{border:0;padding:0;text-align:left}
 .scores th,.scores td.wide{grid-column:1/-1;width:auto!important}
+.scores td.number{white-space:normal}
+.scores th{overflow-wrap:anywhere}
 .scores td[data-of]::before{content:attr(data-of);display:block;color:var(--soft);font-size:13px}
 }
 @media print{section,.tile{break-inside:avoid}}
@@ -109,9 +113,15 @@ section{padding:16px}
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 # Stand-ins that matplotlib draws with and that are then replaced by the page's own colours, so that the curve follows light and
-# dark too.
-_COLOURS = {"#010101": "var(--soft)", "#020202": "var(--line)", "#030303": "var(--accent)", "#040404": "var(--accent-soft)"}
-_SOFT, _LINE, _ACCENT, _FAINT = _COLOURS
+# dark too; second, what a drawing in a file of its own has.
+_COLOURS = {
+    "#010101": ("var(--soft)", "#5b626b"),
+    "#020202": ("var(--line)", "#e1e2de"),
+    "#030303": ("var(--accent)", "#1361cf"),
+    "#040404": ("var(--accent-soft)", "#7fb0f5"),
+    "#050505": ("var(--card)", "#ffffff"),
+}
+_SOFT, _LINE, _ACCENT, _FAINT, _CARD = _COLOURS
 
 _SHOWN_CHARACTERS = 3000
 
@@ -193,11 +203,10 @@ def score_cell(score: Mapping[str, float] | None, of: str, places: int = 1) -> s
     return f'<td class="number" data-of="{text(of)}">{score["score"]:.{places}f}{interval}</td>'
 
 
-def gain_cell(base: float | None, score: float | None, better: str = "higher") -> str:
-    """A table cell with the signed difference, positive where it is better."""
-    if base is None or score is None:
+def gain_cell(gain: float | None) -> str:
+    """A table cell with a signed difference, positive where it is better."""
+    if gain is None:
         return '<td class="number soft" data-of="gain">none</td>'
-    gain = score - base if better == "higher" else base - score
     return f'<td class="number {_colour(gain)}" data-of="gain">{signed(gain)}</td>'
 
 
@@ -283,9 +292,28 @@ def score_axis(top: float) -> str:
     return f'<svg class="axis" aria-hidden="true">{ticks}</svg>'
 
 
-def top_of_scale(scores: Iterable[float]) -> float:
-    """The end of a scale that starts at 0 and holds all `scores` (points): a multiple of 20, so that four ticks are round."""
-    return min(100.0, max(20.0, 20.0 * math.ceil(max(scores, default=0.0) / 20.0)))
+def scale(end: float | None, scores: Iterable[float]) -> float:
+    """The end of a drawn scale that starts at 0 and holds all `scores`.
+
+    Args:
+        end: of the metric's own scale. With 100 (points) it is a multiple of 20, so that four ticks are round.
+    """
+    highest = max(scores, default=0.0)
+    return min(100.0, max(20.0, 20.0 * math.ceil(highest / 20.0))) if end == 100 else max(1e-9, highest) * 1.05
+
+
+def score_rows(end: float | None, scores: Iterable[float], lines: Callable[[float], Iterable[tuple[str, str, str]]]) -> str:
+    """Rows of a name, a `score_plot` and a figure below one another on one scale, with the scale below where it has round ticks.
+
+    Args:
+        end: of the metric's own scale.
+        scores: what has to find room.
+        lines: the end of the drawn scale -> the rows, each three pieces of HTML.
+    """
+    top = scale(end, scores)
+    rows = "".join(f'<div>{name}</div>{plot}<div class="number">{figure}</div>' for name, plot, figure in lines(top))
+    axis = f"<div></div>{score_axis(top)}<div></div>" if end == 100 else ""
+    return f'<div class="rows">{rows}{axis}</div>'
 
 
 def loss_curve(history: Sequence[Mapping[str, Any]], best_step: int | None) -> str:
@@ -300,9 +328,68 @@ def loss_curve(history: Sequence[Mapping[str, Any]], best_step: int | None) -> s
     }
     if not any(series.values()):
         return ""
+    with _figure() as (figure, axes):
+        if series["loss"]:
+            axes.plot(*zip(*series["loss"], strict=True), color=_FAINT, linewidth=1.6)
+        if series["dev_loss"]:
+            axes.plot(*zip(*series["dev_loss"], strict=True), color=_ACCENT, linewidth=2.2, marker="o", markersize=4.5)
+        if best_step is not None:
+            axes.axvline(best_step, color=_SOFT, linewidth=1, linestyle=(0, (2, 3)))
+        from matplotlib.ticker import MaxNLocator
+
+        axes.set_xlabel("step", color=_SOFT)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.set_ylabel("loss per token (nats)", color=_SOFT)
+        return _svg(figure, "loss by step")
+
+
+def score_curve(
+    points: Sequence[Mapping[str, Any]], base: Mapping[str, float] | None, across: str, up: str, standalone: bool = False
+) -> str:
+    """Score by a number that was varied, as inline SVG: dots with whiskers for 95 %, the best one filled; empty without two points.
+
+    Args:
+        points: `value`, `score`, `low`, `high` and `best` of each.
+        base: the score without prefix, a level line.
+        across: what was varied.
+        up: what the score is.
+        standalone: a file of its own, in the light page's colours, instead of a part of a page.
+    """
+    ordered = sorted(points, key=lambda point: float(point["value"]))
+    if len(ordered) < 2:
+        return ""
+    values, scores = [float(point["value"]) for point in ordered], [point["score"] for point in ordered]
+    with _figure() as (figure, axes):
+        if base is not None:
+            axes.axhline(base["score"], color=_SOFT, linewidth=1.4, linestyle=(0, (5, 3)))
+        axes.plot(values, scores, color=_ACCENT, linewidth=1.8)
+        axes.vlines(
+            values, [p["low"] for p in ordered], [p["high"] for p in ordered], color=_FAINT, linewidth=3, capstyle="round"
+        )
+        axes.plot(
+            values, scores, color=_ACCENT, linewidth=0, marker="o", markersize=6, markerfacecolor=_CARD, markeredgewidth=1.8
+        )
+        best = [(value, point["score"]) for value, point in zip(values, ordered, strict=True) if point["best"]]
+        axes.plot(*zip(*best, strict=True), color=_ACCENT, linewidth=0, marker="o", markersize=8)
+        from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
+
+        if min(values) > 0 and max(values) >= 8 * min(values):
+            axes.set_xscale("log")
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_locator(FixedLocator(values))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set_xlabel(across, color=_SOFT)
+        axes.set_ylabel(up, color=_SOFT)
+        axes.margins(x=0.06)
+        return _svg(figure, f"{up} by {across}", standalone)
+
+
+@contextlib.contextmanager
+def _figure() -> Iterator[tuple[Any, Any]]:
+    """An empty figure and its axes, in the look that all drawings here have."""
     # Without pyplot: no global state, no display, nothing to close.
     import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -310,32 +397,34 @@ def loss_curve(history: Sequence[Mapping[str, Any]], best_step: int | None) -> s
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "prefixfleet", "font.size": 11}):
         figure = Figure(figsize=(5.2, 2.9), layout="constrained")
         axes = figure.add_subplot()
-        if series["loss"]:
-            axes.plot(*zip(*series["loss"], strict=True), color=_FAINT, linewidth=1.6)
-        if series["dev_loss"]:
-            axes.plot(*zip(*series["dev_loss"], strict=True), color=_ACCENT, linewidth=2.2, marker="o", markersize=4.5)
-        if best_step is not None:
-            axes.axvline(best_step, color=_SOFT, linewidth=1, linestyle=(0, (2, 3)))
-        axes.set_xlabel("step", color=_SOFT)
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.set_ylabel("loss per token (nats)", color=_SOFT)
         axes.grid(axis="y", color=_LINE, linewidth=0.8)
         axes.tick_params(length=0, colors=_SOFT)
         axes.spines[:].set_visible(False)
-        drawn = io.StringIO()
-        FigureCanvasSVG(figure).print_svg(drawn, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        yield figure, axes
+
+
+def _svg(figure: Any, label: str, standalone: bool = False) -> str:
+    """A figure as SVG, with a page's own colours or (standalone) those of a light one on white."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    drawn = io.StringIO()
+    FigureCanvasSVG(figure).print_svg(drawn, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = drawn.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    if standalone:
+        for stand_in, (_, light) in _COLOURS.items():
+            svg = svg.replace(stand_in, light)
+        return re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", svg)
     svg = re.sub(r'<g id="patch_1">.*?</g>', "", svg, count=1, flags=re.DOTALL)  # the figure's white background
     svg = re.sub(r'<g id="patch_2">.*?</g>', "", svg, count=1, flags=re.DOTALL)  # the axes' white background
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
-    for stand_in, colour in _COLOURS.items():
+    for stand_in, (colour, _) in _COLOURS.items():
         svg = svg.replace(stand_in, colour)
     return re.sub(
         r'<svg [^>]*?viewBox="([^"]*)"[^>]*>',
-        r'<svg class="curve" role="img" aria-label="loss by step" viewBox="\1">',
+        rf'<svg class="curve" role="img" aria-label="{text(label)}" viewBox="\1">',
         svg,
         count=1,
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from pipeline.evaluation.markdown import fleet_markdown
+from pipeline.evaluation.markdown import customer_markdown, fleet_markdown
 from pipeline.evaluation.metrics import METRICS
 from pipeline.evaluation.page import (
     compared_cell,
@@ -21,15 +21,18 @@ from pipeline.evaluation.page import (
     long_text,
     loss_curve,
     page,
+    scale,
     score_axis,
     score_cell,
+    score_curve,
     score_plot,
+    score_rows,
     signed,
     table,
     text,
     tiles,
-    top_of_scale,
 )
+from pipeline.evaluation.rows import COLUMNS, Row, gain_of, number_of, result_of, signatures, top_of, version_of, why_failed
 from pipeline.evaluation.scores import sentence_chrf
 from pipeline.files import write_json, write_text
 from pipeline.keys import CustomerKey
@@ -50,8 +53,29 @@ def _score_key(systems: Iterable[str]) -> str:
     return f'<div class="key">{"".join(_KEY[name] for name in systems)}<span>bars: 95 % bootstrap interval</span></div>'
 
 
+def write_reports(
+    folder: Path,
+    prefix: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    decision: Mapping[str, Any],
+    generations: Sequence[Mapping[str, Any]],
+    sweep: Mapping[str, Any] | None = None,
+) -> None:
+    """Write report.html and report.md of one evaluation into `folder`; for the arguments see `customer_report`.
+
+    Raises:
+        StorageError: they cannot be written.
+    """
+    write_text(folder / "report.html", customer_report(prefix, metrics, decision, generations, sweep))
+    write_text(folder / "report.md", customer_markdown(prefix, metrics, decision, sweep))
+
+
 def customer_report(
-    prefix: Mapping[str, Any], metrics: Mapping[str, Any], decision: Mapping[str, Any], generations: Sequence[Mapping[str, Any]]
+    prefix: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    decision: Mapping[str, Any],
+    generations: Sequence[Mapping[str, Any]],
+    sweep: Mapping[str, Any] | None = None,
 ) -> str:
     """The page of one evaluation, as HTML.
 
@@ -60,6 +84,7 @@ def customer_report(
         metrics: content of metrics.json.
         decision: content of decision.json.
         generations: the lines of generations.jsonl.
+        sweep: content of the newest sweep.json over prefix lengths, if there is one.
     """
     key = str(CustomerKey(metrics["customer"], metrics["task"]))
     counts = prefix["lineage"]["counts"]
@@ -90,6 +115,7 @@ def customer_report(
         _gains(metrics),
         _slices(metrics, gate_metric),
         _training(prefix["training"]),
+        "" if sweep is None else _lengths(sweep, prefix),
         _samples(generations, list(metrics["scores"])),
         _contamination(metrics),
         '<div class="two">',
@@ -107,10 +133,10 @@ def _scores(metrics: Mapping[str, Any]) -> str:
     systems = metrics["scores"]
     names = list(systems["prefix"])
     in_points = [name for name in names if METRICS[name].top == 100]
-    top = top_of_scale(systems[system][name]["high"] for system in systems for name in in_points)
+    top = scale(100, [systems[system][name]["high"] for system in systems for name in in_points])
     rows = []
     for name in sorted(names, key=lambda name: name not in in_points):
-        own_top = top if name in in_points else max(1e-9, *(of[name]["high"] for of in systems.values())) * 1.05
+        own_top = top if name in in_points else scale(None, (of[name]["high"] for of in systems.values()))
         places = digits(own_top)
         arrow = "" if metrics["better"][name] == "higher" else ' <span class="soft small">lower is better</span>'
         cells = "".join(score_cell(systems[system][name], system, places) for system in systems)
@@ -161,8 +187,7 @@ def _slices(metrics: Mapping[str, Any], name: str) -> str:
         if any(name not in part["scores"]["prefix"] for part in values.values()):
             continue
         highest = [of[name]["high"] for part in values.values() for of in part["scores"].values()]
-        in_points = METRICS[name].top == 100
-        top = top_of_scale(highest) if in_points else max(1e-9, *highest) * 1.05
+        top = scale(METRICS[name].top, highest)
         systems = list(metrics["scores"])
         rows = [
             f'<tr><th>{text(value)}</th><td class="number" data-of="records">{part["records"]:,}</td>'
@@ -212,6 +237,19 @@ def _training(training: Mapping[str, Any]) -> str:
     return f'<section><h2>Training</h2><div class="two middle"><div>{drawn}</div><div>{facts(shown)}</div></div></section>'
 
 
+def _lengths(sweep: Mapping[str, Any], prefix: Mapping[str, Any]) -> str:
+    """The curve over prefix lengths."""
+    curve = score_curve(sweep["curves"]["length"], sweep["base_dev"], "prefix length", f"{sweep['metric']} on dev")
+    said = "".join(f"<li>{text(sentence)}</li>" for sentence in sweep["said"])
+    same = sweep["train_fingerprint"] == prefix["lineage"]["data_fingerprint"]
+    made = f"From the sweep of {sweep['made'][:10]}, {'on the same training rows' if same else 'on other training rows than this prefix'}."
+    return (
+        f'<section><h2>Prefix length</h2><div class="two middle"><div>{curve}<div class="key"><span><i></i>the best</span>'
+        "<span>bars: 95 % bootstrap interval</span><span>dashed: base without prefix</span></div></div>"
+        f'<div><ul class="lead small">{said}</ul><p class="soft small">{text(made)}</p></div></div></section>'
+    )
+
+
 def _samples(generations: Sequence[Mapping[str, Any]], systems: Sequence[str]) -> str:
     references = [record["references"] for record in generations]
     chrf = sentence_chrf({system: [record[system] for record in generations] for system in systems}, references)
@@ -222,8 +260,8 @@ def _samples(generations: Sequence[Mapping[str, Any]], systems: Sequence[str]) -
     wins = [i for i in reversed(order) if gains[i] > 0]
     losses = [i for i in order if gains[i] < 0]
     summary = (
-        f"By chrF of each output, compared with the {other}: {len(wins):,} of {len(gains):,} are better with the prefix, {len(losses):,} worse, "
-        f"{len(gains) - len(wins) - len(losses):,} equal."
+        f"By sacrebleu's sentence chrF of each output, compared with the {other}: {len(wins):,} of {len(gains):,} are better with the prefix, "
+        f"{len(losses):,} worse, {len(gains) - len(wins) - len(losses):,} equal."
     )
     parts = [f'<section><h2>Samples</h2><p class="soft">{summary}</p>']
     for title, chosen, none in (
@@ -282,13 +320,13 @@ def _settings(prefix: Mapping[str, Any], metrics: Mapping[str, Any], decision: M
     )
 
 
-def fleet_report(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+def fleet_report(rows: Sequence[Row], path: Path) -> None:
     """Write the page of a fleet's run to `path`, and the same as JSON and Markdown beside it; its title is the file's stem.
 
     Args:
         rows: one mapping a customer: `key`, `status` (`failed` or another word) and, as far as known, `rows_used`, `quarantined`,
-            `metric`, `base_score`, `champion_score`, `score` (`{score, low, high}`), `decision`, `reasons`, `version`, `alias`, `seconds`,
-            `error` and `report`, the path of the customer's own page, linked relative to `path`. Whatever is None or absent is
+            `metric`, `signature`, `base_score`, `champion_score`, `score` (`{score, low, high}`), `decision`, `reasons`, `version`, `alias`,
+            `seconds`, `error` and `report`, the path of the customer's own page, linked relative to `path`. Whatever is None or absent is
             left blank.
         path: the HTML file, replaced as a whole.
 
@@ -296,13 +334,12 @@ def fleet_report(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         StorageError: it cannot be written.
     """
     failed = [row for row in rows if row.get("status") == "failed"]
-    scored = [row for row in rows if row.get("score") and row.get("base_score") is not None]
-    gains = [_gain(row) for row in scored]
+    scored = [(gain, row) for row in rows if (gain := gain_of(row)) is not None]
     summary = [
         ("customers", f"{len(rows):,}"),
         *((verdict, f"{sum(row.get('decision') == verdict for row in rows):,}") for verdict in ("promote", "keep", "reject")),
         ("failed", f"{len(failed):,}"),
-        ("median gain over the base", signed(statistics.median(gains)) if gains else "none"),
+        ("median gain over the base", signed(statistics.median(gain for gain, _ in scored)) if scored else "none"),
     ]
     body = [
         "<header>",
@@ -312,8 +349,9 @@ def fleet_report(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         tiles(summary),
         "</header>",
         _failures(failed, path),
-        _overview(sorted(scored, key=_gain, reverse=True), path),
+        _overview(sorted(scored, key=lambda of: of[0], reverse=True), path),
         _customers(rows, path),
+        _signatures(rows),
         "<footer>Scores are of the metric that the customer's gate uses, with its 95 % interval. The same as JSON and Markdown: "
         f"{text(path.stem)}.json, {text(path.stem)}.md.</footer>",
     ]
@@ -323,18 +361,12 @@ def fleet_report(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     write_text(path.with_suffix(".md"), fleet_markdown(path.stem, rows, summary))
 
 
-def _gain(row: Mapping[str, Any]) -> float:
-    """How much better the prefix is, in the metric's unit."""
-    gain = float(row["score"]["score"] - row["base_score"])
-    return gain if _better(row) == "higher" else -gain
+def _signatures(rows: Iterable[Row]) -> str:
+    found = signatures(rows)
+    return f"<section><h2>Metric signatures</h2>{facts(found)}</section>" if found else ""
 
 
-def _better(row: Mapping[str, Any]) -> str:
-    known = METRICS.get(str(row.get("metric")))
-    return "higher" if known is None else known.better
-
-
-def _link(row: Mapping[str, Any], path: Path) -> str:
+def _link(row: Row, path: Path) -> str:
     if row.get("report") is None:
         return text(row["key"])
     # Both made absolute first: a report may be given relative to the working folder, not to the page.
@@ -342,83 +374,64 @@ def _link(row: Mapping[str, Any], path: Path) -> str:
     return f'<a href="{text(quote(Path(target).as_posix()))}">{text(row["key"])}</a>'
 
 
-def _failures(failed: Sequence[Mapping[str, Any]], path: Path) -> str:
+def _failures(failed: Sequence[Row], path: Path) -> str:
     if not failed:
         return ""
-    rows = (f"<tr><th>{_link(row, path)}</th><td>{text(row.get('error') or 'no reason was given')}</td></tr>" for row in failed)
+    rows = (f"<tr><th>{_link(row, path)}</th><td>{text(why_failed(row))}</td></tr>" for row in failed)
     return f"<section><h2>Failed</h2>{table(['customer', 'why'], rows)}</section>"
 
 
-def _overview(scored: Sequence[Mapping[str, Any]], path: Path) -> str:
+def _overview(scored: Sequence[tuple[float, Row]], path: Path) -> str:
     """One dot a customer, a plot for each metric that gates ask for."""
     parts = []
-    for metric in sorted({str(row.get("metric")) for row in scored}):
-        of = [row for row in scored if str(row.get("metric")) == metric]
-        highest = [value for row in of for value in (row["base_score"], row["score"].get("high", row["score"]["score"]))]
-        in_points = metric not in METRICS or METRICS[metric].top == 100
-        top = top_of_scale(highest) if in_points else max(1e-9, *highest) * 1.05
-        lines = "".join(
-            f"<div>{_link(row, path)}</div>"
-            f"{score_plot({'score': row['base_score']}, row['score'], top, _champion(row))}"
-            f'<div class="number {"good" if _gain(row) > 0 else "bad"}">{signed(_gain(row))}</div>'
-            for row in of
+    for metric in sorted({str(row.get("metric")) for _, row in scored}):
+        of = [(gain, row) for gain, row in scored if str(row.get("metric")) == metric]
+        highest = [value for _, row in of for value in (row["base_score"], row["score"].get("high", row["score"]["score"]))]
+        drawn = score_rows(
+            top_of(of[0][1]),
+            highest,
+            lambda top, of=of: (  # type: ignore[misc]  # bound now
+                (
+                    _link(row, path),
+                    score_plot({"score": row["base_score"]}, row["score"], top, _champion(row)),
+                    f'<span class="{"good" if gain > 0 else "bad"}">{signed(gain)}</span>',
+                )
+                for gain, row in of
+            ),
         )
-        axis = f"<div></div>{score_axis(top)}<div></div>" if in_points else ""
-        parts.append(
-            f"<section><h2>From base to prefix, by gain ({text(metric)})</h2>"
-            f'<div class="rows">{lines}{axis}</div>{_score_key(_shown(of))}</section>'
-        )
+        shown = ["base", *(["champion"] if any(_champion(row) for _, row in of) else []), "prefix"]
+        parts.append(f"<section><h2>From base to prefix, by gain ({text(metric)})</h2>{drawn}{_score_key(shown)}</section>")
     return "".join(parts)
 
 
-def _champion(row: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
+def _champion(row: Row) -> dict[str, Mapping[str, float]]:
     score = row.get("champion_score")
     return {} if score is None else {"champion": {"score": score}}
 
 
-def _shown(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    return ["base", *(["champion"] if any(_champion(row) for row in rows) else []), "prefix"]
+def _customers(rows: Sequence[Row], path: Path) -> str:
+    return f"<section><h2>Customers</h2>{table(COLUMNS, (_customer(row, path) for row in rows), 'scores')}</section>"
 
 
-def _customers(rows: Sequence[Mapping[str, Any]], path: Path) -> str:
-    head = [
-        "customer",
-        "result",
-        "#rows used",
-        "#quarantined",
-        "metric",
-        "#base",
-        "#champion",
-        "#prefix",
-        "#gain",
-        "version",
-        "#seconds",
-    ]
-    return f"<section><h2>Customers</h2>{table(head, (_customer(row, path) for row in rows), 'scores')}</section>"
+def _customer(row: Row, path: Path) -> str:
+    def number(name: str, form: str) -> str:
+        return f'<td class="number" data-of="{name.replace("_", " ")}">{number_of(row, name, form)}</td>'
 
-
-def _customer(row: Mapping[str, Any], path: Path) -> str:
-    def number(name: str, of: str, pattern: str) -> str:
-        return f'<td class="number" data-of="{of}">{"" if row.get(name) is None else format(row[name], pattern)}</td>'
-
-    result = "failed" if row.get("status") == "failed" else row.get("decision") or row.get("status") or ""
+    result, base = result_of(row), row.get("base_score")
     colour = {"promote": "good", "reject": "bad", "failed": "bad", "keep": "soft"}.get(result, "soft")
-    base, score = row.get("base_score"), row.get("score")
-    version = "" if row.get("version") is None else " ".join(filter(None, (f"v{row['version']}", row.get("alias"))))
-    known = METRICS.get(str(row.get("metric")))
-    places = 1 if known is None else digits(known.top)
+    places = digits(top_of(row))
     reasons = text(" ".join(row.get("reasons") or []))
     cells = [
         f"<th>{_link(row, path)}</th>",
         f'<td class="{colour}" title="{reasons}" data-of="result">{text(result)}</td>',
-        number("rows_used", "rows used", ","),
-        number("quarantined", "quarantined", ","),
+        number("rows_used", ","),
+        number("quarantined", ","),
         f'<td data-of="metric">{text(row.get("metric") or "")}</td>',
         score_cell(None if base is None else {"score": base}, "base", places),
         score_cell(_champion(row).get("champion"), "champion", places),
-        score_cell(score, "prefix", places),
-        gain_cell(base, score["score"] if score else None, _better(row)),
-        f'<td data-of="version">{text(version)}</td>',
-        number("seconds", "seconds", ",.0f"),
+        score_cell(row.get("score"), "prefix", places),
+        gain_cell(gain_of(row)),
+        f'<td data-of="version">{text(version_of(row))}</td>',
+        number("seconds", ",.0f"),
     ]
     return f"<tr>{''.join(cells)}</tr>"

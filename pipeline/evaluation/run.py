@@ -23,18 +23,27 @@ import numpy as np
 from pipeline.data import Record, read_card, read_split
 from pipeline.data.prompt import encode_prompts, encode_targets
 from pipeline.errors import EvaluationError, PrefixFleetError
-from pipeline.evaluation.candidates import System, described, earlier_outputs, open_partial, prefix_digest, read_partial
+from pipeline.evaluation.candidates import (
+    System,
+    described,
+    earlier_outputs,
+    generation_of,
+    open_partial,
+    prefix_digest,
+    read_partial,
+)
 from pipeline.evaluation.contamination import contamination
 from pipeline.evaluation.gate import Decision, decide
-from pipeline.evaluation.markdown import customer_markdown
 from pipeline.evaluation.metrics import METRICS, check_metrics
 from pipeline.evaluation.prompting import Text, conversation, text_in_front, with_text
-from pipeline.evaluation.report import customer_report
+from pipeline.evaluation.report import write_reports
 from pipeline.evaluation.scores import SEED, Scores, score_systems
 from pipeline.evaluation.slices import slices_of
 from pipeline.evaluation.tracking import log_evaluation
 from pipeline.files import digest_of, read_json, whole_folder, write_json
+from pipeline.home import Home
 from pipeline.progress import Progress
+from pipeline.sweep.found import newest_length_sweep
 from pipeline.training.job import Job, JobBase, JobCustomer, JobPrompt
 from pipeline.training.results import EVALUATION_FILES, is_whole, result_path, write_result
 
@@ -208,14 +217,7 @@ def _open(customer: JobCustomer, base: JobBase) -> _Candidate:
         )
     settings = customer.evaluation
     check_metrics(settings.metrics, [record.input for record in records])
-    generation = [
-        base.digest,
-        base.dtype,
-        base.quantization,
-        settings.num_beams,
-        settings.max_new_tokens,
-        card["tokenizer_digest"],
-    ]
+    generation = generation_of(base, settings, card["tokenizer_digest"])
     return _Candidate(
         customer, prefix, card, records, read_split(prepared, "train"), generation, seconds=time.monotonic() - started
     )
@@ -453,8 +455,10 @@ def _finish(candidate: _Candidate) -> dict[str, Any]:
         (folder / "generations.jsonl").write_text(lines, encoding="utf-8")
         write_json(folder / "metrics.json", metrics)
         write_json(folder / "decision.json", decision)
-        (folder / "report.html").write_text(customer_report(candidate.prefix, metrics, decision, generations), encoding="utf-8")
-        (folder / "report.md").write_text(customer_markdown(candidate.prefix, metrics, decision), encoding="utf-8")
+        # The evaluation folder is <home>/evaluations/<customer>/<task>/<digest>.
+        sweeps = Home(Path(customer.evaluation_dir).parents[3]).sweep(customer.key)
+        sweep = newest_length_sweep(sweeps, candidate.prefix["base"]["digest"])
+        write_reports(folder, candidate.prefix, metrics, decision, generations, sweep)
     candidate.seconds += time.monotonic() - started
     return metrics
 

@@ -13,7 +13,8 @@ _ARTIFACTS = ("report.html", "report.md", "metrics.json", "decision.json")
 
 def log_evaluation(run_id: str, metrics: Mapping[str, Any], folder: Path) -> None:
     """Add scores and reports to an MLflow run: `bleu`, `bleu_low`, `bleu_high`; the same with `base_`, `prompt_` and `champion_` before them;
-    `bleu_gain_over_base` and `bleu_p_over_base`, and so for the others; and below `evaluation/` the report as HTML, Markdown and JSON.
+    `bleu_gain_over_base` and `bleu_p_over_base`, and so for the others; below `evaluation/` the report as HTML, Markdown and JSON; and as a tag
+    `prefixfleet.signature.bleu` how it was computed.
 
     The store is the one that `MLFLOW_TRACKING_URI` names.
 
@@ -27,14 +28,18 @@ def log_evaluation(run_id: str, metrics: Mapping[str, Any], folder: Path) -> Non
         RegistryError: the store does not answer.
     """
     ensure_store()
-    from mlflow.entities import Metric
+    from mlflow.entities import Metric, RunTag
     from mlflow.exceptions import MlflowException
 
     now = int(time.time() * 1000)
     with translated("logging an evaluation"):
         client = connect()
         try:
-            client.log_batch(run_id, metrics=[Metric(name, value, now, 0) for name, value in _flat(metrics).items()])
+            client.log_batch(
+                run_id,
+                metrics=[Metric(name, value, now, 0) for name, value in _flat(metrics).items()],
+                tags=[RunTag(f"prefixfleet.signature.{name}", own) for name, own in metrics["signatures"].items()],
+            )
             for name in _ARTIFACTS:
                 client.log_artifact(run_id, str(folder / name), artifact_path="evaluation")
         except MlflowException as error:

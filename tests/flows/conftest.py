@@ -7,6 +7,7 @@ import sqlite3
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -94,3 +95,41 @@ def ready_home(home: Home, prefect_session: Home) -> Home:
     ):
         source.backup(copy)
     return home
+
+
+@pytest.fixture
+def sweep_stages(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, Any]]]:
+    """The children, in this process: training writes folders (not for lengths above 99), judging is the real one with an engine that answers
+    better the longer a prefix is. Yields what was done: module, and the customers' tasks or the number of rows."""
+    from pipeline.sweep.report import write_sweep
+    from pipeline.sweep.score import score_sweep
+    from pipeline.training.job import read_job
+    from pipeline.training.results import write_result
+
+    from ..pipeline.evaluation.conftest import FakeEngine
+    from .fake_stage import write_prefix
+
+    done: list[tuple[str, Any]] = []
+
+    def stage(module: str, path: Path, _launch: Any, on_event: Any, log: Any) -> None:
+        if module == "pipeline.training":
+            job = read_job(path)
+            done.append((module, [customer.task for customer in job.customers]))
+            for customer in job.customers:
+                too_long = customer.prefix.length > 99
+                if not too_long:
+                    write_prefix(job, customer)
+                write_result(job, customer, "train", 0.0, "too long" if too_long else None)
+            return
+        task = json.loads(path.read_text(encoding="utf-8"))
+        job, engine = read_job(Path(task["job"])), FakeEngine()
+        for customer in job.customers:
+            length = customer.prefix.length
+            engine.answers[customer.prefix_dir] = lambda prompt, length=length: (
+                "acme 3 serves soup number 21." if length > 5 else "soup"
+            )
+        write_sweep(score_sweep(job, task, engine.load), path.parent)
+        done.append((module, sum(rows for rows, _, _ in engine.calls)))
+
+    monkeypatch.setattr(launch, "run_module", stage)
+    yield done

@@ -59,9 +59,9 @@ def write_prefix(job: Job, customer: JobCustomer) -> None:
                     "is_encoder_decoder": False,
                     "tokenizer_digest": card["tokenizer_digest"],
                 },
-                "training": {"steps": 1, "best_step": 1, "history": [], "seconds": 0.1},
+                "training": {"steps": 1, "best_step": 1, "best_dev_loss": 1.5, "history": [], "seconds": 0.1},
                 "lineage": {
-                    "data_fingerprint": customer.data_fingerprint,
+                    "data_fingerprint": card["train_fingerprint"],
                     "config_digest": customer.config_digest,
                     "seed": 0,
                     "code_version": "0.1.0",

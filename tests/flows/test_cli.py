@@ -20,7 +20,7 @@ from flows import cli
 from pipeline.home import Home
 
 HERE = Path(__file__).parent
-COMMANDS = ("run", "prepare", "train", "evaluate", "register", "generate", "status")
+COMMANDS = ("run", "prepare", "train", "evaluate", "register", "generate", "status", "compare", "sweep")
 
 
 @pytest.fixture(autouse=True)

@@ -113,7 +113,7 @@ def test_a_run_starts_from_the_champions_of_the_moment_and_a_champion_that_canno
             "  prompt: {max_target_tokens: 16}\n"
             "  prefix: {length: 3, init: prefix, init_prefix: champion, init_text: a warm welcome}\n"
             "  training: {max_steps: 2, batch_size: 4, eval_every: 2, lr: 1.0e-4}\n"
-            "  evaluation: {max_new_tokens: 4, gate: {min_gain_over_base: -100, min_gain_over_champion: null}, bootstrap_resamples: 100}\n"
+            "  evaluation: {max_new_tokens: 4, gate: {min_gain_over_base: -100, min_gain_over_champion: null}}\n"
             "customers:",
         )
     )

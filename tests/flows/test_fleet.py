@@ -456,3 +456,16 @@ def test_prefect_forgets_deployments_schedules_runs_and_rows_of_tables() -> None
         (table,) = [a for a in client.read_artifacts() if a.key == f"fleet-{mark}"]
         assert json.loads(table.data) == [{"customer": bolt, "why": "good"}]
         assert f"2 Prefect flow runs about {acme} alone" in said and list(forget_in_prefect(client, acme)) == []
+
+
+def test_a_sweep_is_a_flow_run_that_leaves_its_table(home: Home, fleet_file: Path, sweep_stages: list[tuple[str, Any]]) -> None:
+    from prefect.client.orchestration import get_client
+
+    from flows.sweep import sweep
+
+    state = sweep(fleet_file, "acme", lengths=[2, 10], return_state=True)
+    content = state.result(raise_on_failure=False)
+    assert state.is_completed() and content["best"]["settings"]["length"] == 10
+    with get_client(sync_client=True) as client:
+        newest = max((a for a in client.read_artifacts() if a.key == "sweep-acme-default"), key=lambda a: a.created)
+    assert newest.data == (Path(content["folder"]) / "sweep.md").read_text(encoding="utf-8")

@@ -71,7 +71,7 @@ def test_whatever_makes_another_prefix_makes_another_train_digest(tmp_path: Path
     "changed",
     [
         {"evaluation": {"gate": {"min_score": 3.0}}},
-        {"evaluation": {"bootstrap_resamples": 200}},
+        {"evaluation": {"bootstrap_resamples": 2000}},
         {"card": {**CARD, "fingerprint": "e" * 64}},  # a corrected test reference
     ],
 )

@@ -92,6 +92,10 @@ HEAD = "base_model: base\n"
         ),
         (HEAD + "customers:\n  - {id: a, data: a.csv, evaluation: {instruction: ' '}}", "instruction is empty"),
         (
+            HEAD + "customers:\n  - {id: a, data: a.csv, evaluation: {bootstrap_resamples: 999}}",
+            "must be at least 1000|greater than or equal",
+        ),
+        (
             HEAD + "customers:\n  - {id: a, data: a.csv, evaluation: {metrics: [chrf], gate: {metric: bleu}}}",
             "gate.metric is 'bleu'",
         ),

@@ -26,7 +26,7 @@ def result(job: Job, method: str, folder: Path, tries: int = 1) -> dict[str, Any
 def job(make_job: MakeJob) -> Job:
     made, _ = make_job(max_steps=30, eval_every=10, batch_size=12)
     (customer,) = made.customers
-    evaluation = dataclasses.replace(customer.evaluation, metrics=["bleu", "ter"])
+    evaluation = dataclasses.replace(customer.evaluation, metrics=["bleu", "ter", "perplexity"])
     return dataclasses.replace(made, customers=[dataclasses.replace(customer, evaluation=evaluation)])
 
 
@@ -81,5 +81,6 @@ def test_results_make_one_table_as_json_markdown_and_page(job: Job, tmp_path: Pa
     shown = (tmp_path / "compare.md").read_text(encoding="utf-8")
     assert "| prefix | 1,200 | 1.25 % | 1.5 | 3 MiB | 4 KiB | 100.00 (100.00 to 100.00) | 0.0000 (0.0000 to 0.0000) |" in shown
     assert "| lora | not possible |" in shown
+    assert "Perplexity is left out" in shown
     page = (tmp_path / "compare.html").read_text(encoding="utf-8")
     assert "1,200" in page and "needs" in page and "<PEFT>" not in page

@@ -13,10 +13,12 @@ import pytest
 
 from pipeline.data.records import Record
 from pipeline.evaluation.markdown import customer_markdown, escaped
-from pipeline.evaluation.page import long_text, loss_curve, score_plot, signed, text, top_of_scale
+from pipeline.evaluation.page import long_text, loss_curve, scale, score_plot, signed, text
 from pipeline.evaluation.report import customer_report, fleet_report
 from pipeline.evaluation.run import evaluate_job
 from pipeline.files import read_json, write_json
+
+from ..sweep.conftest import Swept
 
 HOSTILE = "</style></div><script>document.body.innerHTML='owned'</script><img src=x onerror=alert(1)>\" onload='x'"
 
@@ -236,7 +238,8 @@ def test_without_finite_losses_there_is_no_curve_but_a_page(pages) -> None:
 
 
 def test_scale_is_round_and_holds_all_scores() -> None:
-    assert [top_of_scale(s) for s in ([], [0.0], [20.0], [20.1], [99.0], [100.0])] == [20, 20, 20, 40, 100, 100]
+    assert [scale(100, s) for s in ([], [0.0], [20.0], [20.1], [99.0], [100.0])] == [20, 20, 20, 40, 100, 100]
+    assert scale(None, [2.0, 4.0]) == pytest.approx(4.2) and scale(None, []) > 0
     plot = score_plot({"score": 5.0}, {"score": 15.0, "low": 10.0, "high": 20.0}, 20.0)
     assert 'cx="25.00%"' in plot
     assert 'cx="75.00%"' in plot
@@ -255,6 +258,7 @@ def fleet_rows(folder: Path) -> list[dict[str, Any]]:
             "rows_used": 1200,
             "quarantined": 4,
             "metric": "bleu",
+            "signature": "nrefs:1|tok:13a",
             "base_score": 10.0,
             "score": {"score": 42.5, "low": 40.0, "high": 45.0},
             "decision": "promote",
@@ -269,6 +273,7 @@ def fleet_rows(folder: Path) -> list[dict[str, Any]]:
             "key": "bistro/menu",
             "status": "done",
             "metric": "bleu",
+            "signature": "nrefs:var|tok:13a",
             "base_score": 20.0,
             "score": {"score": 19.0, "low": 18.0, "high": 20.0},
             "decision": "reject",
@@ -286,6 +291,7 @@ def test_fleet_page_lists_everybody_who_failed_and_why_and_links_relative(tmp_pa
     assert "1,200" in page.text
     assert "v3 champion" in page.text
     assert "+32.5" in page.text
+    assert "bleu nrefs:1|tok:13a; nrefs:var|tok:13a" in page.text
     assert "-1.0" in page.text
     links = {a["href"] for tag, a in page.tags if tag == "a"}
     assert links == {"../evaluations/acme/default/0%20%23%3F/report.html"}
@@ -294,7 +300,8 @@ def test_fleet_page_lists_everybody_who_failed_and_why_and_links_relative(tmp_pa
     content = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     assert content["customers"][0]["score"] == {"score": 42.5, "low": 40.0, "high": 45.0}
     shown = path.with_suffix(".md").read_text(encoding="utf-8")
-    assert "| acme | promote | 1,200 | 4 | bleu | 10.00 |  | 42.50 (40.00 to 45.00) | v3 champion | 61 |" in shown
+    assert "| acme | promote | 1,200 | 4 | bleu | 10.00 |  | 42.50 (40.00 to 45.00) | +32.5 | v3 champion | 61 |" in shown
+    assert "- bleu: `nrefs:1|tok:13a; nrefs:var|tok:13a`" in shown
     assert "<" not in shown
 
 
@@ -308,21 +315,31 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the path (Debian: apt-get install chromium)")
-def test_a_browser_renders_the_pages_without_a_console_error_or_sideways_scrolling(full_pages, tmp_path) -> None:
+def test_a_browser_renders_the_pages_without_a_console_error_or_sideways_scrolling(
+    full_pages, make_job, engine, tmp_path
+) -> None:
     prefix, metrics, decision = full_pages
-    report, fleet = tmp_path / "report.html", tmp_path / "demo.html"
-    report.write_text(customer_report(prefix, metrics, decision, [outputs(HOSTILE, "a quiet house")]), encoding="utf-8")
+    report, fleet, grid = tmp_path / "report.html", tmp_path / "demo.html", tmp_path / "sweep.html"
+    swept = Swept(make_job("bistro", records=[]), tmp_path / "sweep", engine)
+    for length in (1, 10, 20):
+        swept.add(length, lambda n, length=length: "number " * length)
+    swept.fail(60, HOSTILE)
+    sweep = swept.score()
+    grid.write_text((swept.folder / "report" / "sweep.html").read_text(encoding="utf-8"), encoding="utf-8")
+    generations = [outputs(HOSTILE, "a quiet house")]
+    report.write_text(customer_report(prefix, metrics, decision, generations, sweep), encoding="utf-8")
     fleet_report(fleet_rows(tmp_path), fleet)
     # Two frames as wide as a phone and a desktop; a frame's own document says how wide it came out.
     frames = "".join(
         f"<iframe src='{page.name}' style='width:{width}px;height:4000px'></iframe>"
-        for page in (report, fleet)
+        for page in (report, fleet, grid)
         for width in (390, 1280)
     )
     measure = (
         "onload=()=>{document.title=[...document.querySelectorAll('iframe')].map(f=>{const d=f.contentDocument;"
-        "return [d.documentElement.scrollWidth-f.clientWidth,d.querySelectorAll('table').length,"
-        "d.querySelectorAll('svg.plot circle').length,d.querySelectorAll('svg.curve path').length].join(':')}).join(' ')}"
+        "return [d.documentElement.scrollWidth-f.clientWidth,"
+        "[...d.querySelectorAll('td,th')].filter(c=>c.scrollWidth>c.clientWidth+1).length,d.querySelectorAll('table').length,"
+        "d.querySelectorAll('svg.plot circle').length,d.querySelectorAll('svg.curve').length].join(':')}).join(' ')}"
     )
     outer = tmp_path / "outer.html"
     outer.write_text(f"<!doctype html><meta charset=utf-8><body>{frames}<script>{measure}</script>", encoding="utf-8")
@@ -334,12 +351,13 @@ def test_a_browser_renders_the_pages_without_a_console_error_or_sideways_scrolli
     )
     measured = re.findall(r"<title>(.*?)</title>", done.stdout)[0].split()
     assert "CONSOLE" not in done.stderr, done.stderr
-    assert len(measured) == 4
-    for one, (tables, dots, curves) in zip(measured, [(3, 12, True)] * 2 + [(2, 4, False)] * 2, strict=True):
-        beyond, *rest, drawn = map(int, one.split(":"))
+    # Tables, dots and curves of the customer's page, the fleet's and the sweep's, each as wide as a phone and a desktop.
+    expected = [(3, 12, 2)] * 2 + [(2, 4, 0)] * 2 + [(2, 6, 1)] * 2
+    for one, seen in zip(measured, expected, strict=True):
+        beyond, overlapping, *found = map(int, one.split(":"))
         assert beyond <= 0, "the page is wider than its window"
-        assert rest == [tables, dots]
-        assert (drawn > 0) == curves
+        assert overlapping == 0, "text runs out of its cell into the next"
+        assert tuple(found) == seen
     # The text of a script in the data is text: the body was not replaced.
     alone = subprocess.run(
         [str(CHROMIUM), *flags, "--dump-dom", report.as_uri()], capture_output=True, text=True, timeout=120, check=True

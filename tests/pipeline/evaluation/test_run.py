@@ -489,7 +489,9 @@ def test_mlflow_gets_scores_and_report_in_the_prefixs_own_run(make_job, engine, 
     knows(engine, *job.customers)
     evaluate_job(job, engine.load)
     assert [result(job, i)["status"] for i in range(2)] == ["done", "done"]  # a run that is gone is a warning
-    logged = MlflowClient().get_run(run.info.run_id).data.metrics
+    data = MlflowClient().get_run(run.info.run_id).data
+    logged = data.metrics
+    assert data.tags["prefixfleet.signature.bleu"] == read_json(folder(job, 1) / "metrics.json", 1)["signatures"]["bleu"]
     scores = read_json(folder(job, 1) / "metrics.json", 1)["scores"]
     assert logged["bleu"] == scores["prefix"]["bleu"]["score"]
     assert logged["base_chrf_low"] == scores["base"]["chrf"]["low"]

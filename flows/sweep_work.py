@@ -1,0 +1,186 @@
+"""One sweep: one customer, many settings of its prefix, all slots of one mixed job. Knows nothing of Prefect, imports no torch.
+
+The settings live in a home of their own, `sweeps/<customer>/<task>/`, and share the customer's prepared data. Each has its folder by a digest of
+all that it depends on, so that what is finished is found again, whatever else is asked for the next time.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from flows import events, jobs, launch, locks, work
+from pipeline.config import METRICS, Customer
+from pipeline.errors import ConfigError, PrefixFleetError, TrainingError
+from pipeline.evaluation.report import write_reports
+from pipeline.files import digest_of, read_json, write_json
+from pipeline.home import Home
+from pipeline.registry import ensure_store
+from pipeline.sweep.found import newest_length_sweep
+from pipeline.sweep.grid import AXES, LENGTHS, Variant, variants
+from pipeline.sweep.tracking import EXPERIMENT, log_sweep
+from pipeline.training.job import JobCustomer, write_job
+
+FORMAT = 1
+# Raised when the same settings and data would be judged otherwise.
+VERSION = 1
+
+Logger = logging.Logger | logging.LoggerAdapter[Any]
+
+
+def run_sweep(
+    fleet_file: Path, customer: str, values: Mapping[str, Sequence[Any]], metric: str | None, logger: Logger
+) -> tuple[dict[str, Any], Path]:
+    """Train the settings that are not trained yet, judge all of them, and write the sweep's files.
+
+    Args:
+        fleet_file: see `pipeline.config`.
+        customer: ID, or ID/TASK.
+        values: axis (of `pipeline.sweep.grid.AXES`) -> what to try; without any, some lengths.
+        metric: what decides on the dev split; by default that of the customer's gate.
+        logger: gets what the children print.
+
+    Returns:
+        the content of sweep.json, and its folder.
+
+    Raises:
+        PrefixFleetError: fleet file, values, data or base are unusable, another sweep of the customer is running, or no setting could be judged.
+    """
+    home = Home.current()
+    ensure_store(home)
+    todo = work.open_work(fleet_file, [customer], home)
+    if len(todo.customers) > 1:
+        raise ConfigError(f"{customer} has {len(todo.customers)} tasks; name one as {customer}/TASK.")
+    (one,) = todo.customers
+    wanted = metric or one.evaluation.gate.metric
+    if wanted not in METRICS:
+        raise ConfigError(f"--metric {wanted}: unknown. Known: {', '.join(name for name in METRICS if name != 'perplexity')}.")
+    if wanted == "perplexity":
+        raise ConfigError(
+            "a sweep is decided by what is generated; perplexity is the dev loss in other words. Name another metric with --metric."
+        )
+    tried = variants(one, values or {"length": LENGTHS})
+    with locks.holding(home, [one.key]) as busy:
+        card = _prepared(todo, one, bool(busy))
+    own = Home(home.sweep(one.key))
+    members = {variant.name: _member(variant, one, card, todo, own) for variant in tried}
+    with locks.holding(own, [one.key]) as busy:
+        if busy:
+            raise TrainingError(f"{one.key}: another sweep of this customer is running; wait for it or stop it.")
+        content, folder = _sweep(todo, one, tried, members, wanted, own, logger)
+    try:
+        log_sweep(content, folder)
+    except PrefixFleetError as error:
+        logger.warning("%s", error)
+        events.emit({"stage": "sweep", "customer": str(one.key), "status": "warning", "text": str(error)})
+    _show_in_report(one, card, todo, home)
+    return content, folder
+
+
+def _prepared(todo: work.Work, one: Customer, busy: bool) -> dict[str, Any]:
+    from pipeline.data import is_prepared
+
+    if busy and not is_prepared(one, todo.base, todo.home.prepared(one.key)):
+        raise TrainingError(f"{one.key}: another run is at work on this customer; wait for it or stop it.")
+    return work.prepare(one, todo.base, todo.home).card
+
+
+def _member(variant: Variant, one: Customer, card: dict[str, Any], todo: work.Work, own: Home) -> JobCustomer:
+    model = todo.fleet.base_model
+    member = jobs.job_customer(variant.customer, card, todo.base, model.dtype, own, model.quantization)
+    return replace(member, prepared=str(todo.home.prepared(one.key)))
+
+
+def _sweep(
+    todo: work.Work, one: Customer, tried: list[Variant], members: dict[str, JobCustomer], metric: str, own: Home, logger: Logger
+) -> tuple[dict[str, Any], Path]:
+    evaluation = one.evaluation.model_dump(mode="json")
+    depends = [
+        VERSION,
+        [[v.name, v.current] for v in tried],
+        sorted(m.evaluate_digest for m in members.values()),
+        metric,
+        evaluation,
+    ]
+    digest = digest_of(depends)
+    folder = own.root / "reports" / digest[:16]
+    known = _known(folder / "sweep.json")
+    if known is not None:
+        return known, folder
+    customers = tuple(variant.customer for variant in tried)
+    fleet = todo.fleet.model_copy(update={"name": "sweep", "customers": customers})
+    by_key = {variant.customer.key: members[variant.name] for variant in tried}
+    (planned,) = jobs.plan(fleet, customers, by_key, todo.base, own)
+    planned = replace(planned, job=replace(planned.job, experiment=EXPERIMENT))
+    failed: dict[str, str] = {}
+    crash: PrefixFleetError | None = None
+    due = jobs.due_in(planned, "train")
+    if due:
+        try:
+            work.run_job(planned, "train", logger)
+        except PrefixFleetError as error:
+            crash = error
+        for member in due:
+            reason, _ = jobs.result_of(planned, member, "train")
+            if reason is not None:
+                failed[member.task] = reason if crash is None else str(crash)
+    trained = [member for member in planned.job.customers if jobs.is_trained(member)]
+    if not trained:
+        raise crash or TrainingError(
+            "no setting could be trained: " + "; ".join(f"{name}: {why}" for name, why in failed.items())
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_job(folder / "job.yaml", replace(planned.job, customers=trained))
+    write_json(
+        folder / "task.json",
+        {
+            "format": FORMAT,
+            "job": str(folder / "job.yaml"),
+            "customer": one.id,
+            "task": one.task,
+            "axes": {axis: list(dict.fromkeys(variant.settings[axis] for variant in tried)) for axis in AXES},
+            "variants": [{"name": v.name, "settings": v.settings, "current": v.current} for v in tried],
+            "failed": failed,
+            "metric": metric,
+            "digest": digest,
+            "outputs": str(own.root / "outputs.jsonl"),
+            "evaluations": str(one.key.below(todo.home.root / "evaluations")),
+        },
+    )
+    launch.run_module("pipeline.sweep", folder / "task.json", planned.launch, events.emit, logger)
+    return read_json(folder / "sweep.json", FORMAT), folder
+
+
+def _known(path: Path) -> dict[str, Any] | None:
+    """The sweep as it was made before; one in which a setting failed is tried again."""
+    try:
+        content = read_json(path, FORMAT)
+    except PrefixFleetError:
+        return None
+    return None if any("error" in variant for variant in content["variants"]) else content
+
+
+def _show_in_report(one: Customer, card: dict[str, Any], todo: work.Work, home: Home) -> None:
+    """Put the curve over prefix lengths into the report of the customer's present prefix, if it is evaluated."""
+    model = todo.fleet.base_model
+    member = jobs.job_customer(one, card, todo.base, model.dtype, home, model.quantization)
+    if not (jobs.is_trained(member) and jobs.is_evaluated(member)):
+        return
+    folder = Path(member.evaluation_dir)
+    try:
+        prefix = read_json(Path(member.prefix_dir) / "prefix.json", 1)
+        metrics, decision = (read_json(folder / f"{name}.json", 1) for name in ("metrics", "decision"))
+        lines = (folder / "generations.jsonl").read_text(encoding="utf-8").split("\n")
+        generations = [json.loads(line) for line in lines if line]
+        write_reports(folder, prefix, metrics, decision, generations, newest_length_sweep(home.sweep(one.key), todo.base.digest))
+    except (PrefixFleetError, OSError, ValueError, KeyError, TypeError) as error:
+        events.emit(
+            {
+                "stage": "sweep",
+                "customer": str(one.key),
+                "status": "warning",
+                "text": f"{folder}: the report stays as it was ({error})",
+            }
+        )
