@@ -4,6 +4,7 @@ In: a customer's id. Out: a `Forgotten` that says what is gone and what is not. 
 anew. Each part finds what is left by itself, so a process that is killed is simply run again. Imports Prefect only where there is a Prefect.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -35,7 +36,12 @@ def forget(customer: str, home: Home, backend_store_uri: str | None = None) -> F
     """
     validate_id(customer)
     keys = {CustomerKey(customer, DEFAULT_TASK), *tasks_on_disk(home, customer)}
-    with locks.holding(home, keys) as busy:
+    with contextlib.ExitStack() as stack:
+        busy = stack.enter_context(locks.holding(home, keys))
+        for key in keys:
+            # A sweep holds its customer in a home of its own.
+            if home.sweep(key).is_dir():
+                busy |= stack.enter_context(locks.holding(Home(home.sweep(key)), [key]))
         if busy:
             raise PrefixFleetError(
                 f"customer {customer}: a run is at work on {', '.join(str(key) for key in sorted(busy))}. Stop it or wait for it, and run the "
@@ -68,8 +74,13 @@ def forget_in_prefect(client: Any, customer: str) -> Iterator[str]:
         what was removed, in words.
     """
     yield from _deployments(client, customer)
-    yield from _flow_runs(client, customer)
-    yield from _artifacts(client, customer)
+    own = [run.id for run in _pages(client.read_flow_runs) if _without(run.parameters or {}, customer) is None]
+    yield from _artifacts(client, customer, set(own))
+    # With a flow run go its task runs and its log.
+    for run in own:
+        client.delete_flow_run(run)
+    if own:
+        yield f"{len(own)} Prefect flow runs about {customer} alone"
 
 
 def _pages(read: Any, **arguments: Any) -> Iterator[Any]:
@@ -100,22 +111,16 @@ def _deployments(client: Any, customer: str) -> Iterator[str]:
                 yield f"a schedule of Prefect deployment {deployment.name}"
 
 
-def _flow_runs(client: Any, customer: str) -> Iterator[str]:
-    """With a flow run go its task runs, artifacts and log."""
-    gone = 0
-    for run in _pages(client.read_flow_runs):
-        if _without(run.parameters or {}, customer) is None:
-            client.delete_flow_run(run.id)
-            gone += 1
-    if gone:
-        yield f"{gone} Prefect flow runs about {customer} alone"
-
-
-def _artifacts(client: Any, customer: str) -> Iterator[str]:
+def _artifacts(client: Any, customer: str, own: set[Any]) -> Iterator[str]:
+    """Those of the flow runs `own`, and the customer's rows in the tables of others."""
     from prefect.client.schemas.actions import ArtifactUpdate
 
     changed = 0
     for artifact in _pages(client.read_artifacts, sort=None):
+        if artifact.flow_run_id in own:
+            client.delete_artifact(artifact.id)
+            changed += 1
+            continue
         if artifact.type != "table" or not isinstance(artifact.data, str):
             continue
         rows = json.loads(artifact.data)
@@ -131,7 +136,7 @@ def _artifacts(client: Any, customer: str) -> Iterator[str]:
 
 def _without(parameters: Mapping[str, Any], customer: str) -> dict[str, Any] | None:
     """Parameters of our flows without a customer; None if they are about nobody else."""
-    if _is(str(parameters.get("customer_id") or ""), customer):
+    if any(_is(str(parameters.get(name) or ""), customer) for name in ("customer_id", "customer")):
         return None
     named = parameters.get("customers")
     if not isinstance(named, list):

@@ -107,8 +107,9 @@ def test_forgotten_customer_is_gone_reported_and_not_trained_until_that_is_lifte
     # Asked for by name, it is a failure that says how to lift it.
     assert cli.main(["prepare", str(fleet_file), "--customer", "acme"]) == 1
     assert "acme failed: customer acme: was forgotten on" in capsys.readouterr().out
-    assert cli.main(["compare", str(fleet_file), "--customer", "acme"]) == 2
-    assert "was forgotten on" in capsys.readouterr().err
+    for command in ("compare", "sweep"):
+        assert cli.main([command, str(fleet_file), "--customer", "acme"]) == 2
+        assert "was forgotten on" in capsys.readouterr().err
 
     assert answer(capsys, "forget", "--customer", "acme", "--lift")["lifted"] is True
     through(fleet_file)
@@ -121,4 +122,7 @@ def test_customer_that_a_run_is_at_work_on_is_not_forgotten_under_it(
     assert cli.main(["prepare", str(fleet_file)]) == 0
     with locks.holding(home, [CustomerKey("bolt")]):
         assert cli.main(["forget", "--customer", "bolt", "--yes"]) == 1
-    assert "a run is at work on bolt" in capsys.readouterr().err and (home.root / "prepared" / "bolt").is_dir()
+    home.sweep(CustomerKey("bolt")).mkdir(parents=True)
+    with locks.holding(Home(home.sweep(CustomerKey("bolt"))), [CustomerKey("bolt")]):
+        assert cli.main(["forget", "--customer", "bolt", "--yes"]) == 1
+    assert capsys.readouterr().err.count("a run is at work on bolt") == 2 and (home.root / "prepared" / "bolt").is_dir()

@@ -38,6 +38,9 @@ def registered(make, customer: str) -> None:
     client.log_text(run.info.run_id, SECRET, "evaluation/report.html")
     client.log_param(run.info.run_id, "text", SECRET)
     client.delete_run(run.info.run_id)
+    sweep = client.create_run(experiment, tags={"prefixfleet.customer": customer, "prefixfleet.sweep": "digest"})
+    child = client.create_run(experiment, tags={"mlflow.parentRunId": sweep.info.run_id})
+    client.log_param(child.info.run_id, "init", SECRET)
     lookup(customer)
     register(*make(customer=f"{customer}-too"))
 
