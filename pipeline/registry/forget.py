@@ -124,10 +124,10 @@ def _runs(client: "MlflowClient", customer: str) -> "list[Run]":
     for some in _in_parts(_experiments(client)):
         search = functools.partial(client.search_runs, some, run_view_type=ViewType.ALL)
         own = list(pages(search, _of(customer)))
-        # Runs below a sweep's that no training had made say their parent alone.
+        # Runs below a sweep's that no training had made say their parent alone: they go before it, or nothing would lead to them.
         sweeps = [run.info.run_id for run in own if f"{TAG}sweep" in run.data.tags]
-        own += [child for number in sweeps for child in pages(search, f"tags.`mlflow.parentRunId` = '{number}'")]
-        found += {run.info.run_id: run for run in own}.values()
+        below = [child for number in sweeps for child in pages(search, f"tags.`mlflow.parentRunId` = '{number}'")]
+        found += {run.info.run_id: run for run in [*below, *own]}.values()
     return found
 
 

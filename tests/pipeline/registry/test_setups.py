@@ -201,7 +201,7 @@ def test_a_server_that_is_stopped_and_started_again_is_waited_for(
     mlflow_server = request.getfixturevalue({"server": "sqlite_server", "postgres": "postgres_server"}[setup])
     # A start takes longer here than the 12 s that the default waits.
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "9")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0.5")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
     real = MlflowClient.finalize_logged_model
 
     def interrupted(self: MlflowClient, *arguments: Any) -> Any:
