@@ -47,31 +47,21 @@ SMALL_SHAPES = [(96, 32, 1024, 10, 2), (24, 8, 1024, 50, 8), (224, 32, 512, 20, 
 ROWS = 8  # of each customer in a step
 
 
-def job_of(shape: tuple[int, int, int, int, int], dtype: str, checkpointing: bool) -> Job:
+def job_of(shape: tuple[int, int, int, int, int], dtype: str, checkpointing: bool, rows: int = ROWS) -> Job:
     """The job that the planner is asked about."""
     inputs, targets, budget, columns, customers = shape
     prefix = JobPrefix(columns, "all", "all", "prefix", "none", 512, "random", None, None)
-    training = JobTraining(8, ROWS, 1, 0.01, "constant", 0, 0.0, 1.0, 100, None, 0)
+    training = JobTraining(8, rows, 1, 0.01, "constant", 0, 0.0, 1.0, 100, None, 0)
     each: list[Any] = [
         JobCustomer(
-            f"c{i}",
-            "default",
-            "",
-            "",
-            "",
-            "",
-            "",
-            "",
-            "",
-            JobPrompt("{input}", True, "none", inputs, targets),
-            prefix,
-            training,
-            None,
-        )  # type: ignore[arg-type]
+            customer=f"c{i}", task="default", prepared="", data_fingerprint="", train_digest="", config_digest="", evaluate_digest="",
+            prefix_dir="", evaluation_dir="", champion_dir=None, prompt=JobPrompt("{input}", True, "none", inputs, targets), prefix=prefix,
+            training=training, evaluation=None,  # type: ignore[arg-type]  # nobody evaluates here
+        )
         for i in range(customers)
-    ]
+    ]  # fmt: skip
     base = JobBase("random", "random", None, "", dtype, None, "auto")
-    return Job(2, "plan", ".", "plan", base, JobMixing(customers, budget, checkpointing, 1e9), each)
+    return Job(3, "plan", ".", "plan", base, JobMixing(customers, budget, checkpointing, 1e9), each)
 
 
 def rows_of(inputs: int, targets: int, vocabulary: int, count: int, seed: int) -> list[Record]:

@@ -387,9 +387,9 @@ def _plan(arguments: argparse.Namespace) -> int:
             f"base {gib(found.weights)}; micro-batches of {shape.rows} x ({shape.input_tokens} + {shape.target_tokens}) tokens\n"
         )
         names = ("weights", "gathered", "activations", "prefixes", "optimiser", "buffers")
-        print(f"{'engine':<14} {'checkpointing':<13}", *(f"{name:>11}" for name in (*names, "total")))
+        print(f"{'engine':<14} {'checkpointing':<13}", *(f"{name:>11}" for name in (*names, "total", "exchanged")))
         for need in found.needs:
-            sizes = [gib(getattr(need, name)) for name in names] + [gib(need.total)]
+            sizes = [gib(getattr(need, name)) for name in names] + [gib(need.total), gib(need.exchanged)]
             mark = "  fits" if need.total <= memory else ""
             print(
                 f"{need.engine:<14} {'yes' if need.checkpointing else 'no':<13}",

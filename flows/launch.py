@@ -29,7 +29,7 @@ import yaml
 
 from pipeline.config import LaunchSettings
 from pipeline.errors import ConfigError, EvaluationError, PrefixFleetError, TrainingError
-from pipeline.process import RESUME
+from pipeline.process import RESUME, paused_note
 from pipeline.progress import MARK
 
 CONFIGS = Path(__file__).resolve().parent.parent / "accelerate_configs"
@@ -162,11 +162,15 @@ def run_module(
         TrainingError, EvaluationError: the child refused the job or was asked to stop.
         ConfigError: there is no such accelerate config.
     """
-    started = commands(module, job_file, launch)
-    if len(started) == 1:
-        run_process(started[0], environment(launch), module, on_event, log)
-    else:
-        _run_together(started, environment(launch), module, on_event, log)
+    started, note = commands(module, job_file, launch), paused_note(job_file)
+    note.unlink(missing_ok=True)  # of an earlier run
+    try:
+        if len(started) == 1:
+            run_process(started[0], environment(launch), module, on_event, log, note=note)
+        else:
+            _run_together(started, environment(launch), module, on_event, log, note)
+    finally:
+        note.unlink(missing_ok=True)
 
 
 def _run_together(
@@ -175,6 +179,7 @@ def _run_together(
     name: str,
     on_event: Callable[[Event], None],
     log: logging.Logger | logging.LoggerAdapter[Any],
+    note: Path,
 ) -> None:
     """As `run_process`, for several that need one another: when one fails the others are ended, and what it failed with is raised."""
     stop = threading.Event()
@@ -182,7 +187,7 @@ def _run_together(
 
     def one(arguments: list[str]) -> None:
         try:
-            run_process(arguments, env, name, on_event, log, stop)
+            run_process(arguments, env, name, on_event, log, stop, note)
         except PrefixFleetError as error:
             failures.append(error)
 
@@ -213,8 +218,12 @@ def run_process(
     on_event: Callable[[Event], None],
     log: logging.Logger | logging.LoggerAdapter[Any],
     stop: threading.Event | None = None,
+    note: Path | None = None,
 ) -> None:
-    """As `run_module`, for any command line; `name` is what error messages call it. Once `stop` is set the child is ended, which is no error."""
+    """As `run_module`, for any command line; `name` is what error messages call it. Once `stop` is set the child is ended, which is no error.
+
+    If the file `note` is there when the child has failed, it wants to be started again, whatever it ended with (`pipeline.process.paused_note`).
+    """
     child = subprocess.Popen(arguments, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     family: dict[int, psutil.Process] = {}
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -248,7 +257,7 @@ def run_process(
             if line is not None:
                 _handle(line, last, on_event, log)
     if child.returncode != 0:
-        raise _error(name, child.returncode, list(last))
+        raise _error(name, RESUME if note is not None and note.exists() else child.returncode, list(last))
 
 
 def _read(stream: IO[bytes], lines: "queue.SimpleQueue[str | None]") -> None:

@@ -19,6 +19,14 @@ _PR_SET_PDEATHSIG = 1
 RESUME = 75  # sysexits' EX_TEMPFAIL: stopped at a checkpoint; run the same command again to go on
 
 
+def paused_note(job_file: Path) -> Path:
+    """The file beside a job's file that a process leaves which ends with `RESUME`, for whoever started the launcher that started it.
+
+    `accelerate launch` ends with 1 whatever its processes end with, and what a command on another machine ends with depends on that command.
+    """
+    return job_file.with_name("paused")
+
+
 def share_cores() -> None:
     """Let waiting threads give their core away soon, unless the user has set otherwise. Call before torch is imported.
 

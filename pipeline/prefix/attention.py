@@ -17,6 +17,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from pipeline.errors import PrefixError
 from pipeline.prefix import kernels
 from pipeline.prefix.bank import PrefixBank
+from pipeline.prefix.placing import Heads
 
 # The hook under two names, for each form that transformers may give a mask: who sees whom, or which keys are no padding (flash attention).
 IMPLEMENTATION = "prefixfleet"
@@ -39,6 +40,7 @@ class ActivePrefix:
         check: if not None, is asked for every call behind a prefix: given what `by_hand` takes and the kernel's output, it returns what the model
             gets instead (see `pipeline.prefix.proof`).
         made: masks in the kernel's form that were made in this forward pass; layers share them.
+        heads: which of the key-value heads the attention modules compute here; banks and what is captured have all of them.
     """
 
     bank: PrefixBank | None = None
@@ -51,6 +53,7 @@ class ActivePrefix:
     called: list[tuple[nn.Module, torch.Size, torch.Size, torch.Size]] = field(default_factory=list)
     check: "Check | None" = None
     made: dict[Hashable, tuple[torch.Tensor | None, Any]] = field(default_factory=dict)
+    heads: Heads = field(default_factory=Heads)
 
     def once(self, mask: torch.Tensor | None, key: Hashable, make: Callable[[], Any]) -> Any:
         """What `make` gives for the model's mask `mask` and `key`, made once a forward pass."""
@@ -158,7 +161,7 @@ def prefix_attention(
     if active.captured is not None:
         active.called.append((module, query.shape, key.shape, value.shape))
         if site is not None:
-            active.captured[site] = (key, value)
+            active.captured[site] = (active.heads.whole(key), active.heads.whole(value))
     if attention_mask is not None and attention_mask.dim() == 2:
         # A static cache is longer than what it holds.
         key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
@@ -167,7 +170,8 @@ def prefix_attention(
 
     batch, length = query.shape[0], query.shape[2]
     rows = active.rows_for(batch)
-    prefix_key, prefix_value, visible = active.bank.gather(site, rows, key.dtype)  # 2 x [B, heads_kv, P, head_dim], [B, P]
+    # 2 x [B, heads_kv, P, head_dim], [B, P]
+    prefix_key, prefix_value, visible = active.bank.gather(site, rows, key.dtype, active.heads.own(key.shape[1]))
     seen = visible[:, None, None, :].expand(batch, 1, length, -1)  # every query sees the whole prefix, however narrow its window
     may_see = active.may_see(batch, length)
     if may_see is not None:

@@ -161,17 +161,20 @@ class PrefixBank:
         """`columns` of a site as numbers, without asking the device: sites of one layout have one mask."""
         return tuple(self._layouts[site])
 
-    def gather(self, site: str, rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def gather(
+        self, site: str, rows: torch.Tensor, dtype: torch.dtype, heads: slice = slice(None)
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Keys and values of each row's slot at one site.
 
         Args:
             rows: slot of each row, int64 [B].
+            heads: which of the site's heads; all of them, unless processes share them out.
 
         Returns:
             keys and values [B, heads_kv, P, head_dim], and bool [B, P]: which columns are part of the row's prefix.
         """
         # Selected before it is cast, so that the gradients of a slot's rows are summed in the bank's own precision.
-        both = self.tensors[site].index_select(0, rows).to(dtype)  # [B, 2, heads_kv, P, head_dim]
+        both = self.tensors[site][:, :, heads].index_select(0, rows).to(dtype)  # [B, 2, heads_kv, P, head_dim]
         visible = torch.arange(self.length, device=rows.device)[None, :] < self.columns[site][rows][:, None]
         return both[:, 0], both[:, 1], visible
 

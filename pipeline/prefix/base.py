@@ -354,6 +354,7 @@ def attach(model: Any, max_positions: int | None = None, attention: str = "sdpa"
         _shift_positions(base)
         # Behind all hooks of ours: those of DeepSpeed that let go of a module's weights come after them.
         base.placed = place(model)
+        active.heads = base.placed.heads
         base.sites = _find_sites(base)
         prove(base)
     except (TypeError, AttributeError, KeyError) as error:
@@ -420,7 +421,7 @@ def _find_sites(base: FrozenBase) -> dict[str, Site]:
         if kind == "decoder.self" and kind in bias_sources:
             # The table lives in the first layer only; keep it out of the module tree, for it is no child.
             object.__setattr__(module, "_prefixfleet_bias_source", bias_sources[kind])
-        sites[name] = Site(heads=key[1], head_dim=key[3])
+        sites[name] = Site(heads=key[1] * base.active.heads.parts, head_dim=key[3])
     config = base.model.config if base.is_encoder_decoder else base.model.config.get_text_config()
     # T5 and BART count the layers of their two parts apart.
     decoder_layers = _first_of(config, "num_decoder_layers", "decoder_layers", "num_hidden_layers")

@@ -13,6 +13,25 @@ from torch import nn
 
 
 @dataclass(frozen=True)
+class Heads:
+    """Which of an attention's key-value heads this process computes: all of them, unless processes share them out (tensor parallelism).
+
+    Attributes:
+        part, parts: the `part`-th of `parts` equal runs of heads.
+        whole: own heads [B, heads_kv / parts, …] -> those of all, [B, heads_kv, …], the same on all of them; the gradient of that, the same on all of
+            them too, goes back to each one's own heads. Every process must call it at the same time.
+    """
+
+    part: int = 0
+    parts: int = 1
+    whole: Callable[[torch.Tensor], torch.Tensor] = lambda own: own
+
+    def own(self, count: int) -> slice:
+        """Where this process's heads are among all of them, `count` being how many it computes."""
+        return slice(self.part * count, (self.part + 1) * count)
+
+
+@dataclass(frozen=True)
 class Placed:
     """A model whose weights are where they belong.
 
@@ -21,12 +40,14 @@ class Placed:
         kept: the tensors of weights that this process keeps, whole ones or its parts.
         whole: a weight whole, as a new tensor or the weight itself. Every process must ask for the same one at the same time.
         settle: called between passes: gives back what the last one left gathered.
+        heads: which heads of its attentions this process computes.
     """
 
     device: torch.device
     kept: Callable[[], list[torch.Tensor]]
     whole: Callable[[nn.Parameter], torch.Tensor]
     settle: Callable[[], None]
+    heads: Heads = Heads()
 
 
 # Puts the weights of a model where they belong. Hooks and settings are on the model already, its weights wherever loading left them.

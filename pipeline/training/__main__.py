@@ -13,7 +13,7 @@ from types import FrameType
 from typing import NoReturn
 
 from pipeline.errors import PrefixFleetError
-from pipeline.process import RESUME, end_with_launcher, exit_with_parent, share_cores
+from pipeline.process import RESUME, end_with_launcher, exit_with_parent, paused_note, share_cores
 
 _ONE_WISH_SECONDS = 1.0  # Ctrl-C twice within this time is one wish
 
@@ -72,7 +72,9 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Paused as paused:
-        with contextlib.suppress(OSError):  # whoever started us may be gone
+        with contextlib.suppress(OSError):  # whoever started us may be gone, and the status says it too
+            paused_note(arguments.job).touch()
+        with contextlib.suppress(OSError):
             print(paused, file=sys.stderr)
         return RESUME
     except RuntimeError as error:

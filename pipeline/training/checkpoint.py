@@ -16,13 +16,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from pipeline.errors import StorageError
+from pipeline.errors import PrefixFleetError, StorageError
 from pipeline.files import file_digest, read_json, whole_file, write_json
 from pipeline.keys import CustomerKey
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"
-BUDGET = "budget.json"
+SHORTAGE = "shortage.json"
 
 # Tensors and plain values of one customer.
 State = tuple[dict[str, torch.Tensor], dict[str, Any]]
@@ -123,7 +123,7 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
 def delete_checkpoint(folder: Path) -> None:
     """Forget a checkpoint, the manifest first."""
     (folder / MANIFEST).unlink(missing_ok=True)
-    (folder / BUDGET).unlink(missing_ok=True)
+    (folder / SHORTAGE).unlink(missing_ok=True)
     sweep(folder, None)
 
 
@@ -136,24 +136,41 @@ def sweep(folder: Path, checkpoint: Checkpoint | None) -> None:
         file.unlink(missing_ok=True)
 
 
-def note_budget(folder: Path, asked: int, budget: int) -> None:
-    """Keep the tokens of a micro-batch that are left of `asked`, for a process that ran out of memory where no checkpoint can be written.
+@dataclass
+class Shortage:
+    """What a process learned that ran out of memory where no checkpoint can be written.
+
+    Attributes:
+        asked: tokens of a micro-batch that the job was given.
+        budget: those that are left of them.
+        given_up: customers who have a row that does not fit by itself, and what to tell of it.
+    """
+
+    asked: int
+    budget: int
+    given_up: dict[CustomerKey, str] = field(default_factory=dict)
+
+
+def note_shortage(folder: Path, shortage: Shortage) -> None:
+    """Keep it for the next run of the job.
 
     Raises:
         StorageError: it cannot be written.
     """
-    write_json(folder / BUDGET, {"format": FORMAT, "asked": asked, "budget": budget})
+    given_up = {str(key): reason for key, reason in shortage.given_up.items()}
+    write_json(folder / SHORTAGE, {"format": FORMAT, "asked": shortage.asked, "budget": shortage.budget, "given_up": given_up})
 
 
-def noted_budget(folder: Path, asked: int) -> int | None:
-    """What `note_budget` kept for the same `asked`; None if nothing."""
-    if not (folder / BUDGET).exists():
-        return None
-    try:
-        noted = read_json(folder / BUDGET, FORMAT)
-        return int(noted["budget"]) if noted["asked"] == asked else None
-    except (StorageError, KeyError, TypeError, ValueError):
-        return None  # a note, not a record: without it the budget is halved once more
+def noted_shortage(folder: Path, asked: int) -> Shortage:
+    """What `note_shortage` kept for the same `asked`; nothing short of it if there is none."""
+    if (folder / SHORTAGE).exists():
+        # A note, not a record: without it memory runs out once more.
+        with contextlib.suppress(PrefixFleetError, KeyError, TypeError, ValueError, AttributeError):
+            noted = read_json(folder / SHORTAGE, FORMAT)
+            if noted["asked"] == asked:
+                given_up = {CustomerKey.parse(name): str(reason) for name, reason in noted["given_up"].items()}
+                return Shortage(asked, int(noted["budget"]), given_up)
+    return Shortage(asked, asked)
 
 
 def _read_state(path: Path) -> State:

@@ -30,7 +30,15 @@ class Interrupted(Exception):
 
 
 class OutOfMemoryAlone(Interrupted):
-    """The same in this process, with a split base left in the middle of a pass, and the others waiting for its part: it has to leave."""
+    """The same in this process, with a split base left in the middle of a pass, and the others waiting for its part: it has to leave.
+
+    Attributes:
+        given_up: slots whose customers have a row that does not fit by itself, and what to tell of it.
+    """
+
+    def __init__(self, given_up: dict[int, str] | None = None) -> None:
+        super().__init__()
+        self.given_up = given_up or {}
 
 
 @dataclass
@@ -84,6 +92,13 @@ class Report:
     failed: dict[int, str] = field(default_factory=dict)
 
 
+def _too_long(item: Item) -> str:
+    return (
+        f"a row of {tokens_of(item)} tokens does not fit in the device's memory. Lower prompt.max_input_tokens, or set "
+        "launch.gradient_checkpointing: true."
+    )
+
+
 class Mixed:
     """Slots on one base.
 
@@ -127,6 +142,8 @@ class Mixed:
             tensor.requires_grad_(True)
         self._told = False
         self._out_of_memory = False
+        # Processes that make one pass together see the same rows, which are to count once.
+        self._first_of_run = accelerator.process_index % self.engine.parts == 0
 
     @property
     def seated(self) -> list[tuple[int, Resident]]:
@@ -180,10 +197,13 @@ class Mixed:
                 return
             shares = own.detach().double() * scale[slots]
             # From here on nothing more is allocated.
-            for total, gradient in zip(sums, gradients, strict=True):
-                if gradient is not None:
-                    total += gradient
-            losses.index_add_(0, slots, shares)
+            # Each process of a run has the gradient of its own heads, or all have that of all heads.
+            if self._first_of_run or self.base.placed.heads.parts > 1:
+                for total, gradient in zip(sums, gradients, strict=True):
+                    if gradient is not None:
+                        total += gradient
+            if self._first_of_run:
+                losses.index_add_(0, slots, shares)
 
         self._pass([Item(slot, row) for slot in flats for row in rows[slot]], learn, report)
         self._add_up([*sums, losses], report)
@@ -244,7 +264,7 @@ class Mixed:
 
         def look(items: Sequence[Item], slots: torch.Tensor, counts: bool) -> None:
             own = row_losses(self.base, items, self.pad).double()
-            if counts:
+            if counts and self._first_of_run:
                 totals.index_add_(0, slots, own)
 
         self._pass([Item(slot, row) for slot, resident in due for row in resident.dev_rows], look, report)
@@ -302,9 +322,12 @@ class Mixed:
             problem = self._try(batch, compute)
             slots = list(dict.fromkeys(item.slot for item in batch))
             if problem is None:
-                report.tokens += sum(map(tokens_of, batch))
-                report.padded += padded_tokens(batch, self.base.is_encoder_decoder)
+                if self._first_of_run:
+                    report.tokens += sum(map(tokens_of, batch))
+                    report.padded += padded_tokens(batch, self.base.is_encoder_decoder)
             elif problem is _NO_MEMORY and self.engine.place is not None:
+                if len(batch) == 1:
+                    raise OutOfMemoryAlone({slots[0]: _too_long(batch[0])})
                 self._halve(batch)
                 raise OutOfMemoryAlone
             elif problem is _NO_MEMORY and len(batch) > 1:
@@ -317,10 +340,7 @@ class Mixed:
                 waiting = [[item for item in batch if item.slot == slot] for slot in slots] + waiting
             else:
                 if problem is _NO_MEMORY:
-                    problem = (
-                        f"a row of {tokens_of(batch[0])} tokens does not fit in the device's memory. Lower prompt.max_input_tokens, or set "
-                        "launch.gradient_checkpointing: true."
-                    )
+                    problem = _too_long(batch[0])
                 report.failed[slots[0]] = problem
                 waiting = [kept for rows in waiting if (kept := [item for item in rows if item.slot != slots[0]])]
         for _ in range(idle if items else 0):
@@ -388,7 +408,6 @@ class Mixed:
                 report.failed.setdefault(
                     slot, "a row does not fit in the memory of another process's device. Lower prompt.max_input_tokens."
                 )
-        # Processes that make one pass together have the same rows: `parts` times the same losses and tokens.
         report.tokens, report.padded = int(tokens), int(padded)
         for tensor, total in zip(tensors, sums, strict=True):
             tensor.copy_(total.view(tensor.shape))

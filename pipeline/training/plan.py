@@ -16,8 +16,9 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from pipeline.errors import ConfigError
+from pipeline.errors import BaseModelError, ConfigError
 from pipeline.training.batches import ROUND_POSITIONS_TO, ROUND_TO
+from pipeline.training.engines.tp import plan_of
 from pipeline.training.engines.units import blocks
 from pipeline.training.engines.zero3 import PERSISTENT
 from pipeline.training.job import Job
@@ -26,6 +27,7 @@ GPU_CONTEXT = 600 * 2**20  # CUDA's context, cuBLAS's workspaces and NCCL's buff
 # Copies of a prefix's numbers: parameters, gradient, two moments of AdamW; the bank, its gradients of a pass, their sum over passes.
 OPTIMISER_COPIES, BANK_COPIES = 4, 3
 _PROBE = "prefixfleet-plan"
+_TP_SIZE = 8  # parallelism_config_tp_size of accelerate_configs/tp.yaml: GPUs that NVLink joins
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Need:
         prefixes: keys and values of all slots with their gradients.
         optimiser: parameters of the prefixes, their gradients and AdamW's moments.
         buffers: of the exchange, and of the device itself.
+        exchanged: what it sends in one optimiser step, and receives as much; no part of its memory.
     """
 
     engine: str
@@ -60,6 +63,7 @@ class Need:
     prefixes: int
     optimiser: int
     buffers: int
+    exchanged: int
 
     @property
     def total(self) -> int:
@@ -77,7 +81,7 @@ class Plan:
         needs: by engine and checkpointing, in the order in which one would take them.
         memory: bytes of a device.
         best: the first that fits, or None.
-        wire_bytes: sent and received by each device in one optimiser step with `best`.
+        wire_bytes: `best.exchanged`.
     """
 
     weights: int
@@ -109,36 +113,50 @@ def plan(job: Job, devices: int, memory: int, gpu: bool = True, config: Any | No
         ConfigError: the base's configuration is missing, or it cannot be followed without data.
     """
     base = _Base(job, config)
-    shape = _largest_micro_batch(job, devices, base.encoder_decoder)
-    saved = base.activations(shape, max(c.prefix.length for c in job.customers))
+    shape, longest = _largest_micro_batch(job, devices), max(c.prefix.length for c in job.customers)
+    saved = base.activations(shape, longest)
+    shared = _shared_out(job, devices, base.config)
     numbers = _prefix_numbers(job, base)
     bank, trained = numbers
     prefixes, optimiser = BANK_COPIES * bank * 4, OPTIMISER_COPIES * trained * 4
     exchange = bank * 4 if devices > 1 else 0
     buffers = exchange + (GPU_CONTEXT if gpu else 0)
-    needs = []
-    for engine, split, gathered in (
-        ("none" if devices == 1 else "ddp", 1, 0),
-        ("fsdp2", devices, base.rest + 3 * base.block),
-        ("zero3", devices, base.largest + base.block),
-        ("zero3_offload", 0, base.largest + base.block),
-    ):
-        if engine in ("fsdp2", "zero3") and devices == 1:
-            continue
-        for checkpointing in (False, True):
-            weights = -(-base.weights // split) if split else 0
-            held = saved.with_checkpointing if checkpointing else saved.plain
-            needs.append(Need(engine, checkpointing, weights, gathered, held, prefixes, optimiser, buffers))
-    best = next((need for need in needs if need.total <= memory), None)
-    wire = 0
-    if best is not None:
-        rows = -(-_rows_of_step(job) // devices)
-        passes = -(-rows // shape.rows)
-        split_base = best.engine not in ("none", "ddp")
+    share = -(-base.weights // devices)
+    engines = [("none" if devices == 1 else "ddp", base.weights, 0, saved)]
+    if devices > 1:
+        engines.append(("fsdp2", share, base.rest + 3 * base.block, saved))
+    if shared is not None:
+        engines.append(("tp", shared.weights, 0, shared.activations(_largest_micro_batch(job, devices // shared.parts), longest)))
+    if devices > 1:
+        engines.append(("zero3", share, base.largest + base.block, saved))
+    engines.append(("zero3_offload", 0, base.largest + base.block, saved))
+
+    def exchanged(engine: str, checkpointing: bool) -> int:
+        runs = devices // shared.parts if shared is not None and engine == "tp" else devices
+        micro = _largest_micro_batch(job, runs)
+        passes = -(-_rows_of_step(job) // (runs * micro.rows))
         reduced = 2 * (devices - 1) * bank * 4 // devices
-        gathered_per_pass = base.weights * (devices - 1) // devices if devices > 1 else 0
-        wire = reduced + (2 * passes * (gathered_per_pass or base.weights) if split_base else 0)
-    return Plan(base.weights, devices, memory, shape, needs, best, wire)
+        if engine in ("none", "ddp"):
+            return reduced
+        if shared is not None and engine == "tp":
+            return reduced + passes * shared.exchanged(micro, checkpointing)
+        of_others = base.weights * (devices - 1) // devices if devices > 1 else 0
+        return reduced + 2 * passes * (of_others or base.weights)
+
+    needs = [
+        Need(
+            engine, checkpointing, weights, gathered, kept.with_checkpointing if checkpointing else kept.plain, prefixes, optimiser, buffers,
+            exchanged(engine, checkpointing),
+        )
+        for engine, weights, gathered, kept in engines
+        for checkpointing in (False, True)
+    ]  # fmt: skip
+    best = next((need for need in needs if need.total <= memory), None)
+    if best is not None and best.engine in ("fsdp2", "zero3"):
+        # Sharing layers out moves what rows become, splitting them the weights: with few rows a step the former is less.
+        fit = [n for n in needs if n.engine == "tp" and n.total <= memory and n.checkpointing <= best.checkpointing]
+        best = min([best, *fit], key=lambda need: need.exchanged)
+    return Plan(base.weights, devices, memory, shape, needs, best, 0 if best is None else best.exchanged)
 
 
 def refuse_what_cannot_fit(folder: Path, dtype: torch.dtype, engine: str, parts: int, memory: int) -> None:
@@ -147,7 +165,7 @@ def refuse_what_cannot_fit(folder: Path, dtype: torch.dtype, engine: str, parts:
     Args:
         folder: of the base.
         dtype: what it computes in.
-        engine: `none`, `ddp`, `zero3`, `fsdp2`.
+        engine: `none`, `ddp`, `zero3`, `fsdp2`, `tp`.
         parts: over how many devices a split base is spread.
         memory: bytes of a device.
 
@@ -157,7 +175,7 @@ def refuse_what_cannot_fit(folder: Path, dtype: torch.dtype, engine: str, parts:
     stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     wide = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}[_stored_as(folder)]
     weights = stored * dtype.itemsize // wide
-    share = weights // parts if engine in ("zero3", "fsdp2") else weights
+    share = weights // parts if engine in ("zero3", "fsdp2", "tp") else weights
     if share > memory:
         least = math.ceil(weights / (0.8 * memory))
         raise ConfigError(
@@ -205,7 +223,7 @@ def _rows_of_step(job: Job) -> int:
     return sum(each[: job.mixing.slots])
 
 
-def _largest_micro_batch(job: Job, devices: int, encoder_decoder: bool) -> Shape:
+def _largest_micro_batch(job: Job, devices: int) -> Shape:
     inputs = max(c.prompt.max_input_tokens for c in job.customers)
     targets = max(c.prompt.max_target_tokens for c in job.customers)
     length = -(-(inputs + targets) // ROUND_TO) * ROUND_TO
@@ -234,6 +252,17 @@ def _prefix_numbers(job: Job, base: "_Base") -> tuple[int, int]:
 class _Saved:
     plain: int
     with_checkpointing: int
+
+
+def _shared_out(job: Job, devices: int, config: Any) -> "_SharedOut | None":
+    """The base under tensor parallelism, as `accelerate_configs/tp.yaml` shares it out; None where it cannot."""
+    parts = min(devices, _TP_SIZE)
+    if parts == 1 or devices % parts or job.base.quantization is not None:
+        return None
+    try:
+        return _SharedOut(job, config, parts)
+    except (BaseModelError, ConfigError):
+        return None
 
 
 class _Base:
@@ -330,6 +359,81 @@ class _Base:
         adds = max(of_logits, one_block // 2)
         inputs_of_blocks = len(self.units) * tokens * self.width * self.dtype.itemsize
         return _Saved(outside + in_blocks + adds, outside + inputs_of_blocks + max(of_logits, one_block + one_block // 2))
+
+
+class _SharedOut(_Base):
+    """One of `parts` processes that share each layer out (`pipeline.training.engines.tp`): its weights cut as transformers' plan says.
+
+    Raises:
+        BaseModelError, ConfigError: there is no plan, or heads do not divide.
+    """
+
+    def __init__(self, job: Job, config: Any, parts: int) -> None:
+        super().__init__(job, config)
+        self.parts, self.plan = parts, plan_of(self.model, parts)
+        modules = dict(self.model.named_modules())
+        seen: set[int] = set()
+        self.weights, self.sizes = 0, {name: _sizes(module) for name, module in modules.items()}
+        for name, parameter in self.model.named_parameters():
+            cut = _cut(self.plan.get(name, ""), parameter.dim())
+            self.weights += parameter.numel() * parameter.element_size() // (1 if cut is None else parts)
+        # Only what is kept cut between layers: what is put together again behind its layer is kept whole.
+        for name, style in self.plan.items():
+            module_name, _, weight = name.rpartition(".")
+            module = modules.get(module_name)
+            if name in modules or module is None or style not in _KEPT_CUT:
+                continue
+            parameter, cut = module._parameters[weight], _cut(style, module._parameters[weight].dim())
+            if parameter is not None and cut is not None and id(parameter) not in seen:
+                shape = [-(-size // parts) if i == cut else size for i, size in enumerate(parameter.shape)]
+                module._parameters[weight] = smaller = nn.Parameter(parameter.new_empty(shape), requires_grad=False)
+                seen.add(id(smaller))
+
+    def exchanged(self, shape: Shape, checkpointing: bool) -> int:
+        """Bytes that a process sends in one pass, forward and backward, in rings: twice what is summed, once what is put together."""
+        decoder = shape.rows * (shape.input_tokens + shape.target_tokens)
+        logits = -(-shape.rows * shape.target_tokens // ROUND_POSITIONS_TO) * ROUND_POSITIONS_TO
+        head, total = self.model.get_output_embeddings(), 0
+        names = {id(module): name for name, module in self.model.named_modules()}
+        # Behind the embeddings nothing needs a gradient yet: what the first layer's queries, keys and values are made of.
+        first_of = {name for name in self.plan if name in self.sizes and name.startswith(f"{names[id(self.units[0])]}.")}
+        first = next((name for name in self.plan if name in first_of and self.plan[name].startswith("colwise")), "")
+        for name, style in self.plan.items():
+            if name not in self.sizes:
+                continue
+            tokens = logits if name == names.get(id(head)) else decoder
+            into, out = self.sizes[name] or (self.width, self.width)
+            forward = {"rowwise": 2 * out, "embedding_rowwise": 2 * out, "embedding_colwise": out, "moe_tp_experts": 2 * out}.get(
+                style, 0
+            )
+            forward = 2 * out if style.startswith("rowwise") else out if style in _PUT_TOGETHER else forward
+            backward = 2 * into if style.startswith(("colwise", "moe")) else into if style == "rowwise_split_input" else 0
+            if name in first_of and name.rpartition(".")[0] == first.rpartition(".")[0] and style.startswith("colwise"):
+                backward = 0
+            again = 2 if checkpointing and ".layers." in f".{name}" else 1  # a layer's forward pass is computed again
+            total += tokens * (again * forward + backward)
+        return total * self.dtype.itemsize * (self.parts - 1) // self.parts
+
+
+# Styles of transformers' plans (distributed/tensor_parallel.py, 5.23) that leave what a layer made cut for the next one, and those that do not.
+_KEPT_CUT = ("colwise", "rowwise", "packed_colwise", "packed_rowwise")
+_PUT_TOGETHER = ("colwise_gather_output", "colwise_rep")
+
+
+def _cut(style: str, dimensions: int) -> int | None:
+    """Along which dimension a style cuts a weight; None if not."""
+    if style.startswith("colwise") or style == "packed_colwise":
+        return max(0, dimensions - 2)
+    if style.startswith("rowwise") or style == "packed_rowwise":
+        return dimensions - 1 if dimensions > 1 else None
+    return {"embedding_rowwise": 0, "embedding_colwise": 1}.get(style)
+
+
+def _sizes(module: nn.Module) -> tuple[int, int] | None:
+    """What goes into a module, and what comes out, per token; None where that is for others to say."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return (0, module.embedding_dim) if isinstance(module, nn.Embedding) else None
 
 
 class _Attention(torch.autograd.Function):

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
 
 from pipeline.data import Record, read_card, read_split
@@ -35,15 +35,16 @@ from pipeline.progress import Progress
 from pipeline.training.batches import tokens_of
 from pipeline.training.checkpoint import (
     Checkpoint,
+    Shortage,
     State,
     delete_checkpoint,
-    note_budget,
-    noted_budget,
+    note_shortage,
+    noted_shortage,
     read_checkpoint,
     sweep,
     write_checkpoint,
 )
-from pipeline.training.engines import Engine, chosen
+from pipeline.training.engines import Engine, chosen, processes
 from pipeline.training.job import Job, JobCustomer
 from pipeline.training.mixed import Interrupted, Mixed, OutOfMemoryAlone, Report
 from pipeline.training.plan import refuse_what_cannot_fit
@@ -108,10 +109,7 @@ def run_job(job: Job, asked_to_stop: Callable[[], bool] = lambda: False) -> int:
         BaseModelError, ConfigError: nothing of the job can be done.
     """
     _join_after_restart(os.environ)
-    # With a GPU-less machine Accelerate would otherwise look for one when the launcher's config names several processes.
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(), kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=_PATIENCE_SECONDS))]
-    )
+    accelerator = processes(timedelta(seconds=_PATIENCE_SECONDS))
     with ExitStack() as stack:
         folder = Path(job.folder)
         if accelerator.is_main_process:
@@ -139,7 +137,8 @@ def run_job(job: Job, asked_to_stop: Callable[[], bool] = lambda: False) -> int:
         engine = chosen(accelerator, dtype)
         if accelerator.device.type == "cuda" and Path(job.base.path).is_dir() and job.base.quantization is None:
             memory = torch.cuda.get_device_properties(accelerator.device).total_memory
-            refuse_what_cannot_fit(Path(job.base.path), dtype, engine.name, accelerator.num_processes, memory)
+            parts = engine.parts if engine.name == "tp" else accelerator.num_processes
+            refuse_what_cannot_fit(Path(job.base.path), dtype, engine.name, parts, memory)
         base = load_base(job.base, accelerator.device, engine.place)
         return _Training(job, due, base, accelerator, engine, asked_to_stop, saved, stack).work()
 
@@ -215,6 +214,7 @@ class _Training:
         self.failed: dict[CustomerKey, str] = {}
         self.done = len(job.customers) - len(due) if saved is None else saved.done
         self.settled = 0  # steps of those who have left, all that they might have taken
+        self.shortage = _of_first(noted_shortage(self.folder, job.mixing.max_tokens_per_micro_batch), accelerator)
         self.rate = _Rate()
         self.tick = 0 if saved is None else saved.tick
         self.mixed = Mixed(
@@ -241,6 +241,10 @@ class _Training:
             self.run = Run(self.tracker, job.experiment, f"job {job.name}", asdict(job.mixing), tags, note)
         self.queue = deque(due)
         self.last_checkpoint = time.monotonic()
+        for key, reason in self.shortage.given_up.items():
+            for customer in [customer for customer in self.queue if customer.key == key]:
+                self.queue.remove(customer)
+                self._fail(customer, reason)
         if saved is not None:
             self._go_on(saved)
         # Nobody may write files that another process has yet to read.
@@ -272,13 +276,21 @@ class _Training:
             if self.main and not self.finished and not self.parked:
                 delete_checkpoint(self.folder)
             status = "FINISHED"
-        except OutOfMemoryAlone:
+        except OutOfMemoryAlone as alone:
             # The others wait inside a pass, so that no checkpoint of this moment can be had: the last one holds, with the smaller budget.
-            note_budget(self.folder, self.job.mixing.max_tokens_per_micro_batch, self.mixed.budget)
+            of = {id(member.resident): key for key, member in self.members.items()}
+            given_up = {of[id(self.mixed.residents[slot])]: reason for slot, reason in alone.given_up.items()}
+            known = Shortage(
+                self.job.mixing.max_tokens_per_micro_batch, self.mixed.budget, {**self.shortage.given_up, **given_up}
+            )
+            note_shortage(self.folder, known)
             status, patience = None, _PAUSE_SECONDS
+            how = f"with micro-batches of {self.mixed.budget} tokens"
+            if given_up:
+                how = f"without {', '.join(map(str, given_up))}, who had a row that does not fit"
             raise Paused(
                 f"{self.job.name}: out of device memory in process {self.accelerator.process_index}. Run the same command again: it goes on from its "
-                f"last checkpoint with micro-batches of {self.mixed.budget} tokens."
+                f"last checkpoint {how}."
             ) from None
         except Interrupted:
             self._checkpoint()
@@ -301,9 +313,7 @@ class _Training:
         found = [asked]
         if saved is not None and saved.asked_budget == asked:
             found.append(saved.budget)
-        if (noted := _of_first(noted_budget(self.folder, asked), self.accelerator)) is not None:
-            found.append(noted)
-        return min(found)
+        return min([*found, self.shortage.budget])
 
     def _seat(self) -> None:
         """Let the next customers of the queue into the free slots."""
@@ -421,7 +431,7 @@ class _Training:
         self.parked |= {
             key: state
             for key, state in states.items()
-            if key not in asked and not is_whole(Path(state[1].get("prefix_dir", "")), PREFIX_FILES)
+            if key not in asked and key not in self.failed and not is_whole(Path(state[1].get("prefix_dir", "")), PREFIX_FILES)
         }
         self.queue = deque(customer for customer in self.queue if customer.key in waiting and customer.key not in self.failed)
         if self.progress is not None:

@@ -87,6 +87,8 @@ class Run:
         self._tracker, self._note = tracker, note
         self._waiting: list[Any] = []
         self._last = time.monotonic()
+        # Of a run that is gone on with, the last step of each metric: what was sent after the checkpoint from which the job goes on is sent once.
+        self._there: dict[str, int] = {}
 
         def begin() -> None:
             from mlflow.entities import Param, RunTag
@@ -95,6 +97,8 @@ class Run:
                 noted = read_json(note, FORMAT)
                 if noted.get("tags") == tags and noted.get("store") == redact(os.environ["MLFLOW_TRACKING_URI"]):
                     self.id = noted["id"]
+                    for key in tracker.client.get_run(self.id).data.metrics:
+                        self._there[key] = max(metric.step for metric in tracker.client.get_metric_history(self.id, key))
                     return
             except StorageError:
                 pass
@@ -125,8 +129,9 @@ class Run:
         waiting, self._waiting = self._waiting, []
 
         def deliver() -> None:
-            for i in range(0, len(waiting), 900):  # MLflow takes at most 1,000 metrics a call
-                self._tracker.client.log_batch(self.id, metrics=waiting[i : i + 900])
+            new = [metric for metric in waiting if metric.step > self._there.get(metric.key, -1)]
+            for i in range(0, len(new), 900):  # MLflow takes at most 1,000 metrics a call
+                self._tracker.client.log_batch(self.id, metrics=new[i : i + 900])
 
         self._tracker.submit(deliver)
 

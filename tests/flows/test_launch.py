@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from flows import launch
 from pipeline.config import LaunchSettings
 from pipeline.errors import ConfigError, EvaluationError, TrainingError
-from pipeline.process import RESUME
+from pipeline.process import RESUME, paused_note
 
 LOG = logging.getLogger("test_launch")
 
@@ -127,6 +127,30 @@ def test_a_pause_is_told_from_a_crash_behind_the_real_launcher(
         launch.run_module("pauses", tmp_path / "job.yaml", LaunchSettings(accelerate_config=config), lambda event: None, LOG)
 
 
+def test_a_pause_is_known_from_the_note_whatever_the_launcher_ends_with_and_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a command on another machine ends with a status of its own, or the launcher names another process than the one that asked."""
+    stand_in = [sys.executable, "-c", "import os; os._exit({status})", "{command}"]
+
+    def run_with(status: int, before: bool, during: bool) -> Exception:
+        note = paused_note(tmp_path / "job.yaml")
+        if before:
+            note.touch()
+        code = [part.format(status=status, command="{command}") for part in stand_in]
+        if during:
+            code[2] = f"import pathlib; pathlib.Path({str(note)!r}).touch(); {code[2]}"
+        settings = on_two_machines(launcher=[*code, "{machine}"])
+        monkeypatch.setattr(launch, "_NOTICE_SECONDS", 5.0)
+        with pytest.raises(TrainingError) as caught:
+            launch.run_module("pipeline.training", tmp_path / "job.yaml", settings, lambda event: None, LOG)
+        assert not note.exists()
+        return caught.value
+
+    assert isinstance(run_with(255, before=False, during=True), launch.ProcessPaused)
+    assert isinstance(run_with(255, before=True, during=False), launch.ProcessCrash), "a note of an earlier run says nothing"
+
+
 def test_interrupt_ends_child_and_grandchild_in_another_session_and_ignoring_sigterm() -> None:
     tag = f"sleeper-{os.getpid()}-a"
     grandchild = f"import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); '{tag}'; time.sleep(600)"
@@ -189,7 +213,7 @@ def test_environment_sets_what_is_unset_and_leaves_what_the_user_set(monkeypatch
 
 
 def test_unknown_accelerate_config_is_named_with_those_there_are() -> None:
-    with pytest.raises(ConfigError, match=r"gpus\.yaml.*cpu, cpu_2proc, fsdp2, .*multi_gpu_ddp, .*single_gpu, zero3"):
+    with pytest.raises(ConfigError, match=r"gpus\.yaml.*cpu, cpu_2proc, fsdp2, .*multi_gpu_ddp, .*single_gpu, tp, .*zero3"):
         launch.config_file(LaunchSettings(accelerate_config="gpus"))
 
 
@@ -208,7 +232,8 @@ def test_two_process_config_starts_two_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "ranks.py").write_text(
-        "import os\nprint('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'], flush=True)\n"
+        # In one write, or the lines of the two may run into one another.
+        "import os\nprint('rank {RANK} of {WORLD_SIZE}'.format(**os.environ) + '\\n', end='', flush=True)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with caplog.at_level(logging.INFO, logger="test_launch"):

@@ -10,12 +10,16 @@ model. So engines read the settings where Accelerate's launcher leaves them, and
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from pipeline.errors import ConfigError
 from pipeline.prefix.placing import Place
+
+_PARALLELISM = "ACCELERATE_USE_PARALLELISM_CONFIG"
 
 
 @dataclass(frozen=True)
@@ -23,16 +27,33 @@ class Engine:
     """How the base lies on the processes of a job.
 
     Attributes:
-        name: `none` (one process), `ddp` (each has the whole base), `zero3`, `fsdp2` or `tp`.
+        name: `none` (one process), `ddp` (each has the whole base), `zero3`, `fsdp2` or `tp` (see the modules of these names).
         place: puts the base there; None leaves it whole.
         equal_passes: whether each pass through the base is an exchange, so that all processes must make equally many of them.
-        parts: over how many processes one pass of the base is split; those process the same rows.
+        parts: how many processes, neighbours in rank, make one pass together, of the same rows.
     """
 
     name: str
     place: Place | None = None
     equal_passes: bool = False
     parts: int = 1
+
+
+def processes(patience: timedelta | None = None) -> Accelerator:
+    """The processes that the launcher started, each with its device: the GPU of its number, or the processor where there is none.
+
+    Args:
+        patience: how long one waits for the others in an exchange; by default as long as PyTorch does.
+    """
+    # Accelerate (1.15) would otherwise look for a GPU when the launcher's config names several processes; and it takes tensor parallelism for a part
+    # of FSDP of its own, on GPUs only.
+    asked = os.environ.pop(_PARALLELISM, None)
+    try:
+        handlers = [] if patience is None else [InitProcessGroupKwargs(timeout=patience)]
+        return Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=handlers)
+    finally:
+        if asked is not None:
+            os.environ[_PARALLELISM] = asked
 
 
 def chosen(accelerator: Accelerator, dtype: torch.dtype, environment: Mapping[str, str] = os.environ) -> Engine:
@@ -46,18 +67,29 @@ def chosen(accelerator: Accelerator, dtype: torch.dtype, environment: Mapping[st
     Raises:
         ConfigError: it asks for what no engine does.
     """
-    processes = accelerator.num_processes
+    count = accelerator.num_processes
+    together = int(environment.get("PARALLELISM_CONFIG_TP_SIZE", "1")) if _is_set(environment, _PARALLELISM) else 1
+    if together > 1 and (_is_set(environment, "ACCELERATE_USE_FSDP") or _is_set(environment, "ACCELERATE_USE_DEEPSPEED")):
+        raise ConfigError(
+            f"parallelism_config_tp_size is {together} beside FSDP or DeepSpeed: a base is split in one way. Remove it, or set "
+            "distributed_type: MULTI_GPU as accelerate_configs/tp.yaml does."
+        )
+    if together > 1 and count > 1:
+        parts = min(together, count)
+        if count % parts:
+            raise ConfigError(
+                f"{count} processes cannot form runs of {parts} that share the base out. Make num_processes a multiple of "
+                "parallelism_config_tp_size."
+            )
+        from pipeline.training.engines.tp import tp
+
+        return Engine("tp", lambda model: tp(model, accelerator.device, dtype, parts), parts=parts)
     if _is_set(environment, "ACCELERATE_USE_DEEPSPEED"):
         from pipeline.training.engines.zero3 import settings_of, zero3
 
         settings = settings_of(environment)
         return Engine("zero3", lambda model: zero3(model, accelerator.device, dtype, settings), equal_passes=True)
     if _is_set(environment, "ACCELERATE_USE_FSDP"):
-        parts = int(environment.get("PARALLELISM_CONFIG_TP_SIZE", "1"))
-        if parts > 1:
-            raise ConfigError(
-                f"parallelism_config_tp_size is {parts}: tensor parallelism is not available. Split the base with fsdp2 or zero3."
-            )
         if environment.get("FSDP_VERSION", "1") != "2":
             raise ConfigError(
                 "the accelerate config asks for FSDP of version 1, which wants all parameters of a unit trained alike. Set fsdp_version: 2."
@@ -67,7 +99,7 @@ def chosen(accelerator: Accelerator, dtype: torch.dtype, environment: Mapping[st
         reshard = environment.get("FSDP_RESHARD_AFTER_FORWARD", "true") not in ("false", "False")
         offload = _is_set(environment, "FSDP_OFFLOAD_PARAMS")
         return Engine("fsdp2", lambda model: fsdp2(model, accelerator.device, dtype, reshard, offload), equal_passes=True)
-    return Engine("none" if processes == 1 else "ddp")
+    return Engine("none" if count == 1 else "ddp")
 
 
 def _is_set(environment: Mapping[str, str], name: str) -> bool:

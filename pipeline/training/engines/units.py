@@ -22,19 +22,25 @@ def blocks(model: Any) -> list[nn.Module]:
     return found
 
 
+def wanted_dtypes(model: Any, dtype: torch.dtype) -> dict[int, torch.dtype]:
+    """What each floating-point weight is to be, by its id: what the base computes in, or float32 where transformers keeps that."""
+    kept = tuple(model._get_dtype_plan(dtype))
+    return {
+        id(parameter): torch.float32 if any(part in name.split(".") for part in kept) else dtype
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point()
+    }
+
+
 def cast(module: nn.Module, dtype: torch.dtype, model: Any) -> None:
-    """Bring the floating-point weights of a part to the type that the base computes in; those that transformers keeps in float32 to that.
+    """Bring the floating-point weights of a part to what they are to be.
 
     Weights that are of that type already stay where they are, be it in a mapped file.
     """
-    kept = tuple(model._get_dtype_plan(dtype))
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    wanted = wanted_dtypes(model, dtype)
     for parameter in module.parameters():
-        if parameter.is_floating_point() and not parameter.is_meta:
-            wide = any(part in names[id(parameter)].split(".") for part in kept)
-            wanted = torch.float32 if wide else dtype
-            if parameter.dtype != wanted:
-                parameter.data = parameter.data.to(wanted)
+        if parameter.is_floating_point() and not parameter.is_meta and parameter.dtype != wanted[id(parameter)]:
+            parameter.data = parameter.data.to(wanted[id(parameter)])
 
 
 _M_MMAP_THRESHOLD = -3  # glibc's malloc.h

@@ -60,6 +60,15 @@ def settings_of(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
                     "its zero_optimization.offload_param has device and nvme_path."
                 )
             section["offload_param"]["nvme_path"] = path
+    if dict(section.get("offload_param") or {}).get("device") == "nvme":
+        os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+        from deepspeed.ops.op_builder import AsyncIOBuilder
+
+        if not AsyncIOBuilder().is_compatible(verbose=False):
+            raise ConfigError(
+                "offload_param.device is nvme, but DeepSpeed cannot build what reads and writes the disk (async_io) here: it needs libaio with its "
+                "headers (apt install libaio-dev) and a compiler. Or keep the parts in memory: device: cpu."
+            )
     if section.get("stage") != 3:
         raise ConfigError(
             f"zero_stage is {section.get('stage')}: stages below 3 split gradients and optimiser states, which a frozen base has not. "

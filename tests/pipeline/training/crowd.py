@@ -12,6 +12,8 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     get_linear_schedule_with_warmup,
@@ -49,6 +51,16 @@ def mixtral() -> Any:
         MixtralConfig(
             vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=128, num_local_experts=4, num_experts_per_tok=2, sliding_window=None,
+        )
+    )  # fmt: skip
+
+
+def olmo2() -> Any:
+    """Its norms are over all heads together, so transformers' plan leaves its heads whole; and its head is its embeddings."""
+    return Olmo2ForCausalLM(
+        Olmo2Config(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True, eos_token_id=0, pad_token_id=1,
         )
     )  # fmt: skip
 

@@ -1,28 +1,40 @@
-"""What each process of `test_engines` runs: the crowd's customers on a base that lies as the launcher's config says, and what became of them.
+"""What each process of `test_engines` runs: the crowd's customers on a base that lies as a launcher's config says, and what became of them.
 
+One after the other, in the same processes, so that what is imported and connected is so once. By hand, for one config:
 `accelerate launch --config_file accelerate_configs/X.yaml -m tests.pipeline.training.split_worker OUT CASE…`, a case being family:dtype:how; the
 first process writes OUT.
 """
 
+import json
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from pipeline.data import Record
 from pipeline.prefix.base import attach
 from pipeline.prefix.placing import whole_where_it_is
-from pipeline.training.engines import chosen
+from pipeline.training.engines import chosen, processes
 from pipeline.training.mixed import Mixed
 from pipeline.training.resident import Resident
 
 from . import crowd
 
-KINDS = {"llama": ("direct", "mlp", "embedding"), "t5": ("direct", "mlp", "top")}
-STEPS = 4
+KINDS = {
+    "llama": ("direct", "mlp", "embedding"),
+    "mixtral": ("direct", "mlp"),
+    "olmo2": ("direct", "embedding"),
+    "t5": ("direct", "mlp", "top"),
+}
+STEPS = 3
 
 
 def residents(base: Any, family: str, dtype: torch.dtype, how: str) -> list[Resident]:
@@ -47,11 +59,15 @@ def residents(base: Any, family: str, dtype: torch.dtype, how: str) -> list[Resi
     return made
 
 
-def trained(family: str, dtype: torch.dtype, how: str, accelerator: Accelerator) -> tuple[dict[str, torch.Tensor], int, int]:
+def trained(
+    family: str, dtype: torch.dtype, how: str, accelerator: Accelerator, environment: Mapping[str, str]
+) -> tuple[dict[str, torch.Tensor], int, int]:
     """Best prefixes and dev losses; numbers of weights that this process kept, and that the base has."""
-    engine = chosen(accelerator, dtype)
+    engine = chosen(accelerator, dtype, environment)
     torch.manual_seed(0)
-    model = {"llama": crowd.llama, "t5": crowd.t5}[family]()
+    model = {"llama": crowd.llama, "mixtral": crowd.mixtral, "olmo2": crowd.olmo2, "t5": crowd.t5}[family]()
+    if family == "mixtral":
+        model.set_experts_implementation("eager")  # grouped products know no float64
     whole = sum(parameter.numel() for parameter in model.parameters())
     with torch.no_grad():
         for parameter in model.parameters():
@@ -84,15 +100,23 @@ def trained(family: str, dtype: torch.dtype, how: str, accelerator: Accelerator)
     return found, kept, whole
 
 
-def run(out: str, cases: Sequence[str]) -> None:
-    """All cases, one after the other."""
-    accelerator = Accelerator(cpu=True)
+def run(out: str, cases: Sequence[str], environments: Mapping[str, Mapping[str, str]] | None = None) -> None:
+    """All cases, one after the other.
+
+    Args:
+        out: a file for what became of the customers.
+        cases: family:dtype:how, or config=family:dtype:how.
+        environments: of the configs that cases name; without a name it is the one that there is.
+    """
+    accelerator = processes()
     tensors: dict[str, torch.Tensor] = {}
-    for case in cases:
+    for named in cases:
+        config, _, case = named.rpartition("=")
         family, dtype, how = case.split(":")
-        started = time.monotonic()
-        found, kept, whole = trained(family, getattr(torch, dtype), how, accelerator)
-        tensors |= {f"{case}/{name}": tensor for name, tensor in found.items()}
+        started = time.process_time()
+        environment = os.environ if environments is None else environments[config]
+        found, kept, whole = trained(family, getattr(torch, dtype), how, accelerator, environment)
+        tensors |= {f"{named}/{name}": tensor for name, tensor in found.items()}
         # A prefix is whole on every process, and the same.
         for name, tensor in found.items():
             both = torch.stack([tensor, tensor])
@@ -102,11 +126,52 @@ def run(out: str, cases: Sequence[str]) -> None:
         share = torch.tensor([float(kept)])
         if accelerator.num_processes > 1:
             torch.distributed.all_reduce(share, op=torch.distributed.ReduceOp.MAX)
-        tensors[f"{case}/share"] = share / whole
+        tensors[f"{named}/share"] = share / whole
         if accelerator.is_main_process:
-            print(case, f"{time.monotonic() - started:.1f} s", flush=True)
+            print(named, f"{time.process_time() - started:.1f} CPU s", flush=True)
     if accelerator.is_main_process:
         save_file(tensors, out)
+
+
+class _Exchanged(TorchDispatchMode):
+    """Bytes that a process sends in rings, as PyTorch's operations name them: twice what is summed, once what is put together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = str(func)
+        if "all_reduce." in name or "allreduce_." in name:
+            summed = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
+            self.whole += 2 * sum(tensor.numel() * tensor.element_size() for tensor in summed)
+        elif "all_gather_into_tensor." in name:
+            self.whole += out.numel() * out.element_size()
+        elif "_allgather_base_." in name:
+            self.whole += args[0].numel() * args[0].element_size()
+        return out
+
+
+def exchanged(out: str, environments: Mapping[str, Mapping[str, str]]) -> None:
+    """What a step of one customer with 16 rows of 20 + 4 tokens, and a prefix of 3 columns, sends under each config: writes name -> bytes."""
+    accelerator = processes()
+    found = {}
+    for name, environment in environments.items():
+        engine = chosen(accelerator, torch.float32, environment)
+        base = attach(crowd.llama(), place=engine.place or whole_where_it_is)
+        if name.endswith("checkpointing"):
+            base.checkpoint_gradients()
+        mixed = Mixed(base, 1, 3, 1, 10_000, accelerator, engine=engine)
+        rows = [Record([3] * 20, [4] * 4, "", [""])] * 16
+        mixed.residents[0] = Resident(
+            crowd.Wanted(0).method(base).float(), False, rows, rows[:1], replace(crowd.SETTINGS, batch_size=16)
+        )
+        with _Exchanged() as counting:
+            mixed.step()
+        found[name] = counting.whole * (accelerator.num_processes - 1) // accelerator.num_processes
+    if accelerator.is_main_process:
+        Path(out).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

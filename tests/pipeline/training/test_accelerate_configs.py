@@ -1,20 +1,17 @@
 """Every file of accelerate_configs/ through Accelerate's own launcher, up to the moment at which it would start processes."""
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 from pipeline.training.engines import chosen
 
+from .launching import CONFIGS, environment_of, parsed
 from .test_engines import WITH_DEEPSPEED
 
-ROOT = Path(__file__).resolve().parents[3]
 # The engine of each, and how many processes it starts unless told otherwise.
 EXPECTED = {
     "cpu": ("none", 1),
@@ -28,6 +25,8 @@ EXPECTED = {
     "zero3_2proc_cpu": ("zero3", 2),
     "zero3_offload": ("zero3", 2),
     "multi_node_zero3": ("zero3", 16),
+    "tp": ("tp", 8),
+    "tp_2proc_cpu": ("tp", 2),
 }
 
 
@@ -40,17 +39,8 @@ class Processes:
         self.num_processes = count
 
 
-def parsed(name: str, *options: str) -> argparse.Namespace:
-    file = ROOT / "accelerate_configs" / f"{name}.yaml"
-    arguments = launch_command_parser().parse_args(["--config_file", str(file), *options, "-m", "pipeline.training", "job.yaml"])
-    validated: Any = _validate_launch_command(arguments)[0]
-    assert isinstance(validated, argparse.Namespace)
-    validated.deepspeed_fields_from_accelerate_config = ""  # which keys the file had: the launcher notes them next
-    return validated
-
-
 def test_every_config_is_known_here_and_says_what_it_is_for() -> None:
-    files = {file.stem: file.read_text() for file in (ROOT / "accelerate_configs").glob("*.yaml")}
+    files = {file.stem: file.read_text() for file in CONFIGS.glob("*.yaml")}
     assert files.keys() == EXPECTED.keys()
     for name, text in files.items():
         assert text.startswith("# "), name
@@ -65,16 +55,12 @@ def test_every_config_is_known_here_and_says_what_it_is_for() -> None:
 )
 def test_launcher_hands_on_what_the_engine_reads(name: str) -> None:
     engine, processes = EXPECTED[name]
-    arguments = parsed(name)
-    assert int(arguments.num_processes) == processes
-    environment: dict[str, str] = {}
-    if engine == "zero3":
-        _, environment = prepare_deepspeed_cmd_env(arguments)
-    elif processes > 1:
-        environment = prepare_multi_gpu_env(arguments)
-    found = chosen(Processes(processes), torch.float32, environment)  # type: ignore[arg-type]
+    assert int(parsed(name).num_processes) == processes
+    found = chosen(Processes(processes), torch.float32, environment_of(name))  # type: ignore[arg-type]
     assert found.name == engine
-    assert (found.place is not None) == found.equal_passes == (engine in ("zero3", "fsdp2"))
+    assert (found.place is not None) == (engine in ("zero3", "fsdp2", "tp"))
+    assert found.equal_passes == (engine in ("zero3", "fsdp2"))
+    assert found.parts == (processes if engine == "tp" else 1)
 
 
 @pytest.mark.parametrize("name", ["multi_node_fsdp2", pytest.param("multi_node_zero3", marks=WITH_DEEPSPEED)])
@@ -91,5 +77,4 @@ def test_machines_are_numbered_on_the_command_line(name: str) -> None:
 def test_offload_is_handed_on() -> None:
     from pipeline.training.engines.zero3 import settings_of
 
-    _, environment = prepare_deepspeed_cmd_env(parsed("zero3_offload"))
-    assert settings_of(environment)["offload_param"]["device"] == "cpu"
+    assert settings_of(environment_of("zero3_offload"))["offload_param"]["device"] == "cpu"

@@ -1,5 +1,6 @@
 """What a job takes, before it is loaded."""
 
+import importlib
 import json
 import re
 from collections.abc import Callable
@@ -14,6 +15,9 @@ from flows import cli
 from pipeline.errors import ConfigError
 from pipeline.training.job import Job
 from pipeline.training.plan import Plan, parse_bytes, plan, refuse_what_cannot_fit
+
+from . import crowd, split_worker
+from .launching import Group, environment_of
 
 MakeJob = Callable[..., tuple[Job, Path]]
 GIB = 2**30
@@ -53,6 +57,53 @@ def test_72b_fits_on_eight_cards_of_80_gib_split_and_with_checkpointing_only(mak
     )
 
 
+def test_layers_are_shared_out_where_rows_are_few_and_weights_split_where_they_are_many(make_job: MakeJob) -> None:
+    job, _ = make_job()
+    prompt = replace(job.customers[0].prompt, max_input_tokens=384, max_target_tokens=128)
+
+    def planned(rows: int, devices: int = 8) -> Plan:
+        customer = replace(job.customers[0], prompt=prompt, training=replace(job.customers[0].training, batch_size=rows))
+        eight_layers = LlamaConfig(**{**SEVENTY_TWO.to_dict(), "num_hidden_layers": 8})
+        return plan(in_bfloat16(replace(job, customers=[customer])), devices, 16 * GIB, config=eight_layers)
+
+    few, many = planned(8), planned(800)
+    assert few.best is not None and few.best.engine == "tp"
+    assert many.best is not None and many.best.engine == "fsdp2"
+    # Everything but the norms is an eighth.
+    norms = 2 * 8192 * (2 * 8 + 1)
+    assert few.best.weights == (few.weights - norms) // 8 + norms
+    assert not any(need.engine == "tp" for need in planned(8, devices=6).needs), "six processes cannot share eight heads"
+    a, b = (next(n for n in p.needs if n.engine == "tp" and not n.checkpointing) for p in (few, planned(8, devices=2)))
+    assert b.activations > 1.5 * a.activations, "heads and columns of a layer are fewer, the tokens the same"
+
+
+def test_what_crosses_the_wire_is_what_processes_send(make_job: MakeJob, tmp_path: Path) -> None:
+    names = ["cpu_2proc", "fsdp2_2proc_cpu", "tp_2proc_cpu"]
+    environments = {name: environment_of(name) for name in names} | {"tp, checkpointing": environment_of("tp_2proc_cpu")}
+    group = Group("cpu_2proc", split_worker.exchanged, str(tmp_path / "out.json"), environments, folder=tmp_path)
+    assert group.wait(200) == [0, 0], group.said()
+    sent = json.loads((tmp_path / "out.json").read_text())
+    config = crowd.llama().config
+    job, _ = make_job()
+    customer = replace(
+        job.customers[0],
+        prompt=replace(job.customers[0].prompt, max_input_tokens=20, max_target_tokens=4),
+        training=replace(job.customers[0].training, batch_size=16),
+    )
+    job = replace(job, customers=[customer])
+
+    def planned(engine: str, checkpointing: bool = False) -> int:
+        found = plan(job, 2, GIB, gpu=False, config=config)
+        return next(n.exchanged for n in found.needs if (n.engine, n.checkpointing) == (engine, checkpointing))
+
+    facts = 2 * 6 * 4 // 2  # flags and losses go with the gradients, and are on no account of the planner's
+    assert sent["cpu_2proc"] == planned("ddp") + facts
+    assert sent["fsdp2_2proc_cpu"] == planned("fsdp2") + facts
+    assert sent["tp_2proc_cpu"] == planned("tp") + facts
+    # PyTorch does not compute again what stands behind the last tensor that a block's backward pass needs.
+    assert sent["tp, checkpointing"] <= planned("tp", True) + facts < 1.15 * sent["tp, checkpointing"]
+
+
 def test_needs_grow_with_what_is_asked(make_job: MakeJob, tiny_base: Path) -> None:
     small, _ = make_job(customers=1)
     many, _ = make_job(customers=3, name="many", length=6)
@@ -70,6 +121,7 @@ def test_encoder_decoders_are_planned_too(make_job: MakeJob, tiny_encoder_decode
     found = plan(job, 2, GIB, gpu=False)
     assert found.best is not None and found.best.engine == "ddp"
     assert found.needs[0].prefixes > 0
+    assert not any(need.engine == "tp" for need in found.needs), "there is no plan for T5"
 
 
 def test_command_names_the_engine_and_refuses_what_cannot_fit(make_job: MakeJob, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,6 +156,14 @@ def test_sizes(text: str, size: int) -> None:
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ConfigError):
         parse_bytes(text)
+
+
+def test_table_of_the_docs_is_the_planners(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row of it, the cheapest."""
+    monkeypatch.syspath_prepend(root / "benchmarks")
+    table = importlib.import_module("plan_table")
+    row = table.row("7B", 8)
+    assert f"{row}\n" in (root / "docs" / "distributed.md").read_text(), "run `python benchmarks/plan_table.py`"
 
 
 @pytest.mark.slow

@@ -1,128 +1,91 @@
-"""Several processes: what one of them is told or runs out of concerns them all, and the job goes on from its checkpoint."""
+"""Several processes: what one of them runs out of concerns them all, and the job goes on from where it stands, for all but one customer."""
 
+import itertools
 import json
 import os
-import re
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
 from pipeline.errors import ConfigError
-from pipeline.prefix import load_prefix
+from pipeline.process import paused_note
 from pipeline.training.checkpoint import read_checkpoint
 from pipeline.training.job import Job, write_job
 from pipeline.training.results import read_result
 from pipeline.training.run import run_job
 
+from .launching import Group, assert_like, noted, train
+from .test_engines import WITH_DEEPSPEED
+
 MakeJob = Callable[..., tuple[Job, Path]]
 
-# Rank 1 has little memory: a micro-batch of more than 60 tokens does not fit.
-SMALL_RANK = """
-import os, sys, torch
-sys.path.insert(0, os.getcwd())
-from pipeline.training import mixed
-from pipeline.training.batches import padded_tokens
-real = mixed.row_losses
-def small(base, rows, pad):
-    if os.environ.get("RANK") == "1" and padded_tokens(rows) > 60:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-    return real(base, rows, pad)
-mixed.row_losses = small
-from pipeline.training.__main__ import main
-sys.exit(main())
-"""
+
+def with_little_memory(path: Path) -> None:
+    """Process 1 has room for 40 tokens, and none for any row of the first customer, whose prefix is the only one of five columns."""
+    from pipeline.training import mixed
+    from pipeline.training.batches import padded_tokens
+
+    real = mixed.row_losses
+
+    def small(base: Any, rows: Any, pad: int) -> torch.Tensor:
+        columns = base.active.bank.columns["decoder.self.0"]
+        if os.environ["RANK"] == "1" and (padded_tokens(rows) > 40 or any(columns[row.slot] == 5 for row in rows)):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(base, rows, pad)
+
+    mixed.row_losses = small
+    train(path)
 
 
-def weights(job: Job, i: int) -> dict[str, torch.Tensor]:
-    prefix, _ = load_prefix(Path(job.customers[i].prefix_dir))
-    return {f"{site}.{kind}": pair[k] for site, pair in prefix.items() for k, kind in enumerate(("key", "value"))}
-
-
-def launch(root: Path, *arguments: str) -> subprocess.Popen[bytes]:
-    config = root / "accelerate_configs" / "cpu_2proc.yaml"
-    return subprocess.Popen(
-        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-
-
-def test_one_process_out_of_memory_stops_all_at_a_checkpoint_to_go_on_with_half_the_budget(
-    make_job: MakeJob, tmp_path: Path, root: Path
+@pytest.mark.parametrize(
+    "config",
+    [
+        "cpu_2proc",
+        "fsdp2_2proc_cpu",
+        pytest.param("zero3_2proc_cpu", marks=[WITH_DEEPSPEED, pytest.mark.slow]),
+        "tp_2proc_cpu",
+    ],
+)
+def test_a_process_out_of_memory_halves_the_budget_of_all_and_a_row_that_does_not_fit_fails_its_customer_alone(
+    make_job: MakeJob, tmp_path: Path, config: str
 ) -> None:
-    job, path = make_job(customers=2, mixing={"max_tokens_per_micro_batch": 150})
+    """With the base on each process all stop at a checkpoint. In a split one the others wait inside a pass: it leaves, and tells the next run why."""
+    split = config != "cpu_2proc"
+    job, path = make_job(customers=2, mixing={"max_tokens_per_micro_batch": 64})
     alone, _ = make_job(customers=2, name="alone")
     assert run_job(alone) == 0
-    script = tmp_path / "small_rank.py"
-    script.write_text(SMALL_RANK)
-    budgets = []
-    for _ in range(6):
-        child = launch(root, str(script), str(path))
-        output, _ = child.communicate(timeout=180)
-        if child.returncode == 0:
-            break
-        assert re.search(rb"exitcode\s*:\s*75", output), output.decode()
-        checkpoint = read_checkpoint(Path(job.folder))
-        assert checkpoint is not None
-        budgets.append(checkpoint.budget)
-    assert child.returncode == 0, output.decode()
-    assert budgets and all(b < a for a, b in zip([150, *budgets], budgets, strict=False)), budgets
-    for i in range(2):
-        a, b = weights(job, i), weights(alone, i)
-        assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
-
-
-def test_a_row_too_long_for_one_process_fails_its_customer_on_all_and_the_others_finish(
-    make_job: MakeJob, tmp_path: Path, root: Path
-) -> None:
-    job, path = make_job(customers=2)
-    alone, _ = make_job(customers=2, name="alone")
-    assert run_job(alone) == 0
-    script = tmp_path / "small_rank.py"
-    # Rank 1 has no room for any row of the first customer, whose prefix is the only one of five columns.
     job = replace(job, customers=[replace(job.customers[0], prefix=replace(job.customers[0].prefix, length=5)), job.customers[1]])
     write_job(path, job)
-    script.write_text(
-        SMALL_RANK.replace(
-            "padded_tokens(rows) > 60", "any(base.active.bank.columns['decoder.self.0'][i.slot] == 5 for i in rows)"
-        )
-    )
-    child = launch(root, str(script), str(path))
-    output, _ = child.communicate(timeout=180)
-    while re.search(rb"exitcode\s*:\s*75", output):  # first the budget is halved, for mixed micro-batches do not fit either
-        child = launch(root, str(script), str(path))
-        output, _ = child.communicate(timeout=180)
-    assert child.returncode == 0, output.decode()
-    results = [read_result(job, c.key, "train") for c in job.customers]
-    assert [r and r["status"] for r in results] == ["failed", "done"]
+    budgets: list[int] = [64]
+    for _ in range(8):
+        group = Group(config, with_little_memory, path, folder=tmp_path)
+        statuses = group.wait(120)
+        if statuses == [0, 0]:
+            break
+        assert statuses == ([1, 75] if split else [75, 75]), group.said()
+        assert paused_note(path).exists()
+        if split:
+            shortage = noted(job, "shortage.json")
+            budgets.append(shortage["budget"])
+            given_up = shortage["given_up"]
+        else:
+            checkpoint = read_checkpoint(Path(job.folder))
+            assert checkpoint is not None
+            budgets.append(checkpoint.budget)
+    assert statuses == [0, 0], group.said()
+    if split:
+        assert given_up.keys() == {"c0"} and "does not fit" in given_up["c0"]
+        assert budgets.pop() == budgets[-1], "a row by itself is no matter of the budget"
+    assert len(budgets) > 1 and all(b < a for a, b in itertools.pairwise(budgets)), budgets
+    results = [read_result(job, customer.key, "train") for customer in job.customers]
+    assert [result and result["status"] for result in results] == ["failed", "done"]
     assert "does not fit" in str(results[0] and results[0]["reason"])
-    a, b = weights(job, 1), weights(alone, 1)
-    assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
-
-
-def test_sigterm_to_one_process_stops_all_at_a_checkpoint(make_job: MakeJob, root: Path) -> None:
-    job, path = make_job(customers=2, max_steps=100_000, eval_every=50_000)
-    child = launch(root, "-m", "pipeline.training", str(path))
-    log = Path(job.folder) / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not log.exists() or log.read_text().count("\n") < 3:
-        assert child.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
-    ranks = [p for p in psutil.Process(child.pid).children(recursive=True) if "pipeline.training" in " ".join(p.cmdline())]
-    ranks[-1].send_signal(signal.SIGTERM)
-    output, _ = child.communicate(timeout=60)
-    assert re.search(rb"exitcode\s*:\s*75", output), output.decode()
-    checkpoint = read_checkpoint(Path(job.folder))
-    assert checkpoint is not None and checkpoint.tick >= 2
-    assert {plain["step"] for _, plain in checkpoint.states.values()} == {checkpoint.tick}
+    assert_like(job, alone, [1], 1e-3)
+    assert not any((Path(job.folder) / name).exists() for name in ("shortage.json", "checkpoint.json"))
 
 
 def test_int8_and_more_than_one_slot_do_not_go_together(make_job: MakeJob) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from pipeline.errors import StorageError
 from pipeline.files import file_digest
-from pipeline.process import RESUME
+from pipeline.process import RESUME, paused_note
 from pipeline.training.checkpoint import read_checkpoint
 from pipeline.training.job import Job, write_job
 from pipeline.training.results import read_result
@@ -145,6 +145,7 @@ def test_asked_to_stop_it_leaves_a_checkpoint_and_says_resume_me(make_job: MakeJ
         child.send_signal(how)
     output, _ = child.communicate(timeout=30)
     assert child.returncode == RESUME, output.decode()
+    assert paused_note(path).exists()
     assert b"Run the same command again to go on" in output
     checkpoint = read_checkpoint(Path(job.folder))
     assert checkpoint is not None and checkpoint.tick >= 5

@@ -1,31 +1,43 @@
 """Metrics in MLflow: what is there after a run, after a kill, and that a store which is away or silent holds nobody up."""
 
 import json
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 
+from pipeline.training.checkpoint import read_checkpoint
 from pipeline.training.job import Job
 from pipeline.training.run import Paused, run_job
 
 MakeJob = Callable[..., tuple[Job, Path]]
 
 
-@pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with MLflow's tables, which take seconds to make."""
     from pipeline.home import Home
     from pipeline.registry import ensure_store
 
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.delenv("MLFLOW_REGISTRY_URI", raising=False)
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    folder = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+        patch.delenv("MLFLOW_REGISTRY_URI", raising=False)
+        ensure_store(Home(folder / "home"))
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def store(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    uri = f"sqlite:///{shutil.copy(empty_store, tmp_path / 'mlflow.db')}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    ensure_store(Home(tmp_path / "home"))
+    monkeypatch.delenv("MLFLOW_REGISTRY_URI", raising=False)
     return uri
 
 
@@ -59,6 +71,44 @@ def test_an_interrupted_job_goes_on_with_the_runs_that_it_began(make_job: MakeJo
     assert {"loss", "tokens_per_second", "padding_share", "memory_bytes", "resident", "queued", "done", "failed"} <= set(
         whole.data.metrics
     )
+
+
+def test_steps_taken_again_after_a_kill_are_logged_once(make_job: MakeJob, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.training import run, tracking
+
+    monkeypatch.setattr(tracking, "EVERY_SECONDS", 0.0)  # so that all is sent that is logged
+    job, _ = make_job(mixing={"checkpoint_every_seconds": 1e9})
+    counted = iter(range(10_000))
+    with pytest.raises(Paused):
+        run_job(job, lambda: next(counted) >= 4)
+    tick = read_checkpoint(Path(job.folder)).tick  # type: ignore[union-attr]  # Paused means that there is one
+
+    class Killed(BaseException):
+        """As a SIGKILL: nothing of the job's own runs any more."""
+
+    def killed(training: Any, report: Any) -> None:
+        if training.tick == tick + 5:
+            training.tracker.close(30.0)
+            raise Killed
+        tell(training, report)
+
+    tell = run._Training._tell
+    monkeypatch.setattr(run._Training, "_tell", killed)
+    monkeypatch.setattr(run.Run, "close", lambda *_: None)
+    with pytest.raises(Killed):
+        run_job(job)
+    monkeypatch.undo()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    client = MlflowClient(store)
+    sent = [run for e in client.search_experiments() for run in client.search_runs([e.experiment_id])]
+    assert len(sent) == 2 and all(run.data.metrics for run in sent)
+    assert {max(m.step for m in client.get_metric_history(run.info.run_id, "loss")) for run in sent} >= {tick + 4}
+    assert run_job(job) == 0
+    for found in sent:
+        for key in client.get_run(found.info.run_id).data.metrics:
+            steps = [metric.step for metric in client.get_metric_history(found.info.run_id, key)]
+            assert len(steps) == len(set(steps)), (found.info.run_name, key, steps)
+        assert {metric.step for metric in client.get_metric_history(found.info.run_id, "loss")} == set(range(1, 13))
 
 
 @pytest.fixture

@@ -13,12 +13,18 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
-_PRELOAD = [
+# What forked processes find imported; whatever of it is not there is left out.
+PRELOAD = [
     "pipeline.training.__main__",
     "pipeline.training.run",
-    "pipeline.training.engines",
+    "pipeline.training.engines.fsdp2",
+    "pipeline.training.engines.tp",
     "accelerate",
-    "transformers.models.llama",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.mixtral.modeling_mixtral",
+    "transformers.models.olmo2.modeling_olmo2",
+    "transformers.models.t5.modeling_t5",
+    "deepspeed",
 ]
 
 
@@ -27,7 +33,7 @@ class Trainer:
 
     def __init__(self, job: Path, cwd: Path, **environment: str) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOAD)
+        context.set_forkserver_preload(PRELOAD)
         handle, name = tempfile.mkstemp(suffix=".log")
         os.close(handle)
         self._output = Path(name)
