@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from flows.work import Outcome, Work
     from pipeline.errors import PrefixFleetError
     from pipeline.keys import CustomerKey
+    from pipeline.registry import Moved
 
 OK, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
@@ -282,6 +283,53 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument(
         "--customer", action="append", default=[], metavar="ID", help="only this customer (ID or ID/TASK); may be repeated"
     )
+
+    def of_customer(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--customer", required=True, metavar="ID", help="ID, or ID/TASK for one of its tasks")
+        parser.add_argument("--task", default=None, metavar="TASK", help="by default the customer's task `default`")
+
+    text = "show all versions of a customer with their aliases, scores and decisions"
+    of_customer(command("history", _history, text, ["prefixfleet history --customer bistro"]))
+
+    differ = command(
+        "diff",
+        _diff,
+        "show what changed between two versions of a customer: settings, data, scores",
+        [
+            "prefixfleet diff --customer bistro",
+            "prefixfleet diff --customer bistro 2 5",
+            "prefixfleet diff --customer bistro previous champion",
+        ],
+    )
+    of_customer(differ)
+    text = "a version's number or alias (default: the champion and the newest; if they are one, it and the version before it)"
+    differ.add_argument("versions", nargs="*", metavar="VERSION", help=text)
+
+    raised = command(
+        "promote",
+        _promote,
+        "make a version champion, whom serving answers with",
+        ["prefixfleet promote --customer bistro", "prefixfleet promote --customer bistro --version 3"],
+    )
+    of_customer(raised)
+    raised.add_argument("--version", type=_count, metavar="N", help="this version (default: the challenger)")
+    raised.add_argument("--force", action="store_true", help="even a version that the gate rejected")
+
+    text = "go back to the version that was champion before"
+    back = command("rollback", _rollback, text, ["prefixfleet rollback --customer bistro"])
+    of_customer(back)
+    back.add_argument("--version", type=_count, metavar="N", help="go back to this version")
+
+    forget = command(
+        "forget",
+        _forget,
+        "remove what was made from a customer's data, for good, and never train the customer again",
+        ["prefixfleet forget --customer bistro", "prefixfleet forget --customer bistro --lift"],
+    )
+    forget.add_argument("--customer", required=True, metavar="ID", help="all its tasks")
+    forget.add_argument("--yes", action="store_true", help="do not ask whether this is meant")
+    text = "only allow the customer to be trained again; what was removed does not come back"
+    forget.add_argument("--lift", action="store_true", help=text)
     return parser
 
 
@@ -376,7 +424,8 @@ def _show_plan(todo: "Work", as_json: bool) -> int:
         return OK
     width = max(len(str(key)) for key in todo.due)
     for key, due in certain.items():
-        text = "prepare, then whatever changed data needs" if "prepare" in due else ", ".join(due) or "nothing to do"
+        idle = "forgotten" if key in todo.forgotten else "nothing to do"
+        text = "prepare, then whatever changed data needs" if "prepare" in due else ", ".join(due) or idle
         print(f"{key!s:<{width}}  {text}")
     return OK
 
@@ -732,6 +781,120 @@ def _status(arguments: argparse.Namespace) -> int:
     else:
         print(f"Nothing is registered at {shown_uri()}. `prefixfleet run FLEET.yaml` trains and registers.")
     return OK
+
+
+def _history(arguments: argparse.Namespace) -> int:
+    from pipeline.registry import history
+    from pipeline.registry.store import shown_uri
+
+    key = _key(arguments)
+    versions = history(key)
+    if arguments.json:
+        _print_json(
+            {"format": 1, "mlflow": shown_uri(), "customer": str(key), "versions": [vars(version) for version in versions]}
+        )
+    else:
+        from flows.display import history_table, output
+
+        history_table(versions, output())
+    return OK
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from pipeline.errors import ConfigError
+    from pipeline.registry import diff, history
+
+    key = _key(arguments)
+    named: list[int | str] = [int(name) if name.isdecimal() else name for name in arguments.versions]
+    if len(named) not in (0, 2):
+        raise ConfigError("diff takes two versions or none, such as `prefixfleet diff --customer bistro 2 5`.")
+    if not named:
+        versions = history(key)
+        if len(versions) < 2:
+            raise ConfigError(f"customer {key} has one version only: there is nothing to compare it with.")
+        newest = versions[0].version
+        champion = next((version.version for version in versions if "champion" in version.aliases), newest)
+        named = [champion, newest] if champion != newest else [versions[1].version, newest]
+    found = diff(key, named[0], named[1])
+    if arguments.json:
+        _print_json({"format": 1, "customer": str(key), **asdict(found)})
+    else:
+        from flows.display import difference_tables, output
+
+        difference_tables(found, output())
+    return OK
+
+
+def _promote(arguments: argparse.Namespace) -> int:
+    from pipeline.registry import promote
+
+    key = _key(arguments)
+    return _moved(key, promote(key, arguments.version, force=arguments.force), arguments)
+
+
+def _rollback(arguments: argparse.Namespace) -> int:
+    from pipeline.registry import rollback
+
+    key = _key(arguments)
+    return _moved(key, rollback(key, arguments.version), arguments)
+
+
+def _moved(key: "CustomerKey", moved: "Moved", arguments: argparse.Namespace) -> int:
+    if arguments.json:
+        _print_json({"format": 1, "customer": str(key), **vars(moved)})
+    elif moved.before == moved.champion:
+        print(f"{key} version {moved.champion} is champion already")
+    else:
+        back = f"; version {moved.previous} is what `rollback` goes back to" if moved.previous is not None else ""
+        print(f"{key} version {moved.champion} is champion now, before it {moved.before or 'none'}{back}")
+    return OK
+
+
+def _forget(arguments: argparse.Namespace) -> int:
+    """Exit status 1 if something is left that only an administrator can remove."""
+    from flows.prefect_api import set_environment
+    from pipeline.errors import ConfigError
+    from pipeline.home import Home
+    from pipeline.keys import validate_id
+
+    customer, home = validate_id(arguments.customer), Home.current()
+    if arguments.lift:
+        from pipeline.registry import lift
+
+        lifted = lift(customer)
+        if arguments.json:
+            _print_json({"format": 1, "customer": customer, "lifted": lifted})
+        else:
+            print(f"{customer} may be trained again" if lifted else f"{customer} was not forgotten")
+        return OK
+    if not arguments.yes:
+        if not sys.stdin.isatty():
+            raise ConfigError(f"forget removes all that was made from {customer}'s data, for good. Confirm it with --yes.")
+        print(
+            f"This removes all that was made from {customer}'s data, for good. Type {customer} to go on: ",
+            end="",
+            file=sys.stderr,
+            flush=True,
+        )
+        if sys.stdin.readline().strip() != customer:
+            raise ConfigError("Not confirmed; nothing was removed.")
+    set_environment(home, False)
+    from flows.forget import forget
+
+    arguments.verbose = False
+    with _display(arguments):
+        done = forget(customer, home, os.environ.get("MLFLOW_BACKEND_STORE_URI") or None)
+    if arguments.json:
+        _print_json({"format": 1, **vars(done)})
+    else:
+        for line in done.removed:
+            print(f"removed {line}")
+        print(f"{customer} is forgotten and not trained again. `prefixfleet forget --customer {customer} --lift` lifts that.")
+    for line in done.left:
+        print(f"error: left: {line}", file=sys.stderr)
+    return FAILED if done.left else OK
 
 
 def _compare(arguments: argparse.Namespace) -> int:

@@ -53,6 +53,9 @@ def run_comparison(
     if len(todo.customers) > 1:
         raise ConfigError(f"{customer} has {len(todo.customers)} tasks; name one as {customer}/TASK.")
     (one,) = todo.customers
+    work.leave_forgotten(todo)
+    if one.key in todo.errors:
+        raise ConfigError(todo.errors[one.key])
     member, job = _job(todo, one, steps)
     chosen = [name for name in METHODS if name in methods or name == "base"]
     setting = digest_of([member.train_digest, member.evaluate_digest, dataclasses.asdict(member.training), tries, adapter_share])

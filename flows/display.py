@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -21,9 +22,23 @@ from flows.work import Outcome, Row
 from pipeline.progress import described, time_left
 
 if TYPE_CHECKING:
-    from pipeline.registry import ModelStatus
+    from pipeline.registry import Difference, ModelStatus, Version
 
 _LINE_SECONDS = 5.0
+# The columns that are not numbers.
+_WORDS = (
+    "customer",
+    "metric",
+    "alias",
+    "decision",
+    "scores (base)",
+    "registered",
+    "promoted",
+    "data",
+    "score",
+    "setting",
+    "training",
+)
 
 
 class _Bars(Progress):
@@ -140,7 +155,7 @@ def _fleet_table(rows: Iterable[Row], gap: str) -> Table:
             _number(row.base_score, ".1f"),
             f"{row.score['score']:.1f}{gap}({row.score['low']:.1f} to {row.score['high']:.1f})" if row.score else "",
             _number(row.version, "d"),
-            row.alias or ("failed" if row.status == "failed" else ""),
+            row.alias or (row.status if row.status in ("failed", "forgotten") else ""),
             f"{row.seconds:.1f}" if row.seconds else "",
         )
     return table
@@ -153,17 +168,71 @@ def status_table(models: "Iterable[ModelStatus]", console: Console) -> None:
 
 
 def _status_table(models: "Iterable[ModelStatus]", gap: str) -> Table:
-    table = _table("customer", "version", "champion", "decision", "scores (base)", "registered")
+    table = _table("customer", "version", "champion", "challenger", "decision", "scores (base)", "registered")
     for model in models:
-        scores = [
-            f"{metric} {score:.1f}" + (f" ({model.base_scores[metric]:.1f})" if metric in model.base_scores else "")
-            for metric, score in model.scores.items()
-        ]
-        made = model.created_at.astimezone().strftime(f"%Y-%m-%d{gap}%H:%M")
         separator = ", " if gap == " " else gap
-        champion = _number(model.champion_version, "d")
-        table.add_row(str(model.key), str(model.version), champion, model.decision, separator.join(scores), made)
+        table.add_row(
+            str(model.key),
+            str(model.version),
+            _number(model.champion_version, "d"),
+            _number(model.challenger_version, "d"),
+            model.decision,
+            separator.join(_scores(model.scores, model.base_scores)),
+            _when(model.created_at, gap),
+        )
     return table
+
+
+def history_table(versions: "Iterable[Version]", console: Console) -> None:
+    """Print a customer's versions, the newest first."""
+    versions = list(versions)
+    _print_table(lambda gap: _history_table(versions, gap), console)
+
+
+def _history_table(versions: "Iterable[Version]", gap: str) -> Table:
+    table = _table("version", "alias", "decision", "scores (base)", "data", "parent", "registered", "promoted")
+    separator = ", " if gap == " " else gap
+    for version in versions:
+        table.add_row(
+            str(version.version),
+            separator.join(version.aliases),
+            version.decision,
+            separator.join(_scores(version.scores, version.base_scores)),
+            version.data_fingerprint[:8],
+            _number(version.parent_version, "d"),
+            _when(version.created_at, gap),
+            version.promoted,
+        )
+    return table
+
+
+def difference_tables(difference: "Difference", console: Console) -> None:
+    """Print what changed between two versions: first the scores, then settings, data and outcomes of the training."""
+    console.print(Text(f"{difference.name}: version {difference.old} against version {difference.new}"))
+    table = _table("score", str(difference.old), str(difference.new), "change")
+    for name, old, new in difference.scores:
+        change = "" if old is None or new is None else f"{new - old:+.2f}"
+        table.add_row(name, _number(old, ".2f"), _number(new, ".2f"), change)
+    _print_table(lambda gap: table, console)
+    for title, rows in (("setting", difference.settings), ("data", difference.data), ("training", difference.outcomes)):
+        if not rows:
+            console.print(f"{title}: no difference")
+            continue
+        changed = _table(title, str(difference.old), str(difference.new))
+        for name, old, new in rows:
+            changed.add_row(name, *(Text("" if value is None else str(value)) for value in (old, new)))
+        _print_table(lambda gap, changed=changed: changed, console)  # type: ignore[misc]  # mypy does not see the default
+
+
+def _scores(scores: dict[str, float], base_scores: dict[str, float]) -> list[str]:
+    return [
+        f"{metric} {score:.1f}" + (f" ({base_scores[metric]:.1f})" if metric in base_scores else "")
+        for metric, score in scores.items()
+    ]
+
+
+def _when(time: datetime, gap: str) -> str:
+    return time.astimezone().strftime(f"%Y-%m-%d{gap}%H:%M")
 
 
 def sweep_table(content: Mapping[str, Any], console: Console) -> None:
@@ -194,7 +263,7 @@ def _table(*names: str) -> Table:
     """An empty table that leaves its cells whole. Numbers are right-justified, words left."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in names:
-        words = name in ("customer", "metric", "alias", "decision", "scores (base)", "registered")
+        words = name in _WORDS
         table.add_column(name, justify="left" if words else "right", no_wrap=True)
     return table
 
@@ -242,7 +311,7 @@ def next_command(outcome: Outcome) -> str | None:
     from pipeline.home import Home
     from pipeline.keys import CustomerKey
 
-    ready = [row for row in outcome.rows if row.alias and row.status != "failed"]
+    ready = [row for row in outcome.rows if row.alias == "champion" and row.status != "failed"]
     if not ready:
         return None
     key = CustomerKey.parse(ready[0].key)

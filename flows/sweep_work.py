@@ -54,6 +54,9 @@ def run_sweep(
     if len(todo.customers) > 1:
         raise ConfigError(f"{customer} has {len(todo.customers)} tasks; name one as {customer}/TASK.")
     (one,) = todo.customers
+    work.leave_forgotten(todo)
+    if one.key in todo.errors:
+        raise ConfigError(todo.errors[one.key])
     wanted = metric or one.evaluation.gate.metric
     if wanted not in METRICS:
         raise ConfigError(f"--metric {wanted}: unknown. Known: {', '.join(name for name in METRICS if name != 'perplexity')}.")

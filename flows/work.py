@@ -35,8 +35,8 @@ _preparing = threading.Lock()
 class Row:
     """One customer in the table at the end. Scores are in the unit of `metric`; the champion is the one that this prefix was compared with.
 
-    `status` is `done` (something was done), `unchanged` or `failed`; `seconds` are those of this run; `score` holds `score`, `low`, `high`;
-    `signature` says how it was computed.
+    `status` is `done` (something was done), `unchanged`, `failed` or `forgotten`; `seconds` are those of this run; `score` holds `score`, `low`
+    and `high`; `signature` says how it was computed.
     `overlap` counts the inputs that stand in two ready-made splits, as `train/test`: only those that are not zero.
     """
 
@@ -114,6 +114,8 @@ class Work:
         due: the stages that must run, for each customer.
         members: settings with digests and folders, for customers whose data is prepared.
         errors: why a customer went no further.
+        forgotten: customers that are not to be trained again, with the time when they were forgotten.
+        named: whether somebody asked for these customers by name, and not for the fleet.
         seconds: time spent on a customer.
     """
 
@@ -121,7 +123,9 @@ class Work:
     customers: tuple[Customer, ...]
     base: BaseModelInfo
     home: Home
+    named: bool = False
     due: dict[CustomerKey, tuple[str, ...]] = field(default_factory=dict)
+    forgotten: dict[CustomerKey, str] = field(default_factory=dict)
     cards: dict[CustomerKey, dict[str, Any]] = field(default_factory=dict)
     members: dict[CustomerKey, JobCustomer] = field(default_factory=dict)
     errors: dict[CustomerKey, str] = field(default_factory=dict)
@@ -205,7 +209,7 @@ def open_work(fleet_file: Path | str, wanted: list[str] | None = None, home: Hom
         launch.config_file(customer.launch)
     home = home or Home.current()
     base = resolve_base(fleet.base_model.path, fleet.base_model.revision, home.root / "cache" / "base_digests.json")
-    return Work(fleet, customers, base, home)
+    return Work(fleet, customers, base, home, named=bool(wanted))
 
 
 def survey(work: Work) -> None:
@@ -217,8 +221,11 @@ def survey(work: Work) -> None:
     from pipeline.data import is_prepared, read_card
 
     known = _registered_versions(work)
+    leave_forgotten(work)
     for customer in work.customers:
         key, folder = customer.key, work.home.prepared(customer.key)
+        if key in work.forgotten:
+            continue
         work.due[key] = jobs.STAGES
         # What is wrong with the data is said in full by the stage itself, which is the one to fail.
         with contextlib.suppress(Exception):
@@ -226,6 +233,24 @@ def survey(work: Work) -> None:
                 work.prepared(key, Prepared(read_card(folder), 0.0))
         if key in work.members:
             work.due[key] = _due(work, key, known.get(key))
+
+
+def leave_forgotten(work: Work) -> None:
+    """Note who was forgotten: of a fleet they are left out and reported, but whoever asks for one by name is told that it failed.
+
+    Raises:
+        RegistryError: MLflow failed.
+    """
+    from pipeline.registry import forgotten_customers
+    from pipeline.registry.tombstones import sentence
+
+    forgotten = forgotten_customers()
+    for customer in work.customers:
+        if customer.id in forgotten:
+            work.due[customer.key] = ()
+            work.forgotten[customer.key] = forgotten[customer.id]
+            if work.named:
+                work.fail(customer.key, jobs.STAGES[0], sentence(customer.id, forgotten[customer.id]))
 
 
 @contextlib.contextmanager
@@ -250,7 +275,8 @@ def _due(work: Work, key: CustomerKey, known: "ModelStatus | None") -> tuple[str
     version = None if due else _registered_version(work.home, member, known)
     if version is None or known is None:
         return (*due, "register")
-    work.versions[key] = (version, "champion" if known.champion_version == version else None)
+    held = {known.challenger_version: "challenger", known.champion_version: "champion"}
+    work.versions[key] = (version, held.get(version))
     return ()
 
 
@@ -341,7 +367,7 @@ def _champions(members: list[JobCustomer], stage: str) -> tuple[dict[CustomerKey
     Whoever has no champion yet is in neither.
     """
     from pipeline.registry import lookup, status
-    from pipeline.registry.register import CHAMPION
+    from pipeline.registry.versions import CHAMPION
 
     keys = [member.key for member in members if stage == "evaluate" or member.prefix.init_prefix == CHAMPION]
     found: dict[CustomerKey, Path] = {}
@@ -352,7 +378,7 @@ def _champions(members: list[JobCustomer], stage: str) -> tuple[dict[CustomerKey
         return {}, dict.fromkeys(keys, str(error))
     for key in held:
         try:
-            found[key] = lookup(key).prefix_dir
+            found[key] = lookup(key, fresh=True).prefix_dir
         except Exception as error:  # of whatever kind: the other customers are not to suffer
             if not isinstance(error, PrefixFleetError):
                 log.error("looking up the champion of %s failed", key, exc_info=error)
@@ -426,7 +452,7 @@ def outcome(work: Work) -> Outcome:
     try:
         from pipeline.evaluation.report import fleet_report
 
-        fleet_report([vars(row) for row in rows], page)
+        fleet_report([vars(row) for row in rows if row.status != "forgotten"], page)
     except PrefixFleetError as error:
         # The work is done and registered: a page that could not be written must not make it look otherwise.
         log.warning("the fleet report could not be written: %s", error)
@@ -438,6 +464,8 @@ def _row(work: Work, customer: Customer) -> Row:
     key = customer.key
     row = Row(str(key), metric=customer.evaluation.gate.metric, seconds=work.seconds.get(key, 0.0), error=work.errors.get(key))
     row.status = "failed" if row.error else "done" if work.seconds.get(key) else "unchanged"
+    if key in work.forgotten and not row.error:
+        row.status = "forgotten"
     row.version, row.alias = work.versions.get(key, (None, None))
     card, member = work.cards.get(key), work.members.get(key)
     if card is not None:

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.keys import CustomerKey
+from pipeline.keys import CustomerKey, validate_id
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,10 @@ class Home:
     def cached_prefix(self, key: CustomerKey, digest: str) -> Path:
         """Folder of a prefix that was downloaded from the registry; `digest` is that of its content."""
         return key.below(self.root / "cache" / "prefixes") / digest[:16]
+
+    def cached_prefixes(self, customer: str) -> Path:
+        """All that was downloaded from the registry for one customer."""
+        return self.root / "cache" / "prefixes" / validate_id(customer)
 
     @property
     def mlflow_database(self) -> Path:

@@ -3,20 +3,32 @@
 Importing this imports no MLflow (a second or more); its functions do.
 """
 
+from pipeline.registry.aliases import Moved, promote, rollback
 from pipeline.registry.base_lookup import base_of
-from pipeline.registry.lookup import Found, ModelStatus, lookup, status
+from pipeline.registry.lookup import Found, lookup
 from pipeline.registry.register import Registration, find, register, register_imported
+from pipeline.registry.state import Difference, ModelStatus, Version, diff, history, status
 from pipeline.registry.store import ensure_store
+from pipeline.registry.tombstones import forgotten_customers, lift
 
 __all__ = [
+    "Difference",
     "Found",
     "ModelStatus",
+    "Moved",
     "Registration",
+    "Version",
     "base_of",
+    "diff",
     "ensure_store",
     "find",
+    "forgotten_customers",
+    "history",
+    "lift",
     "lookup",
+    "promote",
     "register",
     "register_imported",
+    "rollback",
     "status",
 ]

@@ -1,29 +1,59 @@
-"""Look up what is registered: a customer's prefix by alias or version, and the state of the whole fleet.
+"""Look up what is registered: a customer's prefix by alias or version, fast enough to be asked at every request.
 
-In: a customer's key. Out: a folder on this machine with a prefix that was checked against the digests in its version's tags, or
-rows for a table. Folders are kept below `PREFIXFLEET_HOME/cache/prefixes` by their content, so a version is downloaded once.
+In: a customer. Out: a folder on this machine with a prefix that was checked against the digests in its version's tags. Two things are kept:
+
+- Folders, below `PREFIXFLEET_HOME/cache/prefixes` by the digest of their content, for all processes: a version is downloaded once.
+- Answers (which version holds an alias, or that none does), in this process. One younger than `FRESH_SECONDS` is given without asking MLflow. An
+  older one is given too, while a thread asks again about all that are in use and downloads what is new, so that nobody waits. One older than
+  `STALE_SECONDS` is not given before MLflow was asked, unless MLflow is away: then customers keep the prefix that they have.
 """
 
+import logging
+import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pipeline.errors import ConfigError, RegistryError, StorageError
+from pipeline.errors import BaseModelError, PrefixFleetError, RegistryError, StorageError
 from pipeline.files import file_digest, whole_folder
 from pipeline.home import Home
 from pipeline.keys import CustomerKey
-from pipeline.registry.register import CHAMPION, PREFIX_FILES, TAG, content_digest
-from pipeline.registry.store import connect, ensure_store, lock, shown_uri, translated
+from pipeline.registry.package import PREFIX_PATH
+from pipeline.registry.store import client_of, ensure_store, lock, shown_uri, stores_in_use, translated
+from pipeline.registry.tombstones import forgotten_since, sentence
+from pipeline.registry.versions import (
+    CHAMPION,
+    MODELS,
+    PREFIX_FILES,
+    TAG,
+    content_digest_of,
+    key_of,
+    models,
+    newest_version,
+    own_tags,
+    pages,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities.model_registry import ModelVersion, RegisteredModel
+    from mlflow.entities.model_registry import ModelVersion
 
-_MODELS = "prefixfleet."
+log = logging.getLogger(__name__)
+
+FRESH_SECONDS = 5.0
+STALE_SECONDS = 60.0
+# One question about all models is cheaper than one for each in use, if those in use are more than so many, and more than this share of all:
+# MLflow looks for the newest version of each model that it lists, used or not (docs/registry.md has the times).
+_ONE_BY_ONE = 16
+_SHARE = 1 / 3
+# Answers kept; those that were not asked for longest go. Whoever asks for names at random fills no memory.
+_MOST_ANSWERS = 50_000
+_SHOWN_CUSTOMERS = 20
 
 
 @dataclass(frozen=True)
@@ -45,101 +75,161 @@ class Found:
 
 
 @dataclass(frozen=True)
-class ModelStatus:
-    """The newest version of one customer, and which version is champion.
+class _Question:
+    """Which version of a customer is meant, and in which stores: tracking, registry."""
 
-    Attributes:
-        champion_version: None if no version has passed the gate.
-        scores: points by metric, with the prefix.
-        base_scores: points by metric, without it.
-        created_at: UTC.
-        fingerprint: of the prefix; training with the same data, settings and base gives the same.
-    """
-
+    stores: tuple[str, str]
     key: CustomerKey
-    name: str
-    version: int
-    champion_version: int | None
-    scores: dict[str, float]
-    base_scores: dict[str, float]
-    decision: str
-    created_at: datetime
-    fingerprint: str
-    run_id: str | None
+    alias: str
+    version: int | None
 
 
-def lookup(key: CustomerKey, alias: str = CHAMPION, version: int | None = None, home: Home | None = None) -> Found:
+@dataclass
+class _Answer:
+    """What MLflow said, or why there is nothing (`missing`); `asked` and `used` are times of `time.monotonic`."""
+
+    version: int | None
+    tags: dict[str, str]
+    missing: str
+    asked: float
+    used: float
+
+
+_answers: OrderedDict[_Question, _Answer] = OrderedDict()
+_guard = threading.Lock()
+# The thread that refreshes, while there is one, and when the last one began.
+_refreshing: threading.Thread | None = None
+_refreshed = 0.0
+# How many models there were when they were last listed.
+_listed = 0
+# Size, time and number of the files in the cache that were read and found right.
+_checked: dict[Path, tuple[tuple[tuple[int, int, int], ...], str]] = {}
+
+
+def lookup(
+    customer: CustomerKey | str,
+    alias: str = CHAMPION,
+    version: int | None = None,
+    home: Home | None = None,
+    *,
+    base_digest: str | None = None,
+    fresh: bool = False,
+) -> Found:
     """The prefix of a customer: the version that holds `alias`, or `version` if it is given.
 
+    Args:
+        customer: a key, or what people type: `acme`, `acme/menu`.
+        alias, version: which.
+        home: where the cache is.
+        base_digest: of the base that is loaded; a version of another base is refused.
+        fresh: ask MLflow, whatever is known.
+
     Raises:
-        RegistryError: no such customer, alias or version (the message says what there is); the stored prefix is not the one that
-            was registered; or MLflow failed.
+        RegistryError: no such customer, alias or version (the message says what there is); the customer was forgotten; the stored
+            prefix is not the one that was registered; or MLflow failed.
+        BaseModelError: the version was trained on another base.
+        ConfigError: `customer` is no valid id.
         StorageError: it cannot be written to the cache.
     """
+    key = CustomerKey.parse(customer) if isinstance(customer, str) else customer
     home = home or Home.current()
     ensure_store(home)
+    question = _Question(stores_in_use(), key, alias, version)
+    answer = _answer(question, home, fresh)
+    if answer.version is None:
+        raise RegistryError(answer.missing)
+    if base_digest is not None and answer.tags.get("base_digest") != base_digest:
+        raise BaseModelError(
+            f"{key.model_name} version {answer.version}: was trained on a base with digest {answer.tags.get('base_digest', '')[:16]}, the "
+            f"loaded base has {base_digest[:16]}. A prefix works with its own base only: load that one, or train the customer anew."
+        )
     with translated(f"looking up customer {key}"):
-        client = connect()
-        found = _resolve(client, key, alias, version)
-        tags = {name.removeprefix(TAG): value for name, value in found.tags.items() if name.startswith(TAG)}
-        if not tags.get("content_digest") or not tags.get("weights_sha256"):
-            raise RegistryError(
-                f"{found.name} version {found.version} at {shown_uri()} has no digest of its content in its tags, so it cannot "
-                "be trusted. It was not registered by PrefixFleet, or its tags were changed: register the prefix again."
-            )
-        folder = _cached(home, key, int(found.version), tags)
-    return Found(found.name, int(found.version), alias if version is None else None, folder, tags)
+        folder = _cached(home, question, answer.version, answer.tags)
+    return Found(key.model_name, answer.version, alias if version is None else None, folder, dict(answer.tags))
 
 
-def status(keys: list[CustomerKey] | None = None) -> list[ModelStatus]:
-    """The state of these customers, or of all, sorted by key. Customers without any version are left out.
-
-    Raises:
-        RegistryError: MLflow failed.
-    """
-    ensure_store()
-    with translated("reading the status"):
-        client = connect()
-        models = _models(client, keys)
-        if keys is None:
-            newest: dict[str, ModelVersion] = {}
-            for version in _pages(client.search_model_versions, f"name LIKE '{_MODELS}%'"):
-                if version.name not in newest or int(version.version) > int(newest[version.name].version):
-                    newest[version.name] = version
-        else:
-            newest = {name: version for name in models if (version := _newest(client, name)) is not None}
-        rows = [_status(key, model, newest[name]) for name, (key, model) in models.items() if name in newest]
-    return sorted(rows, key=lambda row: row.key)
+def outdated(name: str) -> None:
+    """Forget what is known of a registered model: this process has just changed it."""
+    with _guard:
+        for question in [question for question in _answers if question.key.model_name == name]:
+            del _answers[question]
 
 
-def _resolve(client: "MlflowClient", key: CustomerKey, alias: str, version: int | None) -> "ModelVersion":
+def _answer(question: _Question, home: Home, fresh: bool) -> _Answer:
+    now = time.monotonic()
+    with _guard:
+        known = _answers.get(question)
+        if known is not None:
+            known.used = now
+            _answers.move_to_end(question)
+    age = float("inf") if known is None else now - known.asked
+    if known is not None and not fresh and age < STALE_SECONDS:
+        if age >= FRESH_SECONDS:
+            _refresh_later(question.stores, home)
+        return known
+    try:
+        with translated(f"looking up customer {question.key}"):
+            return _keep(question, _ask(client_of(question.stores), question, home))
+    except RegistryError as error:
+        # A server that is away is no reason to take away what customers have; what it says itself is.
+        if known is None or known.version is None or fresh or error.__cause__ is None:
+            raise
+        log.warning("%s Customer %s keeps version %s.", error, question.key, known.version)
+        known.asked = now - STALE_SECONDS + FRESH_SECONDS  # asked again in a while, not at every request
+        return known
+
+
+def _keep(question: _Question, answer: _Answer) -> _Answer:
+    with _guard:
+        before = _answers.get(question)
+        answer.used = before.used if before is not None else answer.used
+        _answers[question] = answer
+        _answers.move_to_end(question)
+        while len(_answers) > _MOST_ANSWERS:
+            _answers.popitem(last=False)
+    return answer
+
+
+def _ask(client: "MlflowClient", question: _Question, home: Home) -> _Answer:
+    """What MLflow says now."""
     from mlflow.exceptions import MlflowException
 
-    name = key.model_name
+    name, now = question.key.model_name, time.monotonic()
     try:
-        if version is not None:
-            return client.get_model_version(name, str(version))
-        return client.get_model_version_by_alias(name, alias)
+        if question.version is not None:
+            return _found(client.get_model_version(name, str(question.version)), now)
+        return _found(client.get_model_version_by_alias(name, question.alias), now)
     except MlflowException as error:
         # An unknown alias is RESOURCE_DOES_NOT_EXIST or INVALID_PARAMETER_VALUE, depending on the store (MLflow 3.17).
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
-    raise RegistryError(_what_there_is(client, key, alias, version))
+    return _Answer(None, {}, _what_there_is(client, question, home), now, now)
 
 
-def _what_there_is(client: "MlflowClient", key: CustomerKey, alias: str, version: int | None) -> str:
-    models = _models(client, [key])
-    newest = _newest(client, key.model_name) if models else None
+def _found(version: "ModelVersion", now: float) -> _Answer:
+    return _Answer(int(version.version), own_tags(version.tags), "", now, now)
+
+
+def _what_there_is(client: "MlflowClient", question: _Question, home: Home) -> str:
+    """Why nothing was found, and what there is instead. What this machine kept of a forgotten customer is removed."""
+    key, alias, version = question.key, question.alias, question.version
+    found = models(client, [key])
+    newest = newest_version(client, key.model_name) if found else None
     if newest is None:
-        known = sorted(str(k) for k, _ in _models(client, None).values())
-        named = ", ".join(known[:20]) + (", …" if len(known) > 20 else "")
+        since = forgotten_since(client, key.customer)
+        if since is not None:
+            shutil.rmtree(home.cached_prefixes(key.customer), ignore_errors=True)
+            return sentence(key.customer, since)
+        known = client.search_registered_models(f"name LIKE '{MODELS}%'", max_results=_SHOWN_CUSTOMERS + 1)
+        named = [str(other) for model in known if (other := key_of(model.name)) is not None]
+        shown = ", ".join(named[:_SHOWN_CUSTOMERS]) + (", …" if len(named) > _SHOWN_CUSTOMERS else "")
         return (
-            f"customer {key}: no prefix is registered at {shown_uri()}. Registered are: {named or 'none'}. "
+            f"customer {key}: no prefix is registered at {shown_uri()}. Registered are: {shown or 'none'}. "
             "`prefixfleet run FLEET.yaml` trains and registers."
         )
     if version is not None:
         return f"customer {key}: there is no version {version} at {shown_uri()}; the newest is version {newest.version}."
-    aliases = models[key.model_name][1].aliases
+    aliases = found[key.model_name][1].aliases
     held = ", ".join(f"{name} (version {number})" for name, number in sorted(aliases.items())) or "none"
     rejected = newest.tags.get(f"{TAG}decision") == "reject"
     why = f", which the gate rejected: {newest.tags.get(f'{TAG}reasons', '')}" if rejected else "."
@@ -149,111 +239,149 @@ def _what_there_is(client: "MlflowClient", key: CustomerKey, alias: str, version
     )
 
 
-def _newest(client: "MlflowClient", name: str) -> "ModelVersion | None":
-    found = client.search_model_versions(f"name = '{name}'", max_results=1, order_by=["version_number DESC"])
-    return found[0] if found else None
-
-
-def _models(client: "MlflowClient", keys: list[CustomerKey] | None) -> "dict[str, tuple[CustomerKey, RegisteredModel]]":
-    """Registered models by name. Models of others that happen to begin with our name are left out."""
-    if keys is None:
-        found = list(_pages(client.search_registered_models, f"name LIKE '{_MODELS}%'"))
-    else:
-        # One search a customer: `get` would raise for those that are not there.
-        found = [model for key in keys for model in client.search_registered_models(f"name = '{key.model_name}'")]
-    return {model.name: (key, model) for model in found if (key := _key_of(model.name)) is not None}
-
-
-def _key_of(name: str) -> CustomerKey | None:
-    """The inverse of `CustomerKey.model_name`."""
-    parts = name.removeprefix(_MODELS).split(".")
-    try:
-        key = CustomerKey(*parts) if len(parts) <= 2 else None
-    except ConfigError:
-        return None
-    return key if key is not None and key.model_name == name else None
-
-
-def _pages(search: Callable[..., Any], filter_string: str) -> Iterator[Any]:
-    token = None
-    while True:
-        page = search(filter_string, max_results=1000, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
+def _refresh_later(stores: tuple[str, str], home: Home) -> None:
+    """Have a thread ask again about all that is in use, unless one is at it or was just now."""
+    global _refreshing, _refreshed
+    with _guard:
+        now = time.monotonic()
+        if (_refreshing is not None and _refreshing.is_alive()) or now - _refreshed < FRESH_SECONDS / 2:
             return
+        _refreshed = now
+        due = [
+            question
+            for question, answer in _answers.items()
+            if question.stores == stores and now - answer.asked >= FRESH_SECONDS / 2 and now - answer.used < STALE_SECONDS
+        ]
+        _refreshing = threading.Thread(target=_refresh, args=(stores, home, due), name="prefixfleet-lookup", daemon=True)
+        _refreshing.start()
 
 
-def _status(key: CustomerKey, model: "RegisteredModel", newest: "ModelVersion") -> ModelStatus:
-    tags = newest.tags
-    champion = model.aliases.get(CHAMPION)
-    return ModelStatus(
-        key=key,
-        name=model.name,
-        version=int(newest.version),
-        champion_version=int(champion) if champion is not None else None,
-        scores=_scores(tags, f"{TAG}score."),
-        base_scores=_scores(tags, f"{TAG}base_score."),
-        decision=tags.get(f"{TAG}decision", ""),
-        created_at=datetime.fromtimestamp(newest.creation_timestamp / 1000, tz=UTC),
-        fingerprint=tags.get(f"{TAG}fingerprint", ""),
-        run_id=newest.run_id or None,
-    )
+def _refresh(stores: tuple[str, str], home: Home, due: list[_Question]) -> None:
+    try:
+        with translated("refreshing what was looked up"):
+            client = client_of(stores)
+            unchanged = _unchanged(client, due) if len(due) > max(_ONE_BY_ONE, _SHARE * _listed) else set()
+            for question in due:
+                known = _answers.get(question)
+                if known is not None and question in unchanged:
+                    known.asked = time.monotonic()
+                elif known is not None:  # else dropped meanwhile, because this process changed it
+                    _renew(client, question, home)
+    except Exception as error:  # a thread has nobody to tell; whoever looks up after STALE_SECONDS is told
+        log.warning("%s", error)
 
 
-def _scores(tags: dict[str, str], start: str) -> dict[str, float]:
-    scores = {}
-    for name, value in tags.items():
-        if name.startswith(start):
-            try:
-                scores[name.removeprefix(start)] = float(value)
-            except ValueError:
-                continue  # somebody edited the tag by hand; the table shows the other scores
-    return scores
+def _renew(client: "MlflowClient", question: _Question, home: Home) -> None:
+    """Ask again about one, and have its files here before it is answered with."""
+    before = _answers.get(question)
+    answer = _ask(client, question, home)
+    if answer.version is not None:
+        try:
+            _cached(home, question, answer.version, answer.tags)
+        except PrefixFleetError as error:
+            # The one known stays until it is too old to be given; whoever looks up then is told why.
+            log.warning("%s", error)
+            return
+    with _guard:
+        if _answers.get(question) is before:  # else this process has changed or asked it meanwhile
+            answer.used = before.used if before is not None else answer.used
+            _answers[question] = answer
 
 
-def _cached(home: Home, key: CustomerKey, version: int, tags: dict[str, str]) -> Path:
-    """The folder in the cache that holds this content, downloaded if need be. The cache is checked at every look-up."""
-    folder = home.cached_prefix(key, tags["content_digest"])
+def _unchanged(client: "MlflowClient", due: Iterable[_Question]) -> set[_Question]:
+    """Those whose alias is still held by the version that is known, or still by none: one question to MLflow for all."""
+    global _listed
+    held = {model.name: model.aliases for model in pages(client.search_registered_models, f"name LIKE '{MODELS}%'")}
+    _listed = len(held)
+    same = set()
+    for question in due:
+        known = _answers.get(question)
+        number = held.get(question.key.model_name, {}).get(question.alias)
+        if known is not None and question.version is None and known.version == (None if number is None else int(number)):
+            same.add(question)
+    return same
+
+
+def _cached(home: Home, question: _Question, version: int, tags: dict[str, str]) -> Path:
+    """The folder in the cache that holds this content, downloaded if need be. Whether it is what it should be is seen at every look-up."""
+    name = question.key.model_name
+    if not tags.get("content_digest") or not tags.get("weights_sha256"):
+        raise RegistryError(
+            f"{name} version {version} at {shown_uri()} has no digest of its content in its tags, so it cannot "
+            "be trusted. It was not registered by PrefixFleet, or its tags were changed: register the prefix again."
+        )
+    folder = home.cached_prefix(question.key, tags["content_digest"])
     if _damage(folder, tags) is None:
         return folder
-    with lock(home, f"{key.model_name}.cache"):
+    with lock(home, f"{name}.cache"):
         if _damage(folder, tags) is not None:  # else another process was faster
-            _download(key, version, tags, folder)
+            _download(question, version, tags, folder)
     return folder
 
 
-def _download(key: CustomerKey, version: int, tags: dict[str, str], folder: Path) -> None:
+def _download(question: _Question, version: int, tags: dict[str, str], folder: Path) -> None:
     import mlflow
 
-    with tempfile.TemporaryDirectory() as temporary:
-        source = f"models:/{key.model_name}/{version}/artifacts/prefix"
+    name = question.key.model_name
+    for left in folder.parent.glob(".*.tmp"):  # by a process that was killed; nobody else is here
+        shutil.rmtree(left, ignore_errors=True)
+    with whole_folder(folder) as new:
         try:
-            got = Path(mlflow.artifacts.download_artifacts(source, dst_path=temporary))
+            source = client_of(question.stores).get_model_version_download_uri(name, str(version))
+            got = Path(
+                mlflow.artifacts.download_artifacts(f"{source}/{PREFIX_PATH}", dst_path=str(new), tracking_uri=question.stores[0])
+            )
         except OSError as error:
             raise RegistryError(
-                f"{key.model_name} version {version}: its files cannot be read from {shown_uri()} ({error}). "
+                f"{name} version {version}: its files cannot be read from {shown_uri()} ({error}). "
                 "They were moved or deleted; register the prefix again."
             ) from error
-        damage = _damage(got, tags)
+        if got != new:
+            for file in [file for file in PREFIX_FILES if (got / file).is_file()]:
+                (got / file).replace(new / file)
+            for other in [other for other in new.iterdir() if other.name not in PREFIX_FILES]:
+                shutil.rmtree(other) if other.is_dir() else other.unlink()
+        damage = _damage(new, tags)
         if damage:
             raise RegistryError(
-                f"{key.model_name} version {version} at {shown_uri()}: {damage} is not what was registered. It was damaged or "
+                f"{name} version {version} at {shown_uri()}: {damage} is not what was registered. It was damaged or "
                 "tampered with and is not used. Delete the version in MLflow and register the prefix again."
             )
-        with whole_folder(folder) as new:
-            for name in PREFIX_FILES:
-                shutil.copyfile(got / name, new / name)
+    _checked.pop(folder, None)
 
 
 def _damage(folder: Path, tags: dict[str, str]) -> str | None:
-    """The first file that is missing or not what the tags say, or None."""
-    missing = next((name for name in PREFIX_FILES if not (folder / name).is_file()), None)
-    if missing:
-        return missing
+    """The first file that is missing or not what the tags say, or None. Files that have not changed since they were read are not read again."""
+    files = [folder / name for name in PREFIX_FILES]
     try:
-        if file_digest(folder / "prefix.safetensors") != tags["weights_sha256"]:
-            return "prefix.safetensors"
-        return None if content_digest(folder) == tags["content_digest"] else "prefix.json"
+        stats = [os.stat(file) for file in files]
+    except FileNotFoundError:
+        return next(file.name for file in files if not file.is_file())
     except OSError as error:
-        raise StorageError(f"{folder}: cannot be read ({error.strerror}). Check its permissions, or delete it.") from error
+        raise _unreadable(folder, error) from error
+    now = (tuple((stat.st_size, stat.st_mtime_ns, stat.st_ino) for stat in stats), tags["content_digest"])
+    if _checked.get(folder) == now:
+        return None
+    try:
+        digests = {file.name: file_digest(file) for file in files}
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    if digests["prefix.safetensors"] != tags["weights_sha256"]:
+        return "prefix.safetensors"
+    if content_digest_of(digests) != tags["content_digest"]:
+        return "prefix.json"
+    _checked[folder] = now
+    return None
+
+
+def _unreadable(folder: Path, error: OSError) -> StorageError:
+    return StorageError(f"{folder}: cannot be read ({error.strerror}). Check its permissions, or delete it.")
+
+
+def _start_anew() -> None:
+    """In a forked child: no thread of the parent lives here, and a lock that one held is held for ever."""
+    global _guard, _refreshing
+    _guard, _refreshing = threading.Lock(), None
+
+
+os.register_at_fork(after_in_child=_start_anew)

@@ -1,44 +1,58 @@
 """Register a trained and judged prefix as a version of its customer's MLflow model.
 
-In: a prefix folder and the folder of its evaluation. Out: a version with prefix, report, scores and lineage, and the alias
-`champion` if the evaluation says promote. The same prefix is registered once, however often and from however many processes:
-versions are found by the tag `prefixfleet.fingerprint`, under a lock for each customer. Order makes it safe to die anywhere:
-everything is uploaded first, then the version appears with all its tags at once, then the alias moves; the next run goes on with
-what it finds.
+In: a prefix folder and the folder of its evaluation. Out: a version with prefix, report, scores and lineage, and the alias that the evaluation
+earns. The same prefix is registered once, however often, from however many processes and machines:
+
+- Processes on one machine wait for one another at a lock for each customer; versions are found by the tag `prefixfleet.fingerprint`.
+- Machines have nothing in common but MLflow, which gives numbers in order and shows a version with all its tags at once. So whoever has made a
+  version looks again: the lowest number with the fingerprint is the version, and all others are withdrawn.
+- Everything is uploaded first, then the version appears with all its tags, then the aliases move. A process may die anywhere: nothing that
+  `lookup` can see is half made, and the next registration goes on with what it finds or removes it.
 """
 
-import contextlib
-import importlib.metadata
 import json
+import logging
 import re
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pipeline import __version__
 from pipeline.errors import RegistryError
-from pipeline.files import digest_of, file_digest, read_json
+from pipeline.files import file_digest, read_json
 from pipeline.home import Home
 from pipeline.keys import CustomerKey
-from pipeline.registry.store import connect, ensure_store, experiment_id, lock, quiet, translated
+from pipeline.registry.aliases import Alias, settle
+from pipeline.registry.erase import erase_model, erase_run
+from pipeline.registry.forget import forget_in_mlflow
+from pipeline.registry.lookup import outdated
+from pipeline.registry.package import EVALUATION_FILES, EVALUATION_PATH, GENERATIONS, build, stage_evaluation, staging
+from pipeline.registry.store import connect, embedded, ensure_store, experiment_id, lock, quiet, redact, translated
+from pipeline.registry.tombstones import forgotten_since, refuse_forgotten
+from pipeline.registry.versions import (
+    CHAMPION,
+    TAG,
+    aliases_of,
+    content_digest,
+    find_version,
+    find_versions,
+    plain_text,
+    versions_of,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel
+    from mlflow.entities.model_registry import ModelVersion
 
-CHAMPION = "champion"
-TAG = "prefixfleet."
-PREFIX_FILES = ("prefix.json", "prefix.safetensors")
-_EVALUATION_FILES = ("report.html", "metrics.json", "decision.json")
-_GENERATIONS = "generations.jsonl"
-# MLflow takes 8,000 characters in a run's tag and more in a version's; nobody reads that many.
-_MAX_TAG = 2000
-# What decides the answer of a prefix, pinned for whoever builds an environment from the model.
-_REQUIREMENTS = ("torch", "transformers", "tokenizers", "safetensors", "mlflow", "pandas")
+log = logging.getLogger(__name__)
+
+# How often a registration starts again whose version somebody deletes under it.
+_ATTEMPTS = 3
+# What a registration has begun and not finished after so long belongs to a process that is gone; the longest take minutes.
+_ABANDONED_SECONDS = 3600.0
+# On runs that are made here, because this store does not have the run of the training.
+_OWN_RUN = f"{TAG}made_by"
 
 
 @dataclass(frozen=True)
@@ -47,14 +61,14 @@ class Registration:
 
     Attributes:
         name: the MLflow registered model.
-        alias: `champion` if this version holds it now.
+        alias: `champion` or `challenger` if this version holds it now.
         created: False if the version was there already.
         run_id: the MLflow run that carries its training and scores.
     """
 
     name: str
     version: int
-    alias: Literal["champion"] | None
+    alias: Alias | None
     created: bool
     run_id: str | None
 
@@ -76,30 +90,17 @@ class _Candidate:
 
 
 def register(prefix_dir: Path, evaluation_dir: Path) -> Registration:
-    """Register a prefix with its evaluation; give it the alias `champion`, or take it away, as the evaluation decided.
+    """Register a prefix with its evaluation, and move the aliases as the evaluation decided (see `pipeline.registry.aliases.settle`).
 
-    A rejected prefix is registered too, so that it can be looked at, but never takes the alias from the champion of before.
+    A rejected prefix is registered too, so that it can be looked at, but never takes an alias from another.
 
     Raises:
         StorageError: a file is damaged, or prefix.json is missing.
         RegistryError: a file of the evaluation is missing, prefix and evaluation do not belong together, the weights are not those
-            that were trained, or MLflow failed.
+            that were trained, the customer was forgotten, or MLflow failed.
     """
     candidate = _read(Path(prefix_dir), Path(evaluation_dir))
-    home = Home.current()
-    ensure_store(home)
-    name = candidate.key.model_name
-    with lock(home, name), translated(f"registering customer {candidate.key}"):
-        client = connect()
-        version = find_version(client, name, candidate.fingerprint)
-        created = version is None
-        if version is None:
-            version = _create(client, candidate, experiment_id(home=home))
-        else:
-            _update(client, candidate, version)
-        run_id = client.get_model_version(name, str(version)).run_id or None
-        alias = _move_alias(client, name, version, promote=candidate.decision["decision"] == "promote")
-    return Registration(name=name, version=version, alias=alias, created=created, run_id=run_id)
+    return _register(candidate, candidate.decision["decision"])
 
 
 def register_imported(prefix_dir: Path, source: str, *, champion: bool) -> Registration:
@@ -123,18 +124,7 @@ def register_imported(prefix_dir: Path, source: str, *, champion: bool) -> Regis
         {"digest": "", "scores": nothing},
         {"decision": "imported", "reasons": [f"imported from {source}; not evaluated"]},
     )
-    home = Home.current()
-    ensure_store(home)
-    name = candidate.key.model_name
-    with lock(home, name), translated(f"registering customer {candidate.key}"):
-        client = connect()
-        version = find_version(client, name, candidate.fingerprint)
-        created = version is None
-        if version is None:
-            version = _create(client, candidate, experiment_id(home=home))
-        run_id = client.get_model_version(name, str(version)).run_id or None
-        alias = _move_alias(client, name, version, promote=True) if champion else None
-    return Registration(name=name, version=version, alias=alias, created=created, run_id=run_id)
+    return _register(candidate, "promote" if champion else None)
 
 
 def find(key: CustomerKey, fingerprint: str) -> int | None:
@@ -144,22 +134,101 @@ def find(key: CustomerKey, fingerprint: str) -> int | None:
         return find_version(connect(), key.model_name, fingerprint)
 
 
-def find_version(client: "MlflowClient", name: str, fingerprint: str) -> int | None:
-    """As `find`, for a registered model's name."""
-    if not re.fullmatch("[0-9a-f]{64}", fingerprint):
-        raise RegistryError(f"{name}: {fingerprint[:80]!r} is no fingerprint (64 hex digits). Train the prefix again.")
-    found = client.search_model_versions(f"name = '{name}' and tags.`{TAG}fingerprint` = '{fingerprint}'")
-    return max((int(version.version) for version in found), default=None)
+def _register(candidate: _Candidate, decision: str | None) -> Registration:
+    """Make sure that there is one version, and move the aliases; they stay where they are if `decision` is None."""
+    home = Home.current()
+    ensure_store(home)
+    key, name = candidate.key, candidate.key.model_name
+    with lock(home, name), translated(f"registering customer {key}"):
+        client = connect()
+        refuse_forgotten(client, key.customer)
+        version, created = _one_version(client, candidate, home)
+        if created and forgotten_since(client, key.customer) is not None:
+            # Forgotten by another machine while this one was uploading.
+            forget_in_mlflow(key.customer, home=home)
+            refuse_forgotten(client, key.customer)
+        alias = None if decision is None else settle(client, name, int(version.version), decision)
+        if created:
+            _sweep(client, candidate, experiment_id(home=home), 0.0 if embedded(home) else _ABANDONED_SECONDS)
+    outdated(name)
+    return Registration(name, int(version.version), alias, created, version.run_id or None)
 
 
-def content_digest(folder: Path) -> str:
-    """SHA-256 over the digests of the files of a prefix folder: what a downloaded copy must have."""
-    return digest_of({name: file_digest(folder / name) for name in PREFIX_FILES})
+def _one_version(client: "MlflowClient", candidate: _Candidate, home: Home) -> "tuple[ModelVersion, bool]":
+    """The one version that holds the prefix, and whether it was made here."""
+    name, fingerprint = candidate.key.model_name, candidate.fingerprint
+    for _ in range(_ATTEMPTS):
+        made = None
+        found = find_versions(client, name, fingerprint)
+        if not found:
+            made = _create(client, candidate, home)
+            found = find_versions(client, name, fingerprint)
+        if not found:
+            continue  # somebody has just deleted it
+        for other in found[1:]:
+            _withdraw(client, other, found[0])
+        if made != int(found[0].version):
+            _update(client, candidate, found[0], home)
+        return found[0], made == int(found[0].version)
+    raise RegistryError(
+        f"{name}: what is registered for customer {candidate.key} is deleted as fast as it appears. Find out by whom, and run the same command again."
+    )
+
+
+def _withdraw(client: "MlflowClient", version: "ModelVersion", winner: "ModelVersion") -> None:
+    """Remove a version of a prefix that `winner` holds already, unless somebody has given it an alias."""
+    from mlflow.exceptions import MlflowException
+
+    if int(version.version) in aliases_of(client, version.name).values():
+        return
+    try:
+        client.delete_model_version(version.name, version.version)
+        model_id = _model_id(version)
+        if model_id is not None and model_id != _model_id(winner):
+            erase_model(client, client.get_logged_model(model_id))
+        if version.run_id and version.run_id != winner.run_id:
+            run = client.get_run(version.run_id)
+            if _OWN_RUN in run.data.tags:
+                erase_run(client, run)
+    except MlflowException as error:
+        # Whoever made it withdraws it too, and may have been faster. Nor does one that must not delete hinder anybody: the lowest counts.
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            log.warning(
+                "%s version %s holds what version %s does and cannot be removed: %s",
+                version.name,
+                version.version,
+                winner.version,
+                error,
+            )
+
+
+def _model_id(version: "ModelVersion") -> str | None:
+    """The id of MLflow's record of a version's files: at the end of the source, be it `models:/m-…` or the place of the files."""
+    found = re.search(r"(m-[0-9a-f]{32})(/artifacts)?/?$", version.source or "")
+    return found[1] if found else None
+
+
+def _sweep(client: "MlflowClient", candidate: _Candidate, experiment: str, seconds: float) -> None:
+    """Remove what registrations of this customer left that died before their version appeared, if it is older than `seconds`."""
+    used = {_model_id(version) for version in versions_of(client, candidate.key.model_name)}
+    before = (time.time() - seconds) * 1000
+    try:
+        for model in client.search_logged_models([experiment], _of_customer(candidate)):
+            if model.model_id not in used and model.creation_timestamp < before:
+                erase_model(client, model)
+        begun = f"{_of_customer(candidate)} and tags.`{_OWN_RUN}` = 'registration' and attributes.status = 'RUNNING'"
+        for run in client.search_runs([experiment], begun):
+            if run.info.start_time < before:
+                erase_run(client, run)
+    except (
+        Exception
+    ) as error:  # of MLflow, of its store: what is registered is registered, and the next registration sweeps again
+        log.warning("what a registration of %s left could not be removed: %s", candidate.key, redact(str(error)))
 
 
 def _read(prefix_dir: Path, evaluation_dir: Path) -> _Candidate:
     prefix = read_json(prefix_dir / "prefix.json", format=1)
-    for name in (*_EVALUATION_FILES, _GENERATIONS):
+    for name in (*EVALUATION_FILES, GENERATIONS):
         if not (evaluation_dir / name).is_file():
             raise RegistryError(
                 f"{evaluation_dir / name}: is missing. Delete {evaluation_dir} and run the same command again: the prefix is evaluated anew."
@@ -183,21 +252,25 @@ def _read(prefix_dir: Path, evaluation_dir: Path) -> _Candidate:
     return _Candidate(key, prefix_dir, evaluation_dir, prefix, metrics, decision)
 
 
-def _create(client: "MlflowClient", candidate: _Candidate, experiment: str) -> int:
+def _create(client: "MlflowClient", candidate: _Candidate, home: Home) -> int:
     """Upload, then let the version appear with all its tags. Returns its number."""
     from mlflow.exceptions import MlflowException
 
-    name, tags = candidate.key.model_name, _tags(candidate)
-    run_id, own_run = _run(client, candidate, experiment)
+    name = candidate.key.model_name
+    run_id, own_run = _run(client, candidate, experiment_id(home=home))
     model = _logged_model(client, candidate, run_id)
-    with _model_folder(candidate, run_id, model) as folder:
-        client.log_model_artifacts(model.model_id, str(folder))
+    with staging(candidate.key.below(home.root / "staging")) as place:
+        build(place / "model", candidate.prefix_dir, candidate.evaluation_dir, run_id, model)
+        client.log_model_artifacts(model.model_id, str(place / "model"))
     client.finalize_logged_model(model.model_id, "READY")
     _log_scores(client, candidate, run_id, model.model_id)
     if own_run:
         client.set_terminated(run_id)
     try:
-        client.create_registered_model(name, tags={f"{TAG}customer": candidate.key.customer, f"{TAG}task": candidate.key.task})
+        tags = {f"{TAG}customer": candidate.key.customer, f"{TAG}task": candidate.key.task}
+        client.create_registered_model(
+            name, tags=tags, description=f"Prefixes of customer {candidate.key}, trained by PrefixFleet."
+        )
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
@@ -205,42 +278,35 @@ def _create(client: "MlflowClient", candidate: _Candidate, experiment: str) -> i
     # server's models.
     one_server = client.tracking_uri == client._registry_uri
     source = f"models:/{model.model_id}" if one_server else model.artifact_location
+    tags = {**_tags(candidate), **_at_creation(client, candidate)}
     with quiet():
-        version = client.create_model_version(name, source, run_id=run_id, tags=tags, model_id=model.model_id)
+        version = client.create_model_version(
+            name, source, run_id=run_id, tags=tags, description=_description(candidate), model_id=model.model_id
+        )
     # As `mlflow.register_model` does: the model's page in MLflow's UI names its versions by this tag.
     versions = json.dumps([{"name": name, "version": int(version.version)}])
     client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": versions})
     return int(version.version)
 
 
-def _update(client: "MlflowClient", candidate: _Candidate, version: int) -> None:
+def _update(client: "MlflowClient", candidate: _Candidate, known: "ModelVersion", home: Home) -> None:
     """The version is there: bring report, scores and tags up to date if the prefix was judged anew since."""
-    name, tags = candidate.key.model_name, _tags(candidate)
-    known = client.get_model_version(name, str(version))
-    changed = {tag: value for tag, value in tags.items() if known.tags.get(tag) != value}
+    changed = {tag: value for tag, value in _tags(candidate).items() if known.tags.get(tag) != value}
     model = _known_model(client, candidate, known.run_id) if changed and known.run_id else None
     if model is not None and known.run_id and candidate.evaluation_dir is not None:
-        with tempfile.TemporaryDirectory() as folder:
-            staged = _staged_evaluation(candidate.evaluation_dir, Path(folder))
-            client.log_model_artifacts(model.model_id, str(staged), "artifacts/evaluation")
+        with staging(candidate.key.below(home.root / "staging")) as place:
+            staged = stage_evaluation(candidate.evaluation_dir, place)
+            client.log_model_artifacts(model.model_id, str(staged), EVALUATION_PATH)
         _log_scores(client, candidate, known.run_id, model.model_id)
+    if changed:
+        client.update_model_version(known.name, known.version, _description(candidate))
     # The tag that says which evaluation this is comes last: a run that dies before it is repeated.
     for tag in sorted(changed, key=lambda tag: tag == f"{TAG}evaluation"):
-        client.set_model_version_tag(name, str(version), tag, changed[tag])
-
-
-def _move_alias(client: "MlflowClient", name: str, version: int, *, promote: bool) -> Literal["champion"] | None:
-    champion = client.get_registered_model(name).aliases.get(CHAMPION)
-    holds = champion is not None and int(champion) == version
-    if promote and not holds:
-        client.set_registered_model_alias(name, CHAMPION, str(version))
-    elif not promote and holds:
-        client.delete_registered_model_alias(name, CHAMPION)
-    return "champion" if promote else None
+        client.set_model_version_tag(known.name, known.version, tag, changed[tag])
 
 
 def _tags(candidate: _Candidate) -> dict[str, str]:
-    """The lineage of a version. Every value is data of others: text, cut to a readable length."""
+    """What a version says of itself. Every value is data of others: text, cut to a readable length."""
     prefix, scores = candidate.prefix, candidate.metrics["scores"]
     lineage, base = prefix["lineage"], prefix["base"]
     made = prefix.get("ensemble")
@@ -267,13 +333,30 @@ def _tags(candidate: _Candidate) -> dict[str, str]:
         **{f"score.{metric}": f"{value['score']:.4f}" for metric, value in scores["prefix"].items()},
         **{f"base_score.{metric}": f"{value['score']:.4f}" for metric, value in scores["base"].items()},
     }
-    return {TAG + name: _text(value) for name, value in values.items()}
+    return {TAG + name: plain_text(value) for name, value in values.items()}
 
 
-def _text(value: Any) -> str:
-    """`value` as text that every store takes: no NUL (PostgreSQL), no lone surrogates (all), not endless; nothing for None."""
-    text = "" if value is None else str(value)
-    return text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode("utf-8")[:_MAX_TAG]
+def _description(candidate: _Candidate) -> str:
+    """One line for the tables of MLflow's UI: `promote: bleu 20.8 (base 4.2), rougeL 46.0 (base 34.2)`."""
+    scores = candidate.metrics["scores"]
+    shown = [
+        f"{plain_text(metric)} {value['score']:.1f}"
+        + (f" (base {scores['base'][metric]['score']:.1f})" if metric in scores["base"] else "")
+        for metric, value in scores["prefix"].items()
+    ]
+    return ": ".join(filter(None, (candidate.decision["decision"], ", ".join(shown))))
+
+
+def _at_creation(client: "MlflowClient", candidate: _Candidate) -> dict[str, str]:
+    """What is true of a version's place among the others when it appears, and is not touched later."""
+    name, start = candidate.key.model_name, candidate.prefix["lineage"].get("parent")
+    parents = [version for version in versions_of(client, name) if start and version.tags.get(f"{TAG}weights_sha256") == start]
+    values = {
+        # The version whose keys and values the training started from; imports and cold starts have none.
+        "parent_version": max((int(parent.version) for parent in parents), default=None),
+        "champion_before": aliases_of(client, name).get(CHAMPION),
+    }
+    return {TAG + tag: plain_text(value) for tag, value in values.items()}
 
 
 def _run(client: "MlflowClient", candidate: _Candidate, experiment: str) -> tuple[str, bool]:
@@ -291,7 +374,7 @@ def _run(client: "MlflowClient", candidate: _Candidate, experiment: str) -> tupl
     ours = client.search_runs([experiment], _is(candidate), max_results=1)
     if ours:
         return str(ours[0].info.run_id), True
-    run = client.create_run(experiment, run_name=str(candidate.key), tags=_tags(candidate))
+    run = client.create_run(experiment, run_name=str(candidate.key), tags={**_tags(candidate), _OWN_RUN: "registration"})
     return str(run.info.run_id), True
 
 
@@ -322,14 +405,18 @@ def _known_model(client: "MlflowClient", candidate: _Candidate, run_id: str) -> 
 
 def _is(candidate: _Candidate) -> str:
     """What MLflow is asked to find this prefix. Two customers may hold the same one: with the same data, or the same adapter imported."""
-    known = {"fingerprint": candidate.fingerprint, "customer": candidate.key.customer, "task": candidate.key.task}
-    return " and ".join(f"tags.`{TAG}{name}` = '{value}'" for name, value in known.items())
+    return f"tags.`{TAG}fingerprint` = '{candidate.fingerprint}' and {_of_customer(candidate)}"
+
+
+def _of_customer(candidate: _Candidate) -> str:
+    key = candidate.key
+    return f"tags.`{TAG}customer` = '{key.customer}' and tags.`{TAG}task` = '{key.task}'"
 
 
 def _params(candidate: _Candidate) -> dict[str, str]:
     """The settings of the training, for MLflow's tables."""
     return {
-        f"{section}.{name}": _text(value)
+        f"{section}.{name}": plain_text(value)
         for section in ("prefix", "training")
         for name, value in candidate.prefix[section].items()
         if value is None or isinstance(value, str | int | float)
@@ -348,61 +435,3 @@ def _log_scores(client: "MlflowClient", candidate: _Candidate, run_id: str, mode
         for part, suffix in (("score", ""), ("low", ".low"), ("high", ".high"))
     }
     client.log_batch(run_id, metrics=[Metric(k, v, now, 0, model_id=model_id, run_id=run_id) for k, v in values.items()])
-
-
-@contextlib.contextmanager
-def _model_folder(candidate: _Candidate, run_id: str, model: "LoggedModel") -> Iterator[Path]:
-    """Yield a temporary folder in MLflow's pyfunc format: code, prefix, report; nothing pickled.
-
-    `mlflow.pyfunc.log_model` would run the model on the input example, which means loading the base; so the folder is made and
-    uploaded apart.
-    """
-    import mlflow.pyfunc
-    import pandas  # type: ignore[import-untyped]  # pandas ships no types
-    from mlflow.models import Model, ModelSignature
-    from mlflow.types import ColSpec, Schema
-
-    with tempfile.TemporaryDirectory() as temporary:
-        staged = Path(temporary) / "prefix"
-        staged.mkdir()
-        for name in PREFIX_FILES:
-            shutil.copyfile(candidate.prefix_dir / name, staged / name)
-        folder = Path(temporary) / "model"
-        artifacts = {"prefix": str(staged)}
-        if candidate.evaluation_dir is not None:
-            artifacts["evaluation"] = str(_staged_evaluation(candidate.evaluation_dir, Path(temporary)))
-        with quiet():
-            mlflow.pyfunc.save_model(
-                folder,
-                python_model=str(Path(__file__).with_name("pyfunc_model.py")),
-                artifacts=artifacts,
-                pip_requirements=_requirements(),
-                signature=ModelSignature(inputs=Schema([ColSpec("string", "input")]), outputs=Schema([ColSpec("string")])),
-                input_example=pandas.DataFrame({"input": [_example(candidate.evaluation_dir)]}),
-                mlflow_model=Model(model.artifact_location, run_id, model_uuid=model.model_id, model_id=model.model_id),
-            )
-        yield folder
-
-
-def _staged_evaluation(evaluation_dir: Path, temporary: Path) -> Path:
-    """The part of the evaluation that goes with the version. The generations stay here: the report shows some of them."""
-    staged = temporary / "evaluation"
-    staged.mkdir()
-    for name in _EVALUATION_FILES:
-        shutil.copyfile(evaluation_dir / name, staged / name)
-    return staged
-
-
-def _requirements() -> list[str]:
-    # A local version such as 2.13.0+cpu is on no index.
-    pinned = [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in _REQUIREMENTS]
-    return [f"prefixfleet=={__version__}", *pinned]
-
-
-def _example(evaluation_dir: Path | None) -> str:
-    """The first input of the test set."""
-    if evaluation_dir is None:
-        return ""
-    with (evaluation_dir / _GENERATIONS).open(encoding="utf-8") as file:
-        first = file.readline()
-    return str(json.loads(first)["input"]) if first.strip() else ""

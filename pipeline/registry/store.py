@@ -6,6 +6,7 @@ a second or more to import, so it is imported where it is used, and a store know
 """
 
 import contextlib
+import functools
 import importlib.metadata
 import logging
 import os
@@ -60,15 +61,15 @@ def ensure_store(home: Home | None = None) -> None:
     global _uri_set_here
     home = home or Home.current()
     set_environment()
-    embedded = _embedded_uri(home)
+    own = _embedded_uri(home)
     if os.environ.get("MLFLOW_TRACKING_URI", "") in ("", _uri_set_here):
-        os.environ["MLFLOW_TRACKING_URI"] = _uri_set_here = embedded
-    stores = (os.environ["MLFLOW_TRACKING_URI"], os.environ.get("MLFLOW_REGISTRY_URI", ""))
-    if stores[0] == embedded:
+        os.environ["MLFLOW_TRACKING_URI"] = _uri_set_here = own
+    stores = stores_in_use()
+    if stores[0] == own:
         _prepare_embedded(home)
     if stores in _ready:
         return
-    if stores[0] != embedded or stores[1]:
+    if stores[0] != own or stores[1]:
         # Two processes that open a fresh SQLite store at once create the same tables; before a server, nobody need queue.
         waiting = lock(home, "mlflow") if any(uri.startswith("sqlite:") for uri in stores) else contextlib.nullcontext()
         with waiting, translated("looking for MLflow"), _impatient():
@@ -90,6 +91,18 @@ def connect() -> "MlflowClient":
     return MlflowClient()
 
 
+def stores_in_use() -> tuple[str, str]:
+    """The addresses of tracking store and registry that the environment names; the second is empty if they are one."""
+    return os.environ.get("MLFLOW_TRACKING_URI", ""), os.environ.get("MLFLOW_REGISTRY_URI", "")
+
+
+def client_of(stores: tuple[str, str]) -> "MlflowClient":
+    """A client of these stores (see `stores_in_use`), whatever the environment names by now: for threads that outlive a change of it."""
+    from mlflow import MlflowClient
+
+    return MlflowClient(stores[0], stores[1] or stores[0])
+
+
 def experiment_id(name: str = EXPERIMENT, home: Home | None = None) -> str:
     """The id of experiment `name`, created if need be, by however many processes at once.
 
@@ -102,8 +115,7 @@ def experiment_id(name: str = EXPERIMENT, home: Home | None = None) -> str:
 
     home = home or Home.current()
     client = connect()
-    embedded = os.environ.get("MLFLOW_TRACKING_URI") == _embedded_uri(home)
-    location = home.mlflow_artifacts.as_uri() if embedded else None
+    location = home.mlflow_artifacts.as_uri() if embedded(home) else None
     with translated(f"opening the experiment {name}"):
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
@@ -120,6 +132,11 @@ def experiment_id(name: str = EXPERIMENT, home: Home | None = None) -> str:
             f"`mlflow experiments restore -x {number}`."
         )
     return str(experiment.experiment_id)
+
+
+def embedded(home: Home) -> bool:
+    """Whether the store in use is the one below `home`, which no other machine writes to."""
+    return os.environ.get("MLFLOW_TRACKING_URI") == _embedded_uri(home)
 
 
 def shown_uri() -> str:
@@ -149,12 +166,17 @@ def translated(doing: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         raise RegistryError(
             f"{doing}: MLflow at {shown_uri()} needs the Python module {error.name!r}, which is not installed. Install the driver of that "
-            "database (psycopg2-binary for postgresql://, pymysql for mysql+pymysql://), or correct MLFLOW_TRACKING_URI."
+            "database (psycopg2-binary for postgresql://, pymysql for mysql+pymysql://) or store (boto3 for s3://), or correct "
+            "MLFLOW_TRACKING_URI."
         ) from error
-    except (MlflowException, RequestException, SQLAlchemyError) as error:
+    except Exception as error:
+        # boto3 is there only if artifacts go to S3 past the server, so its errors are known by where they come from.
+        of_s3 = type(error).__module__.partition(".")[0] in ("botocore", "boto3", "s3transfer")
+        if not of_s3 and not isinstance(error, MlflowException | RequestException | SQLAlchemyError):
+            raise
         reason = redact(str(error)).strip()
         # MLflow 3.17 has no class of its own for a server that does not answer (rest_utils.http_request).
-        if isinstance(error, RequestException) or "API request to" in reason:
+        if isinstance(error, RequestException) or "API request to" in reason or "Could not connect to the endpoint" in reason:
             raise RegistryError(
                 f"{doing}: MLflow at {shown_uri()} does not answer. Start it, or correct MLFLOW_TRACKING_URI and "
                 "MLFLOW_REGISTRY_URI; with both unset an embedded store is used. What is trained stays on disk: run the same "
@@ -195,6 +217,12 @@ def _schema_note(home: Home) -> Path:
     return home.mlflow_database.with_suffix(".version")
 
 
+@functools.cache
+def _mlflow_version() -> str:
+    """Without importing MLflow, and read once: `ensure_store` is called at every look-up."""
+    return importlib.metadata.version("mlflow")
+
+
 def _is_prepared(home: Home, version: str) -> bool:
     try:
         return home.mlflow_database.exists() and _schema_note(home).read_text(encoding="utf-8") == version
@@ -208,7 +236,7 @@ def _prepare_embedded(home: Home) -> None:
     So a process killed half way leaves no half-made tables, which MLflow would not repair. A note with MLflow's version beside
     the database tells later processes that nothing is to be done, without importing MLflow.
     """
-    version = importlib.metadata.version("mlflow")
+    version = _mlflow_version()
     if _is_prepared(home, version):
         return
     with lock(home, "mlflow"):

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -397,6 +398,66 @@ def test_nothing_is_pickled_into_prefect_s_storage(
     run(fleet_file, ["acme"])
     storage = Path(os.environ["PREFECT_HOME"]) / "storage"
     assert not storage.exists() or not any(storage.rglob("*"))
+
+
+def test_the_flow_reports_who_was_forgotten_and_completes(home: Home, fleet_file: Path) -> None:
+    from flows.forget import forget
+
+    forget("crisp", home)
+    state, outcome = run(fleet_file)
+    assert state.is_completed() and [row.status for row in outcome.rows] == ["done", "done", "forgotten"]
+    assert not list(home.root.glob("*/crisp"))
+
+
+def test_prefect_forgets_deployments_schedules_runs_and_rows_of_tables() -> None:
+    from prefect import flow
+    from prefect.artifacts import create_table_artifact
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import DeploymentScheduleCreate
+    from prefect.client.schemas.schedules import CronSchedule
+
+    from flows.forget import forget_in_prefect
+
+    mark = uuid.uuid4().hex[:8]
+    acme, bolt = f"a{mark}", f"b{mark}"
+
+    @flow(name=f"customer-{mark}", persist_result=False)
+    def customer(fleet_file: str, customer_id: str) -> None:
+        if customer_id == bolt:
+            rows = [
+                {"customer": acme, "why": "secret"},
+                {"customer": f"{acme}/menu", "why": "secret"},
+                {"customer": bolt, "why": "good"},
+            ]
+            create_table_artifact(key=f"fleet-{mark}", table=rows)
+        else:
+            create_table_artifact(key=f"own-{mark}", table=[{"metric": "secret"}])
+
+    for name in (acme, bolt, f"{acme}/menu"):
+        customer("fleet.yaml", name)
+    with get_client(sync_client=True) as client:
+        kind = client.read_flow_by_name(f"customer-{mark}").id
+
+        def deploy(name: str, parameters: dict[str, Any], schedules: list[dict[str, Any]]) -> None:
+            cron = CronSchedule(cron="0 3 * * *")
+            made = [DeploymentScheduleCreate(schedule=cron, parameters=given, slug=f"s{i}") for i, given in enumerate(schedules)]
+            client.create_deployment(flow_id=kind, name=f"{mark}-{name}", parameters=parameters, schedules=made)
+
+        deploy("own", {"customer_id": f"{acme}/menu"}, [])
+        deploy("some", {"customers": [acme, bolt]}, [])
+        deploy("alone", {"customers": [acme]}, [])
+        deploy("fleet", {}, [{"customers": [acme]}, {"customers": [bolt]}, {"customer_id": acme}])
+        deploy("all", {"customers": None}, [])
+        said = list(forget_in_prefect(client, acme))
+        left = {d.name.removeprefix(f"{mark}-"): d for d in client.read_deployments() if d.name.startswith(mark)}
+        assert set(left) == {"some", "fleet", "all"} and left["some"].parameters == {"customers": [bolt]}
+        assert [schedule.parameters for schedule in left["fleet"].schedules] == [{"customers": [bolt]}]
+        assert left["all"].parameters == {"customers": None}
+        runs = [run.parameters["customer_id"] for run in client.read_flow_runs() if mark in str(run.parameters)]
+        assert runs == [bolt]
+        (table,) = [a for a in client.read_artifacts() if str(a.key).endswith(mark)]
+        assert json.loads(table.data) == [{"customer": bolt, "why": "good"}]
+        assert f"2 Prefect flow runs about {acme} alone" in said and list(forget_in_prefect(client, acme)) == []
 
 
 def test_a_sweep_is_a_flow_run_that_leaves_its_table(home: Home, fleet_file: Path, sweep_stages: list[tuple[str, Any]]) -> None:

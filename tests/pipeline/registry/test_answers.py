@@ -1,9 +1,15 @@
 """A registered prefix answers: through MLflow alone in a fresh process, and only on the base that it was trained on."""
 
 import json
+import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -58,6 +64,57 @@ def test_mlflow_alone_answers_in_a_fresh_process_as_the_engine_does(
     assert frame == engine.answer(inputs, slots[0]) and other == engine.answer(inputs, slots[1])
     assert frame != other and engines == 1  # one base for both
     assert "arning" not in out.stderr
+
+
+@pytest.mark.slow
+def test_mlflow_models_serve_answers_as_the_engine_does(
+    sqlite: Home, make, trained_on: dict[str, object], root: Path, tmp_path: Path
+) -> None:
+    made = make(base=trained_on)
+    register(*made)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "models",
+        "serve",
+        "-m",
+        "models:/prefixfleet.acme@champion",
+        "--env-manager",
+        "local",
+    ]
+    with (tmp_path / "log").open("wb") as log:
+        server = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            env={**os.environ, "PYTHONPATH": str(root), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+            cwd=tmp_path,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        inputs = ["name : The Punter", "name : Aromi | food : Italian"]
+        body = json.dumps({"dataframe_split": {"columns": ["input"], "data": [[text] for text in inputs]}}).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/invocations", body, {"Content-Type": "application/json"})
+        deadline = time.monotonic() + 240
+        while True:
+            try:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    predictions = json.loads(answer.read())["predictions"]
+                break
+            except (urllib.error.URLError, ConnectionError):
+                assert server.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+                time.sleep(0.5)
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
+    from pipeline.inference import load_engine
+
+    engine = load_engine(base_of(trained_on_prefix(made[0])))
+    assert predictions == engine.answer(inputs, engine.add(made[0]))
 
 
 def trained_on_prefix(folder: Path) -> dict[str, object]:

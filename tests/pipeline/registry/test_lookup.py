@@ -1,16 +1,28 @@
 """Looking up: what was registered comes back byte for byte or not at all, and errors say what there is."""
 
+import hashlib
+import importlib
+import shutil
 import uuid
+from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlparse
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
-from pipeline.errors import RegistryError
+from pipeline.errors import BaseModelError, RegistryError
 from pipeline.home import Home
 from pipeline.keys import CustomerKey
-from pipeline.registry import ModelStatus, lookup, register, status
+from pipeline.registry import ModelStatus, lookup, promote, register, rollback, status
+
+looking: Any = importlib.import_module("pipeline.registry.lookup")  # `pipeline.registry.lookup` is the function
+
+
+def sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def stored(name: str, version: int = 1) -> Path:
@@ -77,7 +89,7 @@ def test_unknown_customer_is_told_who_exists(sqlite: Home, make) -> None:
     register(*make())
     register(*make(customer="bistro", task="menu"))
     with pytest.raises(RegistryError, match=r"customer nobody: .*Registered are: acme, bistro/menu"):
-        lookup(CustomerKey("nobody"))
+        lookup("nobody", fresh=True)
 
 
 def test_missing_alias_is_told_which_exist_and_why_the_gate_said_no(home: Home, make) -> None:
@@ -123,3 +135,187 @@ def test_status_on_a_server(server: Home, make) -> None:
     key = CustomerKey(f"c{uuid.uuid4().hex[:8]}")
     register(*make(customer=key.customer))
     assert status([key]) == [row for row in status() if row.key == key]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What the look-up takes for the time; forgets what earlier tests have looked up."""
+    now = [1000.0]
+    monkeypatch.setattr(looking, "_answers", OrderedDict())
+    monkeypatch.setattr(looking, "_refreshed", 0.0)
+    monkeypatch.setattr(looking, "_listed", 0)
+    monkeypatch.setattr(looking.time, "monotonic", lambda: now[0])
+    return now
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What MLflow is asked from now on: `alias`, `version`, `all`."""
+    calls: list[str] = []
+    for name, word in {
+        "get_model_version_by_alias": "alias",
+        "get_model_version": "version",
+        "search_registered_models": "all",
+    }.items():
+        real = getattr(MlflowClient, name)
+
+        def spy(self: MlflowClient, *arguments: Any, real: Any = real, word: str = word, **named: Any) -> Any:
+            calls.append(word)
+            return real(self, *arguments, **named)
+
+        monkeypatch.setattr(MlflowClient, name, spy)
+    return calls
+
+
+def refreshed() -> None:
+    """Wait for the thread that refreshes."""
+    assert looking._refreshing is not None
+    looking._refreshing.join(60)
+
+
+def elsewhere(name: str, version: int, alias: str = "champion") -> None:
+    """Move an alias as another machine does: without this process being told."""
+    MlflowClient().set_registered_model_alias(name, alias, str(version))
+
+
+def test_warm_lookup_asks_nobody_and_a_promotion_elsewhere_is_noticed_in_the_background(
+    home: Home, make, customer: str, clock: list[float], asked: list[str]
+) -> None:
+    register(*make(customer=customer, seed=1))
+    new = make(customer=customer, seed=2, decision="keep")
+    register(*new)
+    assert lookup(customer).version == 1
+    asked.clear()
+    assert [lookup(customer).version for _ in range(100)] == [1] * 100 and asked == []
+    elsewhere(f"prefixfleet.{customer}", 2)
+    clock[0] += looking.FRESH_SECONDS
+    assert lookup(customer).version == 1  # at once, while a thread asks
+    refreshed()
+    assert asked == ["alias"]
+    folder = home.cached_prefix(CustomerKey(customer), lookup(customer).tags["content_digest"])
+    assert lookup(customer).version == 2 and same(folder, new[0]) and asked == ["alias"]  # downloaded by the thread
+
+
+def test_an_answer_too_old_is_not_given_before_mlflow_was_asked(sqlite: Home, make, clock: list[float]) -> None:
+    register(*make(seed=1))
+    register(*make(seed=2))
+    assert lookup("acme").version == 2
+    elsewhere("prefixfleet.acme", 1)
+    clock[0] += looking.STALE_SECONDS
+    assert lookup("acme").version == 1
+    elsewhere("prefixfleet.acme", 2)
+    assert lookup("acme").version == 1 and lookup("acme", fresh=True).version == 2
+
+
+def test_what_this_process_changes_is_known_at_once(sqlite: Home, make, clock: list[float]) -> None:
+    with pytest.raises(RegistryError, match="no prefix is registered"):
+        lookup("acme")
+    register(*make(seed=1))
+    assert lookup("acme").version == 1
+    register(*make(seed=2))
+    assert lookup("acme").version == 2
+    assert rollback(CustomerKey("acme")).champion == lookup("acme").version == 1
+    assert promote(CustomerKey("acme"), 2).champion == lookup("acme").version == 2
+
+
+def test_unknown_customers_are_remembered_too_and_found_once_they_are_there(
+    sqlite: Home, make, in_child: Any, clock: list[float], asked: list[str]
+) -> None:
+    for _ in range(50):
+        with pytest.raises(RegistryError, match="no prefix is registered"):
+            lookup("acme")
+    assert asked.count("alias") == 1
+    assert in_child(register, *make()).wait() == 0
+    clock[0] += looking.FRESH_SECONDS
+    with pytest.raises(RegistryError):
+        lookup("acme")
+    refreshed()
+    assert lookup("acme").version == 1
+
+
+def test_many_customers_are_refreshed_by_one_question(sqlite: Home, make, clock: list[float], asked: list[str]) -> None:
+    client = MlflowClient()
+    register(*make())
+    tags = {f"prefixfleet.{name}": value for name, value in lookup("acme").tags.items()}
+    source = client.get_model_version("prefixfleet.acme", "1").source
+    names = [f"c{i}" for i in range(20)]
+    for name in names:
+        client.create_registered_model(f"prefixfleet.{name}")
+        for _ in range(2):
+            client.create_model_version(f"prefixfleet.{name}", source, tags=tags)
+        elsewhere(f"prefixfleet.{name}", 1)
+        assert lookup(name).version == 1
+    elsewhere("prefixfleet.c7", 2)
+    client.delete_registered_model("prefixfleet.c9")
+    asked.clear()
+    clock[0] += looking.FRESH_SECONDS
+    lookup("c1")
+    refreshed()
+    # One for all; one for each that has changed; of the one that is gone, what there is instead.
+    assert asked.count("all") <= 4 and asked.count("alias") == 2
+    assert lookup("c7").version == 2 and {lookup(name).version for name in names if name not in ("c7", "c9")} == {1}
+    with pytest.raises(RegistryError, match="customer c9: no prefix is registered"):
+        lookup("c9")
+
+
+def test_customers_keep_their_prefix_while_mlflow_is_away(
+    server: Home, make, customer: str, clock: list[float], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    register(*make(customer=customer))
+    before = lookup(customer)
+
+    def away(*_: object) -> None:
+        raise MlflowException("API request to http://store.invalid failed with exception")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "get_model_version_by_alias", away)
+        for _ in range(3):
+            clock[0] += looking.STALE_SECONDS
+            assert lookup(customer) == before and "keeps version 1" in caplog.text
+        with pytest.raises(RegistryError, match="does not answer"):
+            lookup("never-looked-up")
+    clock[0] += looking.STALE_SECONDS
+    assert lookup(customer) == before
+
+
+def test_a_new_champion_that_was_tampered_with_is_not_answered_with(sqlite: Home, make, clock: list[float]) -> None:
+    register(*make(seed=1))
+    register(*make(seed=2, decision="keep"))
+    assert lookup("acme").version == 1
+    (stored("prefixfleet.acme", 2) / "prefix.json").write_text("{}")
+    elsewhere("prefixfleet.acme", 2)
+    clock[0] += looking.FRESH_SECONDS
+    lookup("acme")
+    refreshed()
+    assert lookup("acme").version == 1  # for a while; then whoever asks is told
+    clock[0] += looking.STALE_SECONDS
+    with pytest.raises(RegistryError, match=r"prefix.json is not what was registered"):
+        lookup("acme")
+
+
+def test_a_version_of_another_base_is_refused_before_it_is_downloaded(sqlite: Home, make) -> None:
+    register(*make())
+    assert lookup("acme", base_digest=sha("base")).version == 1
+    shutil.rmtree(sqlite.root / "cache")
+    with pytest.raises(BaseModelError, match=f"digest {sha('base')[:16]}, the loaded base has {'ab' * 8}"):
+        lookup("acme", base_digest="ab" * 32)
+    assert not (sqlite.root / "cache").exists()
+
+
+def test_eight_processes_look_up_at_once_and_one_downloads(
+    server: Home, make, customer: str, in_child: Any, tmp_path: Path
+) -> None:
+    register(*make(customer=customer))
+    children = [in_child(_look_up, customer, tmp_path / f"said{i}") for i in range(8)]
+    assert [child.wait() for child in children] == [0] * 8
+    downloads = [int((tmp_path / f"said{i}").read_text()) for i in range(8)]
+    assert sum(downloads) == 1
+
+
+def _look_up(customer: str, said: Path) -> None:
+    import mlflow
+
+    real, calls = mlflow.artifacts.download_artifacts, []
+    mlflow.artifacts.download_artifacts = lambda *a, **k: calls.append(1) or real(*a, **k)  # type: ignore[assignment]
+    lookup(customer)
+    said.write_text(str(len(calls)))

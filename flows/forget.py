@@ -1,0 +1,152 @@
+"""`prefixfleet forget`: everything that was made from one customer's data, wherever it lies: in MLflow, on this machine, in Prefect.
+
+In: a customer's id. Out: a `Forgotten` that says what is gone and what is not. MLflow comes first, for its tombstone keeps others from beginning
+anew. Each part finds what is left by itself, so a process that is killed is simply run again. Imports Prefect only where there is a Prefect.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from flows import locks
+from flows.events import emit
+from flows.prefect_api import prefect_api
+from pipeline.errors import ConfigError, PrefixFleetError
+from pipeline.home import Home
+from pipeline.keys import DEFAULT_TASK, CustomerKey, validate_id
+from pipeline.leftovers import remove_leftovers, tasks_on_disk
+from pipeline.registry.forget import Forgotten, forget_in_mlflow
+
+_PAGE = 200
+
+
+def forget(customer: str, home: Home, backend_store_uri: str | None = None) -> Forgotten:
+    """Remove all traces of a customer, all its tasks.
+
+    Args:
+        customer: an id, without a task.
+        home: whose files, embedded MLflow and embedded Prefect.
+        backend_store_uri: the database behind the MLflow server, if this process can reach it.
+
+    Raises:
+        ConfigError: no valid id.
+        PrefixFleetError: a run is at work on the customer, or MLflow or Prefect do not answer. What is removed stays removed: run it again.
+    """
+    validate_id(customer)
+    keys = {CustomerKey(customer, DEFAULT_TASK), *tasks_on_disk(home, customer)}
+    with contextlib.ExitStack() as stack:
+        busy = stack.enter_context(locks.holding(home, keys))
+        for key in keys:
+            # A sweep holds its customer in a home of its own.
+            if home.sweep(key).is_dir():
+                busy |= stack.enter_context(locks.holding(Home(home.sweep(key)), [key]))
+        if busy:
+            raise PrefixFleetError(
+                f"customer {customer}: a run is at work on {', '.join(str(key) for key in sorted(busy))}. Stop it or wait for it, and run the "
+                "same command again. Nothing was removed."
+            )
+
+        def count(done: int, total: int) -> None:
+            emit({"stage": "forget", "done": done, "total": total, "unit": "entries of MLflow"})
+
+        done = forget_in_mlflow(customer, backend_store_uri, home, count)
+        done.removed += remove_leftovers(home, customer)
+        # Where there never was a Prefect, none is started.
+        if os.environ.get("PREFECT_API_URL") or (home.prefect / "prefect.db").exists():
+            with prefect_api(home):
+                from prefect.client.orchestration import get_client
+
+                with get_client(sync_client=True) as client:
+                    done.removed += forget_in_prefect(client, customer)
+    return done
+
+
+def forget_in_prefect(client: Any, customer: str) -> Iterator[str]:
+    """Remove deployments and schedules that train the customer, flow runs that were about it alone, and its rows in the tables of other runs.
+
+    Args:
+        client: of Prefect, synchronous.
+        customer: an id.
+
+    Returns:
+        what was removed, in words.
+    """
+    yield from _deployments(client, customer)
+    own = [run.id for run in _pages(client.read_flow_runs) if _without(run.parameters or {}, customer) is None]
+    yield from _artifacts(client, customer, set(own))
+    # With a flow run go its task runs and its log.
+    for run in own:
+        client.delete_flow_run(run)
+    if own:
+        yield f"{len(own)} Prefect flow runs about {customer} alone"
+
+
+def _pages(read: Any, **arguments: Any) -> Iterator[Any]:
+    """All that a query finds. Read whole before anything is deleted, which would move the pages."""
+    found: list[Any] = []
+    while True:
+        page = read(limit=_PAGE, offset=len(found), **arguments)
+        found += page
+        if len(page) < _PAGE:
+            return iter(found)
+
+
+def _deployments(client: Any, customer: str) -> Iterator[str]:
+    from prefect.client.schemas.actions import DeploymentUpdate
+
+    for deployment in _pages(client.read_deployments):
+        left = _without(deployment.parameters or {}, customer)
+        if left is None:
+            client.delete_deployment(deployment.id)
+            yield f"Prefect deployment {deployment.name}"
+            continue
+        if left != deployment.parameters:
+            client.update_deployment(deployment.id, DeploymentUpdate(parameters=left))
+            yield f"{customer} in Prefect deployment {deployment.name}"
+        for schedule in deployment.schedules or []:
+            if schedule.parameters and _without(schedule.parameters, customer) != schedule.parameters:
+                client.delete_deployment_schedule(deployment.id, schedule.id)
+                yield f"a schedule of Prefect deployment {deployment.name}"
+
+
+def _artifacts(client: Any, customer: str, own: set[Any]) -> Iterator[str]:
+    """Those of the flow runs `own`, and the customer's rows in the tables of others."""
+    from prefect.client.schemas.actions import ArtifactUpdate
+
+    changed = 0
+    for artifact in _pages(client.read_artifacts, sort=None):
+        if artifact.flow_run_id in own:
+            client.delete_artifact(artifact.id)
+            changed += 1
+            continue
+        if artifact.type != "table" or not isinstance(artifact.data, str):
+            continue
+        rows = json.loads(artifact.data)
+        if not isinstance(rows, list):
+            continue
+        others = [row for row in rows if not (isinstance(row, dict) and _is(str(row.get("customer", "")), customer))]
+        if len(others) < len(rows):
+            client.update_artifact(artifact.id, ArtifactUpdate(data=json.dumps(others)))
+            changed += 1
+    if changed:
+        yield f"{customer} in {changed} Prefect artifacts"
+
+
+def _without(parameters: Mapping[str, Any], customer: str) -> dict[str, Any] | None:
+    """Parameters of our flows without a customer; None if they are about nobody else."""
+    if any(_is(str(parameters.get(name) or ""), customer) for name in ("customer_id", "customer")):
+        return None
+    named = parameters.get("customers")
+    if not isinstance(named, list):
+        return dict(parameters)
+    others = [name for name in named if not _is(str(name), customer)]
+    return None if named and not others else {**parameters, "customers": others}
+
+
+def _is(name: str, customer: str) -> bool:
+    try:
+        return CustomerKey.parse(name).customer == customer
+    except ConfigError:
+        return False

@@ -1,0 +1,137 @@
+"""What lies on this machine of one customer: found, and removed. Knows the layout of `PREFIXFLEET_HOME` (docs/files.md) and nothing of MLflow.
+
+Every stage keeps a customer's files in `<stage>/<customer>/`, and jobs in `jobs/<job>/<customer>/`, so folders are found by that rule and not by a
+list of stages. What customers share is written again without the one: job files, the manifest of a checkpoint, the pages of a fleet.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.errors import ConfigError, StorageError
+from pipeline.files import read_json, write_json, write_text
+from pipeline.home import Home
+from pipeline.keys import CustomerKey, validate_id
+
+# Below the home, but not by customer: MLflow's and Prefect's own, locks, and what is treated apart.
+_NOT_BY_CUSTOMER = ("mlartifacts", "prefect", "locks", "reports", "jobs", "cache")
+
+
+def tasks_on_disk(home: Home, customer: str) -> list[CustomerKey]:
+    """The customer's tasks of which there is anything here."""
+    names = {place.stem for folder in _folders(home, validate_id(customer)) for place in folder.iterdir()}
+    keys = []
+    for name in sorted(names):
+        try:
+            keys.append(CustomerKey(customer, name))
+        except ConfigError:  # a temporary file of a process that was killed
+            continue
+    return keys
+
+
+def remove_leftovers(home: Home, customer: str) -> list[str]:
+    """Remove all that was made here from a customer's data; returns what was removed, in words. Nobody may be at work on the customer.
+
+    Raises:
+        StorageError: something cannot be deleted or written; run it again once it can.
+    """
+    removed = []
+    for folder in _folders(home, validate_id(customer)):
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        _delete(folder)
+        removed.append(f"{folder.relative_to(home.root)} ({size:,} bytes)")
+    for job in sorted(home.root.glob("jobs/*")):
+        removed += [f"{customer} in {file.relative_to(home.root)}" for file in _leave_job(job, customer)]
+    for page in sorted(home.root.glob("reports/*.json")):
+        if _leave_report(page, customer):
+            removed.append(f"{customer} in {page.relative_to(home.root).with_suffix('.html')}")
+    for begun in home.root.glob("reports/.*.tmp"):
+        _delete(begun)
+    return removed
+
+
+def _folders(home: Home, customer: str) -> list[Path]:
+    """A customer's own folders."""
+    stages = [place for place in home.root.glob(f"*/{customer}") if place.parent.name not in _NOT_BY_CUSTOMER]
+    return sorted(
+        place
+        for place in [*stages, *home.root.glob(f"jobs/*/{customer}"), *home.root.glob(f"cache/*/{customer}")]
+        if place.is_dir()
+    )
+
+
+def _leave_job(folder: Path, customer: str) -> list[Path]:
+    """Take a customer out of a job that others are in too, or remove the job; returns the files that named it."""
+    changed = []
+    job, manifest = folder / "job.yaml", folder / "checkpoint.json"
+    if job.is_file():
+        try:
+            content = yaml.safe_load(job.read_text(encoding="utf-8"))
+            others = [one for one in content["customers"] if one["customer"] != customer]
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
+            raise _damaged(job, error) from error
+        if len(others) < len(content["customers"]):
+            changed.append(job)
+            write_text(job, yaml.safe_dump({**content, "customers": others}, sort_keys=False, allow_unicode=True))
+    if manifest.is_file():
+        content = read_json(manifest, 1)
+        try:
+            without = _without(content, customer)
+        except (KeyError, TypeError, AttributeError, ConfigError) as error:
+            raise _damaged(manifest, error) from error
+        if without != content:
+            changed.append(manifest)
+            write_json(manifest, without)
+    if changed and not any(place.is_dir() for place in folder.iterdir()):
+        _delete(folder)  # it was this customer's alone
+    return changed
+
+
+def _without(manifest: dict[str, Any], customer: str) -> dict[str, Any]:
+    """The manifest of a checkpoint (`pipeline.training.checkpoint`) in which the customer's slot is free."""
+
+    def other(name: str | None) -> bool:
+        return name is None or CustomerKey.parse(name).customer != customer
+
+    return {
+        **manifest,
+        "slots": [name if other(name) else None for name in manifest["slots"]],
+        **{part: [name for name in manifest[part] if other(name)] for part in ("finished", "parked")},
+        "failed": {name: reason for name, reason in manifest["failed"].items() if other(name)},
+    }
+
+
+def _damaged(file: Path, error: Exception) -> StorageError:
+    return StorageError(
+        f"{file}: is damaged ({error!r}), so nobody can be taken out of it. Delete it, and run the same command again."
+    )
+
+
+def _leave_report(file: Path, customer: str) -> bool:
+    """Write a fleet's page anew without a customer; whether it was on it."""
+    from pipeline.evaluation.report import fleet_report
+
+    rows = read_json(file, 1)["customers"]
+    others = [row for row in rows if CustomerKey.parse(row["key"]).customer != customer]
+    if len(others) == len(rows):
+        return False
+    if others:
+        fleet_report(others, file.with_suffix(".html"))
+    else:
+        for suffix in (".html", ".md", ".json"):
+            _delete(file.with_suffix(suffix))
+    return True
+
+
+def _delete(place: Path) -> None:
+    try:
+        if place.is_dir() and not place.is_symlink():
+            shutil.rmtree(place)
+        else:
+            place.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"{error.filename or place}: cannot be deleted ({error.strerror}). Change its permissions, and run the same command again."
+        ) from error

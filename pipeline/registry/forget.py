@@ -1,0 +1,204 @@
+"""Remove from MLflow what was made from a customer's data: versions, models, runs and their files, for good where MLflow's database can be reached.
+
+In: a customer's id. Out: what was removed, and what only an administrator can remove. The tombstone comes first, so nothing appears again
+meanwhile; everything is found by the tags of the customer, so a process that is killed is simply run again. Knows nothing of files on this
+machine (`pipeline.leftovers`) nor of Prefect.
+"""
+
+import functools
+import sqlite3
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pipeline.home import Home
+from pipeline.keys import validate_id
+from pipeline.registry import tombstones
+from pipeline.registry.erase import database_of, erase_model, erase_run
+from pipeline.registry.lookup import outdated
+from pipeline.registry.store import connect, ensure_store, redact, shown_uri, stores_in_use, translated
+from pipeline.registry.versions import MODELS, TAG, key_of, pages, versions_of
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel, Run
+
+
+@dataclass
+class Forgotten:
+    """What became of a customer's traces.
+
+    Attributes:
+        since: when the customer was first forgotten (ISO 8601, UTC).
+        removed: what is gone, in words.
+        left: what is not, why, and who can remove it.
+    """
+
+    customer: str
+    since: str
+    removed: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+
+
+def forget_in_mlflow(
+    customer: str,
+    backend_store_uri: str | None = None,
+    home: Home | None = None,
+    count: Callable[[int, int], None] = lambda done, total: None,
+) -> Forgotten:
+    """Remove every trace of a customer from MLflow, and leave a tombstone.
+
+    Args:
+        customer: all its tasks.
+        backend_store_uri: the database behind the MLflow server, where this process can reach it. Over HTTP MLflow deletes softly:
+            entries are hidden, their files removed, and the rest is `left`.
+        home: where the embedded store is.
+        count: told how many entries are done, of how many.
+
+    Raises:
+        RegistryError: MLflow does not answer, or refuses. What is removed stays removed: run it again.
+    """
+    validate_id(customer)
+    ensure_store(home)
+    with translated(f"forgetting customer {customer}"):
+        client = connect()
+        database = database_of(client, backend_store_uri)
+        done = Forgotten(customer, tombstones.leave_tombstone(client, customer))
+        names = _models_of(client, customer)
+        found = _logged_models(client, customer, database)
+        runs = _runs(client, customer)
+        total = len(names) + len(found) + len(runs)
+        for number, name in enumerate(names):
+            count(number, total)
+            versions = [str(version.version) for version in reversed(versions_of(client, name))]
+            client.delete_registered_model(name)
+            outdated(name)
+            done.removed.append(f"MLflow model {name}" + (f" with version {', '.join(versions)}" if versions else ""))
+        for number, model in enumerate(found, start=len(names)):
+            count(number, total)
+            _erase(client, done, database, "model", model.model_id, model, erase_model)
+        for number, run in enumerate(runs, start=len(names) + len(found)):
+            count(number, total)
+            _erase(client, done, database, "run", run.info.run_id, run, erase_run)
+        count(total, total)
+        if database is None:
+            done.left += _for_an_administrator(customer, tombstones.hidden(client, customer))
+        else:
+            done.left += _compact([*stores_in_use(), backend_store_uri or ""])
+    return done
+
+
+def _models_of(client: "MlflowClient", customer: str) -> list[str]:
+    """The registered models of all tasks of a customer."""
+    found = [
+        *client.search_registered_models(f"name = '{MODELS}{customer}'"),
+        *pages(client.search_registered_models, f"name LIKE '{MODELS}{customer}.%'"),
+    ]
+    # In LIKE an underscore stands for any letter.
+    return sorted(model.name for model in found if (key := key_of(model.name)) is not None and key.customer == customer)
+
+
+def _logged_models(client: "MlflowClient", customer: str, database: Any | None) -> "list[LoggedModel]":
+    """MLflow's records of the files of versions, also those that it hides, where that can be seen."""
+    found: list[LoggedModel] = []
+    for some in _in_parts(_experiments(client)):
+        token = None
+        while True:
+            page = client.search_logged_models(some, _of(customer), max_results=50, page_token=token)
+            found += page
+            token = page.token
+            if not token:
+                break
+    if database is not None:
+        hidden = (database.get_logged_model(number, allow_deleted=True) for number in database._get_deleted_logged_models())
+        found += [model for model in hidden if model.tags.get(f"{TAG}customer") == customer]
+    return found
+
+
+def _runs(client: "MlflowClient", customer: str) -> "list[Run]":
+    """The runs of training and registration, also those that MLflow hides."""
+    from mlflow.entities import ViewType
+
+    found: list[Run] = []
+    for some in _in_parts(_experiments(client)):
+        search = functools.partial(client.search_runs, some, run_view_type=ViewType.ALL)
+        own = list(pages(search, _of(customer)))
+        # Runs below a sweep's that no training had made say their parent alone: they go before it, or nothing would lead to them.
+        sweeps = [run.info.run_id for run in own if f"{TAG}sweep" in run.data.tags]
+        below = [child for number in sweeps for child in pages(search, f"tags.`mlflow.parentRunId` = '{number}'")]
+        found += {run.info.run_id: run for run in [*below, *own]}.values()
+    return found
+
+
+def _experiments(client: "MlflowClient") -> list[str]:
+    from mlflow.entities import ViewType
+
+    token, found = None, []
+    while True:
+        page = client.search_experiments(ViewType.ALL, max_results=1000, page_token=token)
+        found += [experiment.experiment_id for experiment in page]
+        token = page.token
+        if not token:
+            return found
+
+
+def _in_parts(numbers: list[str]) -> Iterable[list[str]]:
+    return (numbers[start : start + 100] for start in range(0, len(numbers), 100))
+
+
+def _of(customer: str) -> str:
+    return f"tags.`{TAG}customer` = '{customer}'"
+
+
+def _erase(
+    client: "MlflowClient", done: Forgotten, database: Any | None, kind: str, number: str, what: Any, erase: Callable[..., bool]
+) -> None:
+    """Remove one entry, and note in the tombstone what is only hidden."""
+    if database is None:
+        tombstones.hide(client, done.customer, kind, number)
+    try:
+        gone = erase(client, what, database)
+    except Exception as error:  # of MLflow, of S3, of the file system: the others are to go nevertheless
+        reason = redact(str(error)).strip()[:300]
+        if "API request to" in reason:
+            raise
+        done.left.append(
+            f"MLflow {kind} {number}: its files or its entry could not be deleted ({reason}). Delete them, and run the command again."
+        )
+        return
+    if gone:
+        tombstones.removed(client, done.customer, number)
+        done.removed.append(f"MLflow {kind} {number}")
+    else:
+        done.removed.append(f"files of MLflow {kind} {number}")
+
+
+def _for_an_administrator(customer: str, hidden: dict[str, str]) -> list[str]:
+    if not hidden:
+        return []
+    runs, models = ([number for number, kind in sorted(hidden.items()) if kind == wanted] for wanted in ("run", "model"))
+    named = [f"--run-ids {','.join(runs)}"] * bool(runs) + [f"--logged-model-ids {','.join(models)}"] * bool(models)
+    return [
+        f"{len(hidden)} entries (names, tags, settings, metrics) in the database of MLflow at {shown_uri()}: the server only hides what is deleted "
+        "through it. Somebody with access to its database must run `MLFLOW_BACKEND_STORE_URI=<the server's --backend-store-uri> prefixfleet forget "
+        f"--customer {customer} --yes`; or, which also removes everything else that was deleted, `mlflow gc --backend-store-uri <the same> "
+        f"--tracking-uri {redact(stores_in_use()[0])} {' '.join(named)}`."
+    ]
+
+
+def _compact(uris: list[str]) -> list[str]:
+    """Have SQLite give up the pages that deleted rows lay on, where they can still be read. Returns what could not be done."""
+    from sqlalchemy import make_url
+
+    left = []
+    for uri in dict.fromkeys(uri for uri in uris if uri.startswith("sqlite:")):
+        file = make_url(uri).database
+        try:
+            with closing(sqlite3.connect(str(file), timeout=20)) as connection:
+                connection.execute("VACUUM")
+        except sqlite3.Error as error:
+            left.append(
+                f"{file}: free pages may hold traces of deleted rows ({error}). Run `sqlite3 '{file}' VACUUM` when nobody uses it."
+            )
+    return left

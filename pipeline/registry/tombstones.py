@@ -1,0 +1,106 @@
+"""Who was forgotten, and when. A tombstone is an empty registered model `prefixfleet-forgotten.<customer>`: it stands where versions would be
+looked for, on every store and for every machine, and MLflow makes it at once or not at all.
+
+Its tags hold the time and, until an administrator has removed the rest, the ids of what MLflow only hides; nothing of the customer's content.
+"""
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from pipeline.errors import RegistryError
+from pipeline.keys import validate_id
+from pipeline.registry.store import connect, ensure_store, translated
+from pipeline.registry.versions import TAG, own_tags, pages
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+_NAME = "prefixfleet-forgotten."
+_HIDDEN = "hidden."
+
+
+def forgotten_customers() -> dict[str, str]:
+    """The customers that were forgotten, each with the time (ISO 8601, UTC).
+
+    Raises:
+        RegistryError: MLflow failed.
+    """
+    ensure_store()
+    with translated("reading who was forgotten"):
+        found = pages(connect().search_registered_models, f"name LIKE '{_NAME}%'")
+        return {model.name.removeprefix(_NAME): own_tags(model.tags).get("forgotten", "") for model in found}
+
+
+def forgotten_since(client: "MlflowClient", customer: str) -> str | None:
+    """When this customer was forgotten, or None."""
+    found = client.search_registered_models(f"name = '{_NAME}{validate_id(customer)}'")
+    return own_tags(found[0].tags).get("forgotten", "") if found else None
+
+
+def refuse_forgotten(client: "MlflowClient", customer: str) -> None:
+    """Raise a `RegistryError` if this customer was forgotten."""
+    since = forgotten_since(client, customer)
+    if since is not None:
+        raise RegistryError(sentence(customer, since))
+
+
+def sentence(customer: str, since: str) -> str:
+    """What is said wherever a forgotten customer is met."""
+    return (
+        f"customer {customer}: was forgotten on {since[:10] or 'an unknown day'} and is neither trained nor registered again. "
+        f"`prefixfleet forget --customer {customer} --lift` lifts that."
+    )
+
+
+def leave_tombstone(client: "MlflowClient", customer: str) -> str:
+    """Make sure that there is a tombstone; returns its time."""
+    from mlflow.exceptions import MlflowException
+
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    try:
+        client.create_registered_model(
+            f"{_NAME}{validate_id(customer)}",
+            tags={f"{TAG}forgotten": now},
+            description="What was made from this customer's data was removed. While this entry stands, the customer is not trained again.",
+        )
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    return forgotten_since(client, customer) or now
+
+
+def lift(customer: str) -> bool:
+    """Remove a tombstone, so that the customer may be trained again; whether there was one.
+
+    Raises:
+        RegistryError: MLflow failed, or still holds what only an administrator can remove: forget the customer again first.
+    """
+    ensure_store()
+    with translated(f"lifting the tombstone of customer {customer}"):
+        client = connect()
+        if forgotten_since(client, customer) is None:
+            return False
+        left = hidden(client, customer)
+        if left:
+            raise RegistryError(
+                f"customer {customer}: MLflow still holds {len(left)} deleted entries of this customer. Remove them first: "
+                f"`prefixfleet forget --customer {customer}` says how."
+            )
+        client.delete_registered_model(f"{_NAME}{customer}")
+        return True
+
+
+def hide(client: "MlflowClient", customer: str, kind: str, number: str) -> None:
+    """Note the id of something that MLflow is about to hide but not to remove. `kind` is `run` or `model`."""
+    client.set_registered_model_tag(f"{_NAME}{customer}", f"{TAG}{_HIDDEN}{number}", kind)
+
+
+def removed(client: "MlflowClient", customer: str, number: str) -> None:
+    """Take back what `hide` noted."""
+    client.delete_registered_model_tag(f"{_NAME}{customer}", f"{TAG}{_HIDDEN}{number}")
+
+
+def hidden(client: "MlflowClient", customer: str) -> dict[str, str]:
+    """What `hide` has noted: kinds by id."""
+    tags = own_tags(client.get_registered_model(f"{_NAME}{validate_id(customer)}").tags)
+    return {name.removeprefix(_HIDDEN): kind for name, kind in tags.items() if name.startswith(_HIDDEN)}

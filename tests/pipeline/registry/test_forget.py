@@ -1,0 +1,210 @@
+"""Forgetting: nothing of a customer's content is left anywhere, neighbours keep everything, and what could not be removed is said."""
+
+import json
+import os
+import signal
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+from pipeline.errors import ConfigError, RegistryError, StorageError
+from pipeline.files import write_json
+from pipeline.home import Home
+from pipeline.keys import CustomerKey
+from pipeline.leftovers import remove_leftovers, tasks_on_disk
+from pipeline.registry import forgotten_customers, history, lift, lookup, promote, register
+from pipeline.registry.forget import forget_in_mlflow
+from pipeline.registry.tombstones import hidden, leave_tombstone
+
+from .traces import SECRET, files_with, registered, rows_with, with_secret
+
+
+def test_a_forgotten_customer_is_not_registered_looked_up_or_promoted_until_that_is_lifted(sqlite: Home, make) -> None:
+    folders = make()
+    register(*folders)
+    cached = lookup("acme").prefix_dir
+    forget_in_mlflow("acme", home=sqlite)
+    refused = r"customer acme: was forgotten on 20\d\d-\d\d-\d\d .*--customer acme --lift"
+    with pytest.raises(RegistryError, match=refused):
+        register(*folders)
+    with pytest.raises(RegistryError, match=refused):
+        register(*make(task="menu"))
+    for ask in (lambda: lookup("acme"), lambda: promote(CustomerKey("acme"), 1), lambda: history(CustomerKey("acme"))):
+        with pytest.raises(RegistryError, match=refused):
+            ask()
+    assert not cached.exists()  # also on a machine where nobody called `forget`
+    assert lift("acme") and not lift("acme") and forgotten_customers() == {}
+    assert register(*folders).version == 1
+
+
+def test_without_the_database_what_stays_is_named_with_the_command_and_that_command_removes_it(
+    server: Home, sqlite_server: Any, make, customer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registered(make, customer)
+    done = forget_in_mlflow(customer, home=server)
+    ids = hidden(MlflowClient(), customer)
+    assert len(ids) == 11 and len(done.left) == 1 and all(number in done.left[0] for number in ids)
+    assert (
+        f"MLFLOW_BACKEND_STORE_URI=<the server's --backend-store-uri> prefixfleet forget --customer {customer} --yes"
+        in done.left[0]
+    )
+    # Files and versions are gone all the same; rows that nobody but an administrator can remove are not.
+    assert not list((sqlite_server.root / "artifacts").rglob("report.html")) or not files_with(
+        SECRET, sqlite_server.root / "artifacts"
+    )
+    assert "params" in rows_with(SECRET, sqlite_server.backend)
+    assert len(forget_in_mlflow(customer, home=server).left) == 1  # again: the same is left, and found again
+    with pytest.raises(RegistryError, match="still holds 11 deleted entries"):
+        lift(customer)
+    assert forget_in_mlflow(customer, sqlite_server.backend, server).left == []
+    assert rows_with(SECRET, sqlite_server.backend) == [] and lift(customer)
+
+
+def test_a_customer_that_is_forgotten_while_it_is_registered_elsewhere_is_forgotten_all_the_same(
+    sqlite: Home, make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = MlflowClient.create_model_version
+
+    def meanwhile(self: MlflowClient, *arguments: Any, **named: Any) -> Any:
+        leave_tombstone(self, "acme")
+        return real(self, *arguments, **named)
+
+    monkeypatch.setattr(MlflowClient, "create_model_version", meanwhile)
+    with pytest.raises(RegistryError, match="was forgotten"):
+        register(*with_secret(make()))
+    assert files_with(SECRET, sqlite.root) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("job.yaml", "customers: 3"), ("job.yaml", "{"), ("checkpoint.json", '{"format": 1}')]
+)
+def test_a_damaged_file_of_a_job_is_named_with_the_remedy(lived_in: Home, name: str, content: str) -> None:
+    (lived_in.root / "jobs/fleet-1" / name).write_text(content)
+    with pytest.raises(StorageError, match=rf"{name}: is damaged .* Delete it, and run the same command again"):
+        remove_leftovers(lived_in, "acme")
+
+
+def _die_forgetting(customer: str, step: int) -> None:
+    import pipeline.registry.forget as module
+
+    real, calls = module._erase, []
+
+    def killed(*arguments: Any) -> None:
+        calls.append(1)
+        if len(calls) == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(*arguments)
+
+    module._erase = killed  # type: ignore[assignment]
+    forget_in_mlflow(customer)
+
+
+@pytest.mark.parametrize("step", [1, 6])
+def test_a_forget_that_is_killed_is_finished_by_the_next(sqlite: Home, make, in_child: Callable[..., Any], step: int) -> None:
+    registered(make, "acme")
+    assert in_child(_die_forgetting, "acme", step).wait() == -signal.SIGKILL
+    assert "acme" in forgotten_customers()  # from the first moment
+    assert forget_in_mlflow("acme", home=sqlite).left == []
+    remove_leftovers(sqlite, "acme")
+    assert files_with(SECRET, sqlite.root) == []
+
+
+def test_a_store_that_refuses_to_delete_files_is_reported_and_the_rest_goes_on(
+    sqlite: Home, make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(*make())
+    from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+
+    def refuse(self: Any, path: str | None = None) -> None:
+        raise PermissionError(13, "Permission denied", self.artifact_dir)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalArtifactRepository, "delete_artifacts", refuse)
+        done = forget_in_mlflow("acme", home=sqlite)
+    assert len(done.left) == 2 and all("could not be deleted" in line and "Permission denied" in line for line in done.left)
+    assert any("MLflow model prefixfleet.acme" in line for line in done.removed)
+    assert forget_in_mlflow("acme", home=sqlite).left == []
+
+
+@pytest.mark.parametrize("name", ["../acme", "acme/menu", "%", "acme' OR 1=1 --", ""])
+def test_only_ids_are_forgotten(sqlite: Home, name: str) -> None:
+    with pytest.raises(ConfigError, match="is not valid"):
+        forget_in_mlflow(name, home=sqlite)
+    with pytest.raises(ConfigError, match="is not valid"):
+        remove_leftovers(sqlite, name)
+
+
+def test_names_with_an_underscore_match_only_themselves(sqlite: Home, make) -> None:
+    for name in ("a_b", "axb"):
+        register(*make(customer=name, task="menu"))
+    forget_in_mlflow("a_b", home=sqlite)
+    assert lookup("axb/menu").version == 1
+
+
+@pytest.fixture
+def lived_in(tmp_path: Path) -> Home:
+    """A home in which acme and bistro have been through every stage, and share a job that was interrupted."""
+    home = Home(tmp_path / "home")
+    for customer in ("acme", "bistro"):
+        for folder in ("prepared", "prefixes", "evaluations", "comparisons", "staging", "cache/prefixes", "jobs/fleet-1"):
+            place = home.root / folder / customer / "default"
+            place.mkdir(parents=True)
+            (place / "content").write_text(f"secret of {customer}")
+            (place / ".half.tmp").write_text(f"secret of {customer}")
+        write_json(home.root / "registered" / customer / "default.json", {"format": 1, "of": f"secret of {customer}"})
+    job = {
+        "format": 3,
+        "name": "fleet-1",
+        "customers": [{"customer": c, "task": "default", "note": f"secret of {c}"} for c in ("acme", "bistro")],
+    }
+    (home.root / "jobs/fleet-1/job.yaml").write_text(yaml.safe_dump(job))
+    manifest = {
+        "format": 1, "tick": 3, "budget": 1, "asked_budget": 1, "length": 5, "slots": ["acme", None, "bistro", "acme/menu"],
+        "finished": ["acme"], "parked": ["bistro"], "done": 0, "failed": {"acme/x": "secret of acme", "bistro/x": "no"},
+    }  # fmt: skip
+    write_json(home.root / "jobs/fleet-1/checkpoint.json", manifest)
+    rows = [
+        {"key": key, "status": "done", "metric": "bleu", "reasons": [f"secret of {key}"]}
+        for key in ("acme", "acme/menu", "bistro")
+    ]
+    from pipeline.evaluation.report import fleet_report
+
+    fleet_report(rows, home.root / "reports" / "fleet.html")
+    fleet_report(rows[:2], home.root / "reports" / "acme-alone.html")
+    (home.root / "jobs" / "acme").mkdir()  # a job may be called like a customer
+    (home.root / "jobs" / "acme" / "metrics.jsonl").write_text("{}")
+    return home
+
+
+def test_files_of_one_customer_go_and_those_of_others_stay(lived_in: Home) -> None:
+    assert tasks_on_disk(lived_in, "acme") == [CustomerKey("acme")]
+    removed = remove_leftovers(lived_in, "acme")
+    assert files_with("secret of acme", lived_in.root) == []
+    kept = [file for file in files_with("secret of bistro", lived_in.root) if "/reports/" not in file]
+    assert len(kept) == 7 * 2 + 1 + 1  # its folders, its receipt, the job
+    assert "secret of bistro" in (lived_in.root / "reports" / "fleet.json").read_text()
+    assert any(line.startswith("prefixes/acme (") for line in removed) and "acme in reports/fleet.html" in removed
+    manifest = json.loads((lived_in.root / "jobs/fleet-1/checkpoint.json").read_text())
+    assert (manifest["slots"], manifest["finished"], manifest["parked"]) == ([None, None, "bistro", None], [], ["bistro"])
+    assert manifest["failed"] == {"bistro/x": "no"} and manifest["tick"] == 3
+    assert not list((lived_in.root / "reports").glob("acme-alone*")) and (lived_in.root / "jobs" / "acme").is_dir()
+    assert remove_leftovers(lived_in, "acme") == []
+    remove_leftovers(lived_in, "bistro")
+    assert files_with("secret", lived_in.root) == [] and not (lived_in.root / "jobs/fleet-1").exists()
+
+
+def test_sqlite_gives_up_the_pages_that_deleted_rows_lay_on(sqlite: Home, make) -> None:
+    register(*with_secret(make()))
+    plain = MlflowClient()
+    plain.delete_registered_model("prefixfleet.acme")
+    # This is why: MLflow's own deletion leaves the text in the file.
+    assert files_with(SECRET, sqlite.root) and SECRET.encode() in sqlite.mlflow_database.read_bytes()
+    forget_in_mlflow("acme", home=sqlite)
+    assert SECRET.encode() not in sqlite.mlflow_database.read_bytes()
+    with sqlite3.connect(sqlite.mlflow_database) as database:
+        assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
