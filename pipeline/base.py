@@ -32,7 +32,8 @@ class BaseModelInfo:
         tokenizer_digest: SHA-256 over the tokenizer's files, 64 hex digits.
         is_encoder_decoder: False for decoder-only models.
         model_type: transformers' name of the architecture.
-        max_positions: the longest sequence, prefix included, that the model takes; None if unlimited.
+        max_positions: the longest sequence, prefix included, that the model takes; None if unlimited. Where rows longer than some length
+            would change other rows of their batch, that length (see `rotary_limit`).
     """
 
     id: str
@@ -126,6 +127,7 @@ def _inspect(name: str, folder: Path, revision: str | None, digests: Path | None
     if not tokenizer:
         raise BaseModelError(f"base model {name}: {folder} holds no tokenizer files.")
     text = config.get("text_config") or config
+    rotary = rotary_limit(text)
     positions = text.get("max_position_embeddings") or text.get("n_positions")
     # T5's n_positions is a training detail: relative biases have no limit.
     limited = config.get("model_type") not in ("t5", "mt5", "umt5", "longt5")
@@ -137,8 +139,32 @@ def _inspect(name: str, folder: Path, revision: str | None, digests: Path | None
         tokenizer_digest=digest_of([[f.name, file_digest(f)] for f in tokenizer]),
         is_encoder_decoder=seq2seq,
         model_type=str(config.get("model_type")),
-        max_positions=int(positions) if positions and limited else None,
+        max_positions=min(int(positions), rotary or int(positions)) if positions and limited else None,
     )
+
+
+def rotary_limit(config: dict[str, Any]) -> int | None:
+    """The positions up to which rows turn alike whatever the length of their neighbours; None if at any length.
+
+    `dynamic` and `longrope` (Phi-3 with 128k) scale the rotation of the whole batch by its longest row, beyond the length of pretraining.
+
+    Args:
+        config: of the (text) model, as config.json has it or as transformers completes it.
+    """
+    kinds = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    # One set of parameters, or one for each kind of layer (Gemma 3).
+    each = [kinds] if "rope_type" in kinds or "type" in kinds else [kind for kind in kinds.values() if isinstance(kind, dict)]
+    longest = config.get("max_position_embeddings")
+    limits = []
+    for kind in each:
+        name = kind.get("rope_type") or kind.get("type")
+        if name == "dynamic":
+            limits.append(kind.get("original_max_position_embeddings") or longest)
+        elif name in ("longrope", "su"):  # as Phi-3 called it first
+            limits.append(
+                kind.get("original_max_position_embeddings") or config.get("original_max_position_embeddings") or longest
+            )
+    return min((int(limit) for limit in limits if limit), default=None)
 
 
 def _read(name: str, file: Path) -> dict[str, Any]:

@@ -190,7 +190,7 @@ class Decoder:
         while self._waiting:
             request = self._waiting[0]
             own = len(request.prompt_ids) + request.decoding.max_new_tokens
-            if (self._lanes or lanes) and not (self._shares(request) and self._shares((self._lanes or lanes)[0].request)):
+            if (self._lanes or lanes) and not self._shares:
                 break
             rows, columns = rows + request.rows, max(columns, own)
             prompts, longest = prompts + len(request.members.prefixes), max(longest, len(request.prompt_ids))
@@ -202,16 +202,10 @@ class Decoder:
             lanes.append(self._lane(request, own))
         return lanes
 
-    def _shares(self, request: Request) -> bool:
-        """Whether its rows come out the same in company.
-
-        LLM.int8 keeps the columns that are large in any row of a batch in 16 bit, and some scalings of rotary positions look at the longest row.
-        """
-        if getattr(self.base.model, "is_loaded_in_8bit", False):
-            return False
-        limit = self.base.rotary_limit
-        longest = request.members.length + len(request.prompt_ids) + request.decoding.max_new_tokens
-        return limit is None or longest <= limit
+    @property
+    def _shares(self) -> bool:
+        """Whether rows come out the same in company: LLM.int8 keeps the columns that are large in any row of a batch in 16 bit."""
+        return not getattr(self.base.model, "is_loaded_in_8bit", False)
 
     def _lane(self, request: Request, columns: int) -> _Lane:
         how = request.decoding

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
 from transformers.utils.logging import disable_progress_bar
 
-from pipeline.base import resolve_base
+from pipeline.base import resolve_base, rotary_limit
 from pipeline.errors import BaseModelError, PrefixError
 from pipeline.prefix.attention import IMPLEMENTATION, IMPLEMENTATION_PACKED, ActivePrefix
 from pipeline.prefix.bank import PrefixBank, Site
@@ -52,7 +52,7 @@ class FrozenBase:
         sites: its attention sites in the order of the forward pass (`decoder.self.0`, …; for encoder-decoders also `encoder.self.*`,
             `decoder.cross.*`).
         folder: where it was loaded from; its tokenizer is there too.
-        max_positions: the longest decoder sequence, prefix included; None if unlimited.
+        max_positions: the longest decoder sequence, prefix included; None if unlimited. Never above `rotary_limit`.
         placed: where its weights lie.
     """
 
@@ -170,20 +170,13 @@ class FrozenBase:
 
     @property
     def rotary_limit(self) -> int | None:
-        """The positions up to which rows turn alike whatever the length of their neighbours; None if at any length.
+        """The positions up to which rows turn alike whatever the length of their neighbours, see `pipeline.base.rotary_limit`."""
+        return rotary_limit(self.model.config.get_text_config().to_dict())
 
-        `dynamic` and `longrope` scale the rotation of the whole batch by its longest row, beyond the length of pretraining.
-        """
-        config = self.model.config.get_text_config()
-        kinds = getattr(config, "rope_parameters", None) or {}
-        # One set of parameters, or one for each kind of layer (Gemma 3).
-        each = [kinds] if "rope_type" in kinds else [kind for kind in kinds.values() if isinstance(kind, dict)]
-        limits = [
-            kind.get("original_max_position_embeddings") or config.max_position_embeddings
-            for kind in each
-            if kind.get("rope_type") in ("dynamic", "longrope")
-        ]
-        return min(limits, default=None)
+    def _why_no_more(self) -> str:
+        if self.max_positions is None or self.max_positions != self.rotary_limit:
+            return ""
+        return " (from there on it turns the positions of all rows of a batch by the longest one, so rows would change one another)"
 
     def check_length(self, prefix: int, sequence: int) -> None:
         """Refuse what passes the model's positions.
@@ -193,7 +186,7 @@ class FrozenBase:
         """
         if self.max_positions is not None and prefix + sequence > self.max_positions:
             raise PrefixError(
-                f"prefix of {prefix} and sequence of {sequence} tokens pass the {self.max_positions} positions of the base. "
+                f"prefix of {prefix} and sequence of {sequence} tokens pass the {self.max_positions} positions of the base{self._why_no_more()}. "
                 "Shorten the prefix, the input or the target."
             )
 
@@ -211,7 +204,7 @@ class FrozenBase:
         # Only a sequence that may be too long is worth asking the device for.
         if limit is not None and bank is not None and sequence + bank.length > limit and int(positions.max()) >= limit:
             raise PrefixError(
-                f"prefix and sequence reach position {int(positions.max()) + 1} and pass the {limit} positions of the base. "
+                f"prefix and sequence reach position {int(positions.max()) + 1} and pass the {limit} positions of the base{self._why_no_more()}. "
                 "Shorten the prefix, the input or the answer."
             )
 
@@ -353,7 +346,7 @@ def attach(model: Any, max_positions: int | None = None, attention: str = "sdpa"
         sites={},
         active=active,
         is_encoder_decoder=bool(model.config.is_encoder_decoder),
-        max_positions=max_positions,
+        max_positions=min((n for n in (max_positions, rotary_limit(model.config.get_text_config().to_dict())) if n is not None), default=None),
         lock=threading.RLock(),
         placed=whole_where_it_is(model),
     )

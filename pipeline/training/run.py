@@ -604,12 +604,11 @@ def _read(customer: JobCustomer) -> tuple[dict[str, Any], list[Record], list[Rec
 
 
 def _check_rows(base: FrozenBase, customer: JobCustomer, train: list[Record], dev: list[Record]) -> None:
-    """Refuse rows that the base cannot take, or that would change how it turns the positions of other rows.
+    """Refuse rows that the base cannot take.
 
     Raises:
         DataError: there are none, or of another vocabulary.
         PrefixError: too long for the base.
-        TrainingError: too long to share a batch.
     """
     rows = [*train, *dev]
     if not train or not dev or not all(row.prompt_ids and row.target_ids for row in rows):
@@ -622,12 +621,6 @@ def _check_rows(base: FrozenBase, customer: JobCustomer, train: list[Record], de
     length = customer.prefix.length
     longest = 0 if base.is_encoder_decoder else max(map(tokens_of, rows))
     base.check_length(length, longest)
-    limit = base.rotary_limit
-    if limit is not None and length + longest > limit:
-        raise TrainingError(
-            f"prefix of {length} and a row of {longest} tokens pass {limit} positions, from where on this base turns the positions of all rows of "
-            "a batch by its longest one, so that rows and customers would touch one another. Shorten the input or the target."
-        )
 
 
 def _of_first(value: Any, accelerator: Accelerator) -> Any:

@@ -26,6 +26,26 @@ def test_a_folder_is_described_by_its_files(tiny_base: Path) -> None:
     assert len(info.digest) == len(info.tokenizer_digest) == 64
 
 
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"rope_scaling": {"type": "su"}, "original_max_position_embeddings": 20}, 20),  # the first files of Phi-3 with 128k
+        ({"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 24}}, 24),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, 64),
+        ({"rope_parameters": {"rope_type": "llama3", "original_max_position_embeddings": 16}}, 64),  # turns all lengths alike
+        ({"rope_parameters": {"full_attention": {"rope_type": "longrope", "original_max_position_embeddings": 30}}}, 30),
+    ],
+)
+def test_a_base_that_turns_positions_by_the_longest_row_has_as_many_as_leave_the_others_alone(
+    copy: Path, changed: dict[str, Any], expected: int
+) -> None:
+    file = copy / "config.json"
+    config = json.loads(file.read_text())
+    config.pop("rope_parameters", None)
+    file.write_text(json.dumps(config | changed))
+    assert resolve_base(str(copy)).max_positions == expected
+
+
 def test_digest_follows_the_weights_and_not_the_folders_name(tiny_base: Path, copy: Path) -> None:
     assert resolve_base(str(copy)).digest == resolve_base(str(tiny_base)).digest
     weights = copy / "model.safetensors"

@@ -11,6 +11,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 from pipeline.errors import ConfigError, PrefixError
 from pipeline.inference.choose import draw
 from pipeline.inference.decoder import Decoder
+from pipeline.inference.engine import PrefixEngine
 from pipeline.inference.request import NO_PREFIX, Decoding, Loaded, Members, Request
 from pipeline.prefix import FrozenBase, PrefixBank, attach
 from pipeline.prefix.initialise import from_random
@@ -259,21 +260,42 @@ def test_a_prefix_is_held_once_for_all_rows_of_its_customer_and_in_no_rows_cache
 
 
 def test_rows_that_would_change_one_another_run_alone() -> None:
-    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
-    scaled = attach(tiny_double("llama", rope_parameters=rope, max_position_embeddings=18), max_positions=64)
-    assert scaled.rotary_limit == 18
-    eight_bit = attach(tiny_double("llama"), max_positions=64)
-    eight_bit.model.is_loaded_in_8bit = True
-    for base in (scaled, eight_bit):
-        prefixes = strong_prefixes(base, 2)
-        asked = some_requests(prefixes, 8, 1)
-        decoder = Decoder(base, Tokens(), max_rows=12, max_tokens=2000)
-        run_at_random(decoder, asked, 6)
-        assert (decoder.row_steps > decoder.steps) == (base is scaled)  # short ones share as ever
-        for request in asked:
-            assert request.tokens == by_transformers(
-                base, list(request.prompt_ids), request.members.prefixes[0], request.decoding
-            )
+    base = attach(tiny_double("llama"), max_positions=64)
+    base.model.is_loaded_in_8bit = True
+    prefixes = strong_prefixes(base, 2)
+    asked = some_requests(prefixes, 8, 1)
+    decoder = Decoder(base, Tokens(), max_rows=12, max_tokens=2000)
+    run_at_random(decoder, asked, 6)
+    assert decoder.row_steps == decoder.steps
+    for request in asked:
+        assert request.tokens == by_transformers(base, list(request.prompt_ids), request.members.prefixes[0], request.decoding)
+
+
+@torch.no_grad()
+def test_on_a_base_that_turns_positions_by_the_longest_row_no_row_gets_so_long_that_it_changes_another() -> None:
+    base = attach(tiny_double("phi3-longrope"), max_positions=64)
+    assert base.max_positions == base.rotary_limit == 24
+    engine = PrefixEngine(base, Tokens(), "digest")
+    engine._members += [Members((member,)) for member in strong_prefixes(base, 2)]
+    short, long = [11, 12, 13], [14] * 15
+    answers = engine.generate([short, long], [1, 2], max_new_tokens=40)
+    assert answers[0] == engine.generate([short], [1], max_new_tokens=40)[0]
+    for prompt, slot, answer in zip((short, long), (1, 2), answers, strict=True):
+        assert len(prompt) + engine._members[slot].length + len(answer.split()) <= 24
+    losses = engine.losses([short, long], [[5, 6]] * 2, [1, 2])
+    assert losses[0] == pytest.approx(engine.losses([short], [[5, 6]], [1])[0], abs=1e-12)
+    too_long = [14] * 40
+    for refused in (
+        lambda: engine.generate([short, too_long], [1, 2], max_new_tokens=4),
+        lambda: engine.losses([short, too_long], [[5, 6]] * 2, [1, 2]),
+        lambda: engine.decoder().submit(Request(long, engine._members[1], Decoding(20))),
+    ):
+        with pytest.raises(PrefixError, match=r"pass the 24 positions of the base \(from there on.*Shorten"):
+            refused()
+    # Why: transformers turns the short row by the long one. Without the limit its loss is another.
+    base.max_positions = 64
+    beside = engine.losses([short, too_long], [[5, 6]] * 2, [1, 2])[0]
+    assert abs(beside - losses[0]) > 1e-3, "if transformers turned rows one by one, the limit could go"
 
 
 def test_settings_that_make_no_sense_are_refused_in_words() -> None:

@@ -31,6 +31,12 @@ _FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {**_ROTARY, "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**_ROTARY, "head_dim": 16}),
     "phi3": ("Phi3Config", "Phi3ForCausalLM", {**_ROTARY, "original_max_position_embeddings": 64, "sliding_window": None}),
+    # As Phi-3 with 128k: rows beyond 24 positions turn the whole batch by other factors.
+    "phi3-longrope": (
+        "Phi3Config", "Phi3ForCausalLM",
+        {**_ROTARY, "original_max_position_embeddings": 24, "sliding_window": None,
+         "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}},
+    ),
     "gemma2": (
         "Gemma2Config", "Gemma2ForCausalLM", {**_GEMMA, "attn_logit_softcapping": 1.0, "final_logit_softcapping": 30.0},
     ),

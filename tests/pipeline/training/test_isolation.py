@@ -15,6 +15,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.data import Record
+from pipeline.errors import PrefixError
 from pipeline.prefix import FrozenBase, PrefixBank
 from pipeline.prefix.base import attach
 from pipeline.training.mixed import Mixed
@@ -280,7 +281,7 @@ def test_positions_that_turn_by_the_longest_row_are_known(rope_type: str) -> Non
         for parameter in model.parameters():
             parameter.mul_(5.0)
     base = attach(model.double())
-    assert base.rotary_limit == 32
+    assert base.rotary_limit == base.max_positions == 32
     bank = PrefixBank.of(base.sites, [Wanted(1).method(base)()], [False])
     row, neighbour = Record([5, 6, 7, 8], [9, 10, 0], "", [""]), Record(list(range(2, 42)), [9, 0], "", [""])
 
@@ -290,5 +291,8 @@ def test_positions_that_turn_by_the_longest_row_are_known(rope_type: str) -> Non
 
     alone = loss([row])
     assert abs(loss([row, Record([3] * 20, [9, 0], "", [""])]) - alone) < 1e-12, "below the limit rows are their own"
+    with pytest.raises(PrefixError, match=r"pass the 32 positions of the base \(from there on"):
+        loss([row, neighbour])
+    base.max_positions = None
     assert abs(loss([row, neighbour]) - alone) > 1e-6, "if transformers turned rows one by one, the refusal could go"
     assert attached().rotary_limit is None
