@@ -125,7 +125,6 @@ class Call:
         prefix: keys and values [B, heads_kv, P, head_dim] and who sees them, bool [B, 1, T, P].
         sequence: keys and values [B, heads_kv, K, head_dim] and the model's mask: bool [B or 1, 1, T, K], or [B, K] for packed rows, or None where
             the model masks nothing.
-        prefix_bias: [B, heads, T, P] or None.
         kwargs: of the attention function: scaling, softcap, position_bias [1, heads, T, K], s_aux [heads].
     """
 
@@ -133,7 +132,6 @@ class Call:
     query: torch.Tensor
     prefix: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     sequence: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
-    prefix_bias: torch.Tensor | None
     kwargs: dict[str, Any]
 
 
@@ -179,7 +177,7 @@ def prefix_attention(
     if may_see is not None:
         seen = seen & may_see[:, None, :, None]
     bias = kwargs.get("position_bias")
-    prefix_bias, whole_bias = None, {}
+    whole_bias = {}
     if bias is not None:
         starts = None if active.starts is None else _repeated(active.starts, batch)
         prefix_bias = _bias_of_prefix(module, bias, active.bank.columns[site][rows], visible.shape[-1], starts)
@@ -189,7 +187,7 @@ def prefix_attention(
     layout = active.bank.layout(site)
     output, weights = _attend(active, module, query, keys, values, attention_mask, seen, layout, {**kwargs, **whole_bias})
     if active.check is not None:
-        call = Call(module, query, (prefix_key, prefix_value, seen), (key, value, attention_mask), prefix_bias, kwargs)
+        call = Call(module, query, (prefix_key, prefix_value, seen), (key, value, attention_mask), kwargs)
         output = active.check(call, output)
     return output, weights
 

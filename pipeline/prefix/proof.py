@@ -3,7 +3,8 @@
 In: a base with the hook on. Out: nothing, or an error. Three passes over a few tokens are compared with what is computed without the hook's kernel,
 concatenation and masks: each attention output and the logits with attention worked by hand from the definition, and the logits behind a text's
 prefix with those of the model's own eager attention that has the text in front as a prompt. The last also proves positions; where experts make
-logits too rough for that, queries and keys do.
+logits too rough for that, queries and keys do. An encoder-decoder has no prompt in front of its decoder: there, what enters the decoder's first
+layer proves learned positions, and attention by hand takes relative ones (T5) from the model's own table, as for one sequence of P + T tokens.
 """
 
 import math
@@ -21,7 +22,8 @@ from pipeline.prefix.bank import PrefixBank
 if TYPE_CHECKING:
     from pipeline.prefix.base import FrozenBase
 
-COLUMNS = 3
+# Columns of the prefix and tokens behind it, where the base has as many positions.
+COLUMNS, TOKENS = 3, 4
 
 # How far one attention output may be from the computation by hand, as a part of its largest entry.
 ATTENTION = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -43,12 +45,16 @@ def prove(base: "FrozenBase") -> None:
         BaseModelError: a prefix is not seen as it must be, or by not all sites, or changes nothing.
     """
     model = base.model
-    ids = torch.arange(8, device=base.device).view(2, 4) % model.get_input_embeddings().num_embeddings
-    real = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]], device=base.device)
+    _, tokens = _sizes(base)
+    ids = torch.arange(2 * tokens, device=base.device).view(2, tokens) % model.get_input_embeddings().num_embeddings
+    real = torch.ones_like(ids)
+    real[1, : tokens // 2] = 0
     inputs = {"input_ids": ids, "attention_mask": real}
     if base.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids[:, :3]
-        real = torch.ones_like(ids[:, :3])
+        # Another length than the encoder's.
+        inputs["decoder_input_ids"] = ids[:, 1:]
+        real = torch.ones_like(ids[:, 1:])
+    table = _bias_table(base)
     bank, rows = _random_bank(base), torch.zeros(2, dtype=torch.int64, device=base.device)
 
     def logits() -> torch.Tensor:
@@ -57,9 +63,12 @@ def prove(base: "FrozenBase") -> None:
     deviations: list[float] = []
     plain = logits()
     with base.prefixes(bank, rows):
-        with _checking(base, lambda call, output: _noted(call, output, deviations)):
+        with _checking(base, lambda call, output: _noted(call, table, output, deviations)):
             found = logits()
-        with _checking(base, lambda call, output: by_hand(call).to(output.dtype)), _implementation(base, IMPLEMENTATION, "sdpa"):
+        with (
+            _checking(base, lambda call, output: by_hand(call, table).to(output.dtype)),
+            _implementation(base, IMPLEMENTATION, "sdpa"),
+        ):
             expected = logits()
     errors = {"logits with attention by hand": _distance(found, expected)}
     if not base.is_encoder_decoder:
@@ -68,7 +77,7 @@ def prove(base: "FrozenBase") -> None:
     # Quantised layers round activations to 8 bit, and TensorFloat-32 to less than float32, whatever the dtype.
     rough = getattr(model, "is_quantized", False) or torch.get_float32_matmul_precision() != "highest"
     dtype = torch.bfloat16 if rough else model.dtype
-    misplaced = 0.0
+    misplaced = _placed_in_decoder(base) if base.is_encoder_decoder else 0.0
     at_most, allowed = ATTENTION.get(model.dtype, 5e-2), LOGITS.get(dtype, 0.1)
     if dtype.itemsize == 2 and _has_experts(model):
         allowed = LOGITS_OF_EXPERTS
@@ -77,7 +86,9 @@ def prove(base: "FrozenBase") -> None:
     worst, effect = max(deviations, default=math.inf), _distance(found, plain)
     wrong = [f"{error:.1e} off the {name}" for name, error in errors.items() if not error <= allowed]
     if not misplaced <= PLACED:
-        wrong.append(f"{misplaced:.1e} off the queries with the text as a prompt")
+        wrong.append(
+            f"{misplaced:.1e} off the {'decoder input' if base.is_encoder_decoder else 'queries'} with the text as a prompt"
+        )
     if len(deviations) != len(base.sites):
         wrong.append(f"{len(deviations)} of {len(base.sites)} attention layers asked for their prefix")
     if not worst <= at_most:
@@ -92,27 +103,81 @@ def prove(base: "FrozenBase") -> None:
         )
 
 
+def _sizes(base: "FrozenBase") -> tuple[int, int]:
+    """Columns and tokens of the check: so few that the base has positions for both, and that no window hides a prompt from the last token.
+
+    Raises:
+        BaseModelError: it has not.
+    """
+    config = base.model.config.get_text_config(decoder=True)
+    limits = [base.max_positions, getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)]
+    limit = min((n for n in limits if n), default=COLUMNS + TOKENS)
+    columns = min(COLUMNS, limit // 2)
+    tokens = min(TOKENS, limit - columns)
+    if columns < 1 or tokens < 2:
+        raise BaseModelError(
+            f"model type {config.model_type!r}: has {limit} positions (or so narrow a window), too few for a prefix and a text. Choose another base."
+        )
+    return columns, tokens
+
+
+def _bias_table(base: "FrozenBase") -> Any:
+    """The decoder's module that has the table of relative positions (T5); None if there is none."""
+    if not base.is_encoder_decoder:
+        return None
+    modules = base.model.get_decoder().modules()
+    return next((module for module in modules if getattr(module, "has_relative_attention_bias", False)), None)
+
+
 def _random_bank(base: "FrozenBase") -> PrefixBank:
+    columns, _ = _sizes(base)
     generator = torch.Generator().manual_seed(0)
-    bank = PrefixBank(base.sites, slots=1, length=COLUMNS, device=base.device)
-    drawn = {name: torch.randn(2, s.heads, COLUMNS, s.head_dim, generator=generator) for name, s in base.sites.items()}
+    bank = PrefixBank(base.sites, slots=1, length=columns, device=base.device)
+    drawn = {name: torch.randn(2, s.heads, columns, s.head_dim, generator=generator) for name, s in base.sites.items()}
     bank.put(0, {name: (both[0], both[1]) for name, both in drawn.items()})
     return bank
 
 
 def _behind_a_text(base: "FrozenBase") -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [4, vocabulary] behind the prefix that a text gives, and those of the model's own eager attention after that text as a prompt."""
-    ids = torch.arange(1, COLUMNS + 5, device=base.device)[None] % base.model.get_input_embeddings().num_embeddings
-    text, sequence = ids[:, :COLUMNS], ids[:, COLUMNS:]
+    """Logits [T, vocabulary] behind the prefix that a text gives, and those of the model's own eager attention after that text as a prompt."""
+    columns, ids = _text_and_sequence(base)
+    text, sequence = ids[:, :columns], ids[:, columns:]
     with base.capturing() as captured:
         base.model(input_ids=text, use_cache=False)
-    bank = PrefixBank(base.sites, slots=1, length=COLUMNS, device=base.device)
+    bank = PrefixBank(base.sites, slots=1, length=columns, device=base.device)
     bank.put(0, {name: (key[0].float(), value[0].float()) for name, (key, value) in captured.items()})
     with base.prefixes(bank, torch.zeros(1, dtype=torch.int64, device=base.device)):
         found = base.model(input_ids=sequence, use_cache=False).logits[0]
     with _implementation(base, "eager", "eager"):
-        expected = base.model(input_ids=ids, use_cache=False).logits[0, COLUMNS:]
+        expected = base.model(input_ids=ids, use_cache=False).logits[0, columns:]
     return found, expected
+
+
+def _text_and_sequence(base: "FrozenBase") -> tuple[int, torch.Tensor]:
+    """The length of a text, and the token ids [1, P + T] of that text and a sequence behind it."""
+    columns, tokens = _sizes(base)
+    return columns, torch.arange(1, columns + tokens + 1, device=base.device)[
+        None
+    ] % base.model.get_input_embeddings().num_embeddings
+
+
+def _placed_in_decoder(base: "FrozenBase") -> float:
+    """How far the input of an encoder-decoder's first decoder layer behind a prefix is from that of the same tokens behind as many others."""
+    columns, ids = _text_and_sequence(base)
+    bank = PrefixBank(base.sites, slots=2, length=columns, device=base.device)
+    bank.put(1, _random_bank(base).take(0))
+    layer = next(module for module in base.model.modules() if getattr(module, "_prefixfleet_site", None) == "decoder.self.0")
+    met: list[torch.Tensor] = []
+    hook = layer.register_forward_pre_hook(
+        lambda _, args, kwargs: met.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    try:
+        for slot, tokens in ((0, ids), (1, ids[:, columns:])):
+            with base.prefixes(bank, torch.tensor([slot], device=base.device)):
+                base.model(input_ids=ids, decoder_input_ids=tokens, use_cache=False)
+    finally:
+        hook.remove()
+    return _distance(met[1], met[0][:, columns:])
 
 
 def _placed(base: "FrozenBase") -> float:
@@ -121,9 +186,9 @@ def _placed(base: "FrozenBase") -> float:
     Which experts a token is sent to makes no difference here: the second pass gets, in front of every attention layer, what the first one had
     there. What is left is where the tokens stand: learned positions are in the first layer's input, rotary ones in queries and keys.
     """
-    ids = torch.arange(1, COLUMNS + 5, device=base.device)[None] % base.model.get_input_embeddings().num_embeddings
-    text, sequence = COLUMNS, ids.shape[1] - COLUMNS
-    bank = PrefixBank(base.sites, slots=2, length=COLUMNS, device=base.device)
+    text, ids = _text_and_sequence(base)
+    sequence = ids.shape[1] - text
+    bank = PrefixBank(base.sites, slots=2, length=text, device=base.device)
     bank.put(1, _random_bank(base).take(0))
     layers = [module for module in base.model.modules() if hasattr(module, "_prefixfleet_site")]
     passes: list[list[torch.Tensor]] = []
@@ -185,8 +250,8 @@ def _implementation(base: "FrozenBase", name: str, kernel: str) -> Iterator[None
         base.active.kernel = before[1]
 
 
-def _noted(call: Call, output: torch.Tensor, deviations: list[float]) -> torch.Tensor:
-    expected, found = by_hand(call), output.float()
+def _noted(call: Call, table: Any, output: torch.Tensor, deviations: list[float]) -> torch.Tensor:
+    expected, found = by_hand(call, table), output.float()
     mask = call.sequence[2]
     if mask is not None and mask.dim() == 2 and kernels.is_causal(call.module, call.kwargs):
         # Packed rows have no output for padding.
@@ -200,10 +265,14 @@ def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-12))
 
 
-def by_hand(call: Call) -> torch.Tensor:
+def by_hand(call: Call, table: Any = None) -> torch.Tensor:
     """What attention must give, from the definition: scores of prefix and sequence apart, one softmax over both.
 
     No kernel, no concatenation, no implied alignment of a causal triangle.
+
+    Args:
+        call: all rows with as many columns.
+        table: T5's decoder module that has the table of relative positions; None for models without.
 
     Returns:
         [B, T, heads, head_dim], in float32 or better.
@@ -214,7 +283,12 @@ def by_hand(call: Call) -> torch.Tensor:
     scaling = kwargs.get("scaling")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores, values = [], []
-    for (key, value, visible), bias in ((call.prefix, call.prefix_bias), (call.sequence, kwargs.get("position_bias"))):
+    of_prefix = None
+    if kwargs.get("position_bias") is not None and getattr(call.module, "_prefixfleet_site", "").startswith("decoder.self."):
+        # That of the first P keys of one sequence, for its last T queries.
+        whole, columns = call.prefix[0].shape[2] + call.sequence[0].shape[2], call.prefix[0].shape[2]
+        of_prefix = table.compute_bias(whole, whole)[:, :, whole - query.shape[2] :, :columns]
+    for (key, value, visible), bias in ((call.prefix, of_prefix), (call.sequence, kwargs.get("position_bias"))):
         heads_key, heads_value = (t.to(work).repeat_interleave(groups, dim=1) for t in (key, value))
         score = torch.einsum("bhtd,bhkd->bhtk", query.to(work), heads_key) * scaling
         if kwargs.get("softcap") is not None:
