@@ -6,11 +6,12 @@ In: a job's base. Out: a `FrozenBase` whose forward pass takes prefixes inside `
 import contextlib
 import hashlib
 import importlib.util
+import inspect
 import logging
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,6 @@ from pipeline.prefix.kernels import GPU_ONLY, KERNELS
 from pipeline.prefix.placing import Place, Placed, whole_where_it_is
 from pipeline.prefix.proof import prove
 from pipeline.training.job import JobBase
-
-# More than what a batch is padded to (`pipeline.training.batches.ROUND_TO`).
-PADDING = 16
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -54,6 +52,7 @@ class FrozenBase:
         folder: where it was loaded from; its tokenizer is there too.
         max_positions: the longest decoder sequence, prefix included; None if unlimited. Never above `rotary_limit`.
         placed: where its weights lie.
+        hooks: what `attach` put on the model, each with `remove()`.
     """
 
     model: Any
@@ -64,6 +63,7 @@ class FrozenBase:
     max_positions: int | None
     lock: threading.RLock
     placed: Placed
+    hooks: list[Any] = field(default_factory=list)
 
     @property
     def device(self) -> torch.device:
@@ -74,21 +74,24 @@ class FrozenBase:
     def prefixes(self, bank: PrefixBank, rows: torch.Tensor) -> Iterator[None]:
         """Run the model with row i of the batch behind the prefix of slot `rows[i]`.
 
-        `backward` belongs inside too: with gradient checkpointing it runs the forward pass again. One thread at a time.
+        `backward` belongs inside too: with gradient checkpointing it runs the forward pass again. One thread at a time. Inside another
+        `prefixes`, the outer one holds again afterwards.
 
         Raises:
-            PrefixError: an infix on flash attention.
+            PrefixError: an infix on flash attention or an encoder-decoder.
         """
         if bank.has_infix:
             self.check_infix()
         with self.lock:
-            self.active.bank, self.active.rows = bank, rows
+            active = self.active
+            outer = active.bank, active.rows, active.prompt_ends, active.logits_at, active.starts
+            active.bank, active.rows, active.prompt_ends, active.logits_at, active.starts = bank, rows, None, None, None
+            active.made.clear()
             try:
                 yield
             finally:
-                self.active.bank, self.active.rows, self.active.prompt_ends, self.active.logits_at = None, None, None, None
-                self.active.starts = None
-                self.active.made.clear()
+                active.bank, active.rows, active.prompt_ends, active.logits_at, active.starts = outer
+                active.made.clear()
 
     def prompts_end_at(self, columns: torch.Tensor) -> None:
         """Inside `prefixes`, before the model is called: the column (padding counted) of each row's last prompt token, int64 [B].
@@ -132,11 +135,15 @@ class FrozenBase:
         return total.hexdigest()
 
     def check_infix(self) -> None:
-        """Refuse an infix on flash attention.
+        """Refuse an infix on flash attention and on encoder-decoders.
 
         Raises:
-            PrefixError: the kernel is flash attention.
+            PrefixError: it is one of them.
         """
+        if self.is_encoder_decoder:
+            raise PrefixError(
+                "placement: infix stands between prompt and target, which an encoder-decoder has in different parts. Choose placement: prefix."
+            )
         if self.active.kernel == "flash_attention_2":
             raise PrefixError(
                 "placement: infix hides the prefix from part of the prompt, which flash_attention_2 cannot. Choose placement: prefix, or "
@@ -144,7 +151,10 @@ class FrozenBase:
             )
 
     def versions(self) -> list[tuple[int, int]]:
-        """Where each weight of this process lies and how often it was written to: cheap to compare, whatever the size of the base."""
+        """Where each weight of this process lies and how often it was written to: cheap to compare, whatever the size of the base.
+
+        Does not see what goes round PyTorch's count of writes (`weight.data.mul_(…)`, kernels of other libraries); `digest` does.
+        """
         return [(tensor.data_ptr(), tensor._version) for tensor in self.placed.kept()]
 
     @torch.no_grad()
@@ -176,7 +186,9 @@ class FrozenBase:
     def _why_no_more(self) -> str:
         if self.max_positions is None or self.max_positions != self.rotary_limit:
             return ""
-        return " (from there on it turns the positions of all rows of a batch by the longest one, so rows would change one another)"
+        return (
+            " (from there on it turns the positions of all rows of a batch by the longest one, so rows would change one another)"
+        )
 
     def check_length(self, prefix: int, sequence: int) -> None:
         """Refuse what passes the model's positions.
@@ -301,7 +313,8 @@ def attach(model: Any, max_positions: int | None = None, attention: str = "sdpa"
 
     Raises:
         BaseModelError: its attention does not go through transformers' attention interface, so a prefix would be ignored silently; the kernel
-            does not compute what the model needs; or the check found that a prefix is not seen as it must be.
+            does not compute what the model needs; or the check found that a prefix is not seen as it must be. The model has no hook then, and
+            its own attention, but stays frozen and without dropout.
     """
     if attention not in KERNELS:
         raise BaseModelError(f"attention: {attention!r} is no kernel. Choose {', '.join(KERNELS)}.")
@@ -310,6 +323,11 @@ def attach(model: Any, max_positions: int | None = None, attention: str = "sdpa"
         raise BaseModelError(
             f"model type {model.config.model_type!r}: this model has the prefix hook already. Use the base that attach() returned, or load the model "
             "again."
+        )
+    if not model.can_generate() or model.get_output_embeddings() is None:
+        raise BaseModelError(
+            f"model type {model.config.model_type!r}: {type(model).__name__} is neither a causal nor an encoder-decoder language model, "
+            "or has no head. Load it with AutoModelForCausalLM or AutoModelForSeq2SeqLM."
         )
     model.requires_grad_(False)
     # Dropout would make a row depend on the random numbers its neighbours drew; and gradient checkpointing needs train() mode.
@@ -337,6 +355,7 @@ def attach(model: Any, max_positions: int | None = None, attention: str = "sdpa"
         # PyTorch (2.13) compiles it anew for each kind of call (encoder, decoder, one token, with gradients, ...): some 6 to 12. Beyond 8 it would
         # give up and materialise all scores, without a word.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    before = model.config._attn_implementation
     model.set_attn_implementation(IMPLEMENTATION_PACKED if attention == "flash_attention_2" else IMPLEMENTATION)
     for module in model.modules():
         module._prefixfleet = active
@@ -346,16 +365,30 @@ def attach(model: Any, max_positions: int | None = None, attention: str = "sdpa"
         sites={},
         active=active,
         is_encoder_decoder=bool(model.config.is_encoder_decoder),
-        max_positions=min((n for n in (max_positions, rotary_limit(model.config.get_text_config().to_dict())) if n is not None), default=None),
+        max_positions=min(
+            (n for n in (max_positions, rotary_limit(model.config.get_text_config().to_dict())) if n is not None), default=None
+        ),
         lock=threading.RLock(),
         placed=whole_where_it_is(model),
     )
-    model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (_chosen(active, inputs[0]),))
+    head = model.get_output_embeddings()
+    base.hooks.append(head.register_forward_pre_hook(lambda _, inputs: (_chosen(active, inputs[0]),)))
+    try:
+        _attached(base, place, attention)
+    except BaseException:
+        _detach(base, before)
+        raise
+    return base
+
+
+def _attached(base: FrozenBase, place: Place, attention: str) -> None:
+    """The part of `attach` that meets the model's own code."""
+    model = base.model
     try:
         _shift_positions(base)
         # Behind all hooks of ours: those of DeepSpeed that let go of a module's weights come after them.
         base.placed = place(model)
-        active.heads = base.placed.heads
+        base.active.heads = base.placed.heads
         base.sites = _find_sites(base)
         prove(base)
     except (TypeError, AttributeError, KeyError) as error:
@@ -371,7 +404,16 @@ def attach(model: Any, max_positions: int | None = None, attention: str = "sdpa"
             f"model type {model.config.model_type!r}: {attention} cannot compute its attention here ({said}). "
             "Choose base_model.attention: sdpa."
         ) from error
-    return base
+
+
+def _detach(base: FrozenBase, implementation: str) -> None:
+    """Take off the model what `attach` put on it, so that it can be attached again, with another kernel say."""
+    for hook in base.hooks:
+        hook.remove()
+    for module in base.model.modules():
+        for name in ("_prefixfleet", "_prefixfleet_site", "_prefixfleet_bias_source"):
+            vars(module).pop(name, None)
+    base.model.set_attn_implementation(implementation)
 
 
 def _chosen(active: ActivePrefix, hidden: torch.Tensor) -> torch.Tensor:
@@ -443,18 +485,25 @@ def _shift_positions(base: FrozenBase) -> None:
     """Make each row's decoder positions begin after its prefix, as the original code and PEFT do."""
     active = base.active
     # Each forward pass makes its own masks. The hook of checkpointing's second pass finds those of the first.
-    base.model.register_forward_pre_hook(lambda *_: active.made.clear())
+    base.hooks.append(base.model.register_forward_pre_hook(lambda *_: active.made.clear()))
+    # On the decoder itself, which may also be called without the head.
+    decoder = base.model.get_decoder()
+    named = list(inspect.signature(type(decoder).forward).parameters)[1:]
+
     if not base.is_encoder_decoder:
 
-        def shift_ids(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            given = args[0] if args else kwargs.get("input_ids")
+        def shift_ids(
+            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+            kwargs = {**dict(zip(named, args, strict=False)), **kwargs}
+            given = kwargs.get("input_ids")
             given = kwargs["inputs_embeds"] if given is None else given
             batch, length = given.shape[:2]
             cache = kwargs.get("past_key_values")
             active.seen = cache.get_seq_length() if cache is not None else 0
             shift = active.shift(batch, length)
             if shift is None:
-                return args, kwargs
+                return None
             positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
             if mask is None and active.bank is not None and active.bank.has_infix:
                 # transformers (5.23) would take the jump behind the prompt for the start of another sequence in the same row.
@@ -467,14 +516,14 @@ def _shift_positions(base: FrozenBase) -> None:
                     positions = active.columns_of_pass(length)[None, :]
             positions = positions + shift
             base.check_positions(active.seen + length, positions)
-            return args, {**kwargs, "position_ids": positions}
+            return (), {**kwargs, "position_ids": positions}
 
-        base.model.register_forward_pre_hook(shift_ids, with_kwargs=True)
+        base.hooks.append(decoder.register_forward_pre_hook(shift_ids, with_kwargs=True))
         return
 
-    positions = getattr(base.model.get_decoder(), "embed_positions", None)
+    positions = getattr(decoder, "embed_positions", None)
     if positions is None:
-        if any(hasattr(module, "relative_attention_bias") for module in base.model.get_decoder().modules()):
+        if any(hasattr(module, "relative_attention_bias") for module in decoder.modules()):
             return  # relative positions (T5): the bias is taken in the attention function
         raise BaseModelError(
             f"model type {base.model.config.model_type!r}: its decoder positions cannot be shifted behind a prefix. "
@@ -486,6 +535,10 @@ def _shift_positions(base: FrozenBase) -> None:
             "Choose a BART- or T5-like encoder-decoder."
         )
 
+    offset: Any = positions.offset
+    table: int = positions.num_embeddings - offset
+    base.max_positions = min(base.max_positions or table, table)
+
     # BART's decoder takes no position_ids that differ by row (transformers 5.23), so the embeddings themselves are looked up again.
     def shift_embeddings(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
         shift = active.shift(args[0].shape[0], output.shape[-2])
@@ -495,18 +548,24 @@ def _shift_positions(base: FrozenBase) -> None:
         ids = torch.arange(seen, seen + output.shape[-2], device=output.device)[None, :] + shift
         if active.starts is not None:
             ids = (ids - active.starts[:, None]).clamp(min=0)
-        last = module.num_embeddings - module.offset - 1
-        return nn.functional.embedding(ids.clamp(max=last) + module.offset, module.weight)
+        # Padding may stand beyond the end, see `check`.
+        return nn.functional.embedding(ids.clamp(max=table - 1) + module.offset, module.weight)
 
     def check(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        length = args[0].shape[1]
-        shift = active.shift(args[0].shape[0], length)
-        if shift is not None:
-            if active.starts is not None:
-                shift = shift - active.starts[:, None]
-            last = (args[1] if len(args) > 1 else kwargs.get("past_key_values_length", 0)) + length - 1
-            # Padding behind a batch is not told from tokens here: it may pass the end, by less than PADDING. Generation adds none.
-            base.check_positions(last + 1, (shift + last - (PADDING if length > 1 else 0)).clamp(min=last))
+        kwargs = {**dict(zip(named, args, strict=False)), **kwargs}
+        given = kwargs.get("input_ids")
+        given = kwargs["inputs_embeds"] if given is None else given
+        batch, length = given.shape[:2]
+        shift = active.shift(batch, length)
+        if shift is None:
+            return
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        columns = torch.arange((cache.get_seq_length() if cache is not None else 0) + length, device=shift.device)[None, :]
+        # Of each row the last column that is a token.
+        last = columns[:, -1:] if mask is None or mask.dim() != 2 else (columns * mask.bool()).amax(1, keepdim=True)
+        if active.starts is not None:
+            last = last - active.starts[:, None]
+        base.check_positions(columns.shape[1], last + shift)
 
-    positions.register_forward_pre_hook(check, with_kwargs=True)
-    positions.register_forward_hook(shift_embeddings, with_kwargs=True)
+    base.hooks.append(decoder.register_forward_pre_hook(check, with_kwargs=True))
+    base.hooks.append(positions.register_forward_hook(shift_embeddings, with_kwargs=True))

@@ -78,14 +78,20 @@ def from_text(base: FrozenBase, token_ids: Sequence[int], length: int) -> Prefix
         length: P.
 
     Raises:
-        PrefixError: there is no token.
+        PrefixError: there is no token, or the base has no more than P positions.
     """
+    base.check_length(length, 1)
     ids = torch.tensor([repeated(token_ids, length)], device=base.device)
     inputs = {"input_ids": ids}
     if base.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids
-    with base.capturing() as captured:
-        base.model(**inputs, use_cache=False)
+    try:
+        with base.capturing() as captured:
+            base.model(**inputs, use_cache=False)
+    except IndexError as error:
+        raise PrefixError(
+            f"a prefix of {length} columns from text passes the positions of the base. Shorten the prefix."
+        ) from error
     # Trained in float32 whatever the base computes in.
     dtype = torch.promote_types(base.model.dtype, torch.float32)
     return {

@@ -140,8 +140,12 @@ def target_logits(base: FrozenBase, rows: Sequence[TokenRow], pad: int) -> tuple
     targets = [row.target_ids for row in rows]
     if base.is_encoder_decoder:
         ids, mask = right_padded([row.prompt_ids for row in rows], pad, base.device)
-        labels, _ = right_padded(targets, IGNORED, base.device)
-        inputs = {"decoder_input_ids": base.model.prepare_decoder_input_ids_from_labels(labels=labels)}
+        labels, real = right_padded(targets, IGNORED, base.device)
+        # The mask says which positions are padding: those alone may pass the end of BART's table.
+        inputs = {
+            "decoder_input_ids": base.model.prepare_decoder_input_ids_from_labels(labels=labels),
+            "decoder_attention_mask": real,
+        }
         starts, width = [0] * len(rows), labels.shape[1]
     else:
         ids, mask = left_padded([row.prompt_ids + row.target_ids[:-1] for row in rows], pad, base.device)

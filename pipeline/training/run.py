@@ -619,8 +619,9 @@ def _check_rows(base: FrozenBase, customer: JobCustomer, train: list[Record], de
     if not all(0 <= token < vocabulary for row in rows for token in (*row.prompt_ids, *row.target_ids)):
         raise DataError(f"{customer.prepared}: has tokens that the base does not know. Run `prefixfleet prepare` again.")
     length = customer.prefix.length
-    longest = 0 if base.is_encoder_decoder else max(map(tokens_of, rows))
-    base.check_length(length, longest)
+    if base.is_encoder_decoder:
+        base.check_length(0, max(len(row.prompt_ids) for row in rows))
+    base.check_length(length, max(len(row.target_ids) if base.is_encoder_decoder else tokens_of(row) for row in rows))
 
 
 def _of_first(value: Any, accelerator: Accelerator) -> Any:

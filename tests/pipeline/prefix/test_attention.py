@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import eager_mask
 
 from pipeline.errors import BaseModelError, PrefixError
-from pipeline.prefix import FrozenBase, Prefix, PrefixBank, attach, kernels
+from pipeline.prefix import FrozenBase, Prefix, PrefixBank, attach, attention, kernels
 from pipeline.prefix import base as prefix_base
 from pipeline.prefix.initialise import chosen_sites, from_random, from_text, from_zeros
 
@@ -498,11 +498,29 @@ def test_the_check_finds_a_kernel_that_aligns_its_triangle_to_the_prefix(monkeyp
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "gemma2", *EXPERTS])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "gemma2", *EXPERTS, "bart"])
 def test_the_check_finds_positions_that_are_not_shifted(family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefix_base, "_shift_positions", lambda base: None)
-    with pytest.raises(BaseModelError, match=rf"{family}.*failed \(.*off the (logits|queries) with the text as a prompt\)"):
+    with pytest.raises(
+        BaseModelError, match=rf"{family}.*failed \(.*off the (logits|queries|decoder input) with the text as a prompt\)"
+    ):
         attach(tiny_model(family).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wrong", ["zeros", "constant", "one position off"])
+def test_the_check_finds_relative_positions_that_are_wrong(
+    wrong: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true = attention._bias_of_prefix
+    instead = {
+        "zeros": lambda *given: torch.zeros_like(true(*given)),
+        "constant": lambda *given: true(*given) + 7,
+        "one position off": lambda module, bias, lengths, *rest: true(module, bias, lengths + 1, *rest),
+    }
+    monkeypatch.setattr(attention, "_bias_of_prefix", instead[wrong])
+    with pytest.raises(BaseModelError, match=r"t5.*failed \(.*attention \S+ off the computation by hand"):
+        attach(tiny_model("t5").to(dtype))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma3", "bart"])
@@ -596,7 +614,8 @@ def test_a_forward_pass_or_generation_past_the_models_positions_is_refused_with_
     for slots in ([1, 1], [0, 1]):
         with base.prefixes(bank, torch.tensor(slots)):
             if base.is_encoder_decoder:
-                whole = base.model(input_ids=ids, decoder_input_ids=ids)  # what batches are padded to
+                real = (torch.arange(64) < 59).long().expand(2, -1)  # the rest is what batches are padded with
+                whole = base.model(input_ids=ids, decoder_input_ids=ids, decoder_attention_mask=real)
                 cut = base.model(input_ids=ids, decoder_input_ids=ids[:, :59]).logits
                 torch.testing.assert_close(whole.logits[:, :59], cut, atol=1e-5, rtol=0)
             else:
@@ -611,6 +630,98 @@ def test_a_forward_pass_or_generation_past_the_models_positions_is_refused_with_
             base.model.generate(
                 ids[:, :50], attention_mask=mask[:, 14:], max_new_tokens=20, min_new_tokens=20, do_sample=False, pad_token_id=1
             )
+
+
+@torch.no_grad()
+def test_not_a_single_token_of_barts_decoder_passes_its_table() -> None:
+    base = attach(tiny_model("bart").eval())  # which has 64 positions, whatever attach is told
+    assert base.max_positions == 64
+    bank = PrefixBank(base.sites, slots=2, length=5)
+    bank.put(1, from_text(base, TEXT, 5))
+    ids, one_too_many = some_ids(2, 64), (torch.arange(64) < 60).long().expand(2, -1)
+    for slots, given in (([0, 1], {"decoder_attention_mask": one_too_many}), ([1, 1], {})):
+        with base.prefixes(bank, torch.tensor(slots)), pytest.raises(PrefixError, match=r"pass the 64 positions"):
+            base.model(input_ids=ids[:, :6], decoder_input_ids=ids, **given)
+    with base.prefixes(bank, torch.tensor([1, 1])):
+        base.model(input_ids=ids[:, :6], decoder_input_ids=ids[:, :59])
+        with pytest.raises(PrefixError, match=r"pass the 64 positions"):
+            base.model.generate(ids[:, :6], decoder_input_ids=ids[:, :60], max_new_tokens=1, do_sample=False)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "bart"])
+@torch.no_grad()
+def test_positions_are_shifted_however_the_model_is_called(family: str, bank_of_text: Banks) -> None:
+    base = attach(tiny_double(family))
+    ids, mask = some_ids(2, 6), torch.ones(2, 6, dtype=torch.int64)
+    mask[0, :3] = 0
+    with base.prefixes(bank_of_text(base, TEXT), torch.tensor([1, 2])):
+        if base.is_encoder_decoder:
+            expected = base.model(input_ids=ids, attention_mask=mask, decoder_input_ids=ids[:, :4]).logits
+            found = [base.model(ids, mask, ids[:, :4]).logits]
+        else:
+            expected = base.model(input_ids=ids, attention_mask=mask).logits
+            states = base.model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
+            found = [base.model(ids, attention_mask=mask).logits, base.model.get_output_embeddings()(states)]
+            if family != "gpt2":  # whose second argument is the cache
+                found.append(base.model(ids, mask).logits)
+    for logits in found:
+        assert torch.equal(logits, expected)
+
+
+@torch.no_grad()
+def test_after_an_inner_prefix_the_outer_one_holds_again(bank_of_text: Banks) -> None:
+    base = attach(tiny_double("llama"))
+    bank, ids = bank_of_text(base, TEXT), some_ids(1, 4)
+    with base.prefixes(bank, torch.tensor([2])):
+        of_inner = base.model(input_ids=ids).logits
+    with base.prefixes(bank, torch.tensor([1])):
+        before = base.model(input_ids=ids).logits
+        with base.prefixes(bank, torch.tensor([2])):
+            assert torch.equal(base.model(input_ids=ids).logits, of_inner)
+        assert torch.equal(base.model(input_ids=ids).logits, before) and not torch.equal(before, of_inner)
+
+
+def test_a_text_longer_than_the_base_has_positions_is_refused() -> None:
+    for family, positions in (("gpt2", None), ("opt", None), ("bart", None), ("llama", 64)):
+        with pytest.raises(PrefixError, match=r"positions of the base\. Shorten the prefix"):
+            from_text(attach(tiny_model(family).eval(), max_positions=positions), TEXT, 100)
+
+
+def test_an_infix_on_an_encoder_decoder_is_refused(bank_of_text: Banks) -> None:
+    base = attach(tiny_double("bart"))
+    bank = bank_of_text(base, TEXT)
+    bank.put(1, bank.take(1), infix=True)
+    with pytest.raises(PrefixError, match="Choose placement: prefix"), base.prefixes(bank, torch.tensor([1])):
+        pass
+
+
+@torch.no_grad()
+def test_a_model_that_was_refused_is_as_before_and_can_be_attached_another_way() -> None:
+    model, ids = tiny_double("mistral"), some_ids(1, 6)
+    before = model(input_ids=ids).logits
+    with pytest.raises(BaseModelError, match="flash_attention_2"):
+        attach(model, attention="flash_attention_2")
+    assert model.config._attn_implementation == "sdpa"
+    assert not any("prefixfleet" in name for module in model.modules() for name in vars(module))
+    assert torch.equal(model(input_ids=ids).logits, before)
+    assert attach(model, attention="eager").active.kernel == "eager"
+
+
+def test_a_model_without_a_generating_head_is_refused_by_its_class() -> None:
+    masked = transformers.BertConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    for model in (transformers.LlamaModel(tiny_model("llama").config), transformers.BertForMaskedLM(masked)):
+        with pytest.raises(BaseModelError, match=rf"{type(model).__name__} is neither.*AutoModelForCausalLM"):
+            attach(model)
+
+
+def test_narrow_windows_and_few_positions_take_a_prefix_as_long_as_there_is_room_for_one() -> None:
+    for window in (3, 4, 6):
+        attach(tiny_model("mistral", sliding_window=window))
+    attach(tiny_model("gpt2", n_positions=6), max_positions=6)
+    with pytest.raises(BaseModelError, match="2 positions"):
+        attach(tiny_model("mistral", sliding_window=2))
 
 
 def test_a_prefix_of_another_base_is_refused_with_both_shapes_named() -> None:
