@@ -5,20 +5,21 @@ In: prompts as token ids, a slot for each (slot 0: no prefix). Out: texts. Knows
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipeline.data.prompt import encode_prompt, load_tokenizer
-from pipeline.errors import BaseModelError, PrefixError
+from pipeline.errors import BaseModelError, PrefixError, StorageError
 from pipeline.files import digest_of
 from pipeline.inference.choose import averaged
 from pipeline.inference.decoder import Decoder, prefix_dtype
 from pipeline.inference.ensemble import load_members
 from pipeline.inference.request import BASE_ALONE, Decoding, Loaded, Members, Request
 from pipeline.prefix import FrozenBase, PrefixBank, load_base
+from pipeline.prefix.store import require
 from pipeline.training.batches import pack, row_losses, summed_losses, target_logits
 from pipeline.training.job import JobBase, JobPrompt
 
@@ -59,8 +60,10 @@ class PrefixEngine:
         Raises:
             BaseModelError: it was trained on another base.
             PrefixError: it is damaged.
+            StorageError: its prefix.json does not say how it is prompted or answers.
         """
         members, config = load_members(prefix_dir)
+        _check_answering(prefix_dir, config)
         if config["base"]["digest"] != self._base_digest:
             raise BaseModelError(
                 f"{prefix_dir}: was trained on a base with digest {config['base']['digest'][:16]}, the loaded base has {self._base_digest[:16]}. "
@@ -79,7 +82,7 @@ class PrefixEngine:
 
         Raises:
             BaseModelError: it was trained on another base.
-            PrefixError: it is damaged.
+            PrefixError, StorageError: it is damaged.
         """
         members, config = self.load(prefix_dir)
         # The template and the place belong to a prefix as much as its weights: one adapter may have been imported twice.
@@ -226,6 +229,24 @@ class PrefixEngine:
             self.base.check_length(0, prompt)
         limit = self.base.max_positions
         return max_new_tokens if limit is None else min(max_new_tokens, limit - prefix - before)
+
+
+def _check_answering(prefix_dir: Path, config: dict[str, Any]) -> None:
+    """Refuse a prefix.json without what `answer` and the service need of it.
+
+    Raises:
+        StorageError: something is missing or of another kind.
+    """
+    require(prefix_dir, config, "prompt", "chat", "generation", "generation.num_beams", "generation.max_new_tokens")
+    known = {field.name: field for field in fields(JobPrompt)}
+    needed = {name for name, field in known.items() if field.default is MISSING and field.default_factory is MISSING}
+    asked = set(config["generation"]) - {"num_beams", "max_new_tokens"}
+    wrong = sorted({*(set(config["prompt"]) - set(known)), *(needed - set(config["prompt"])), *asked})
+    if wrong:
+        raise StorageError(
+            f"{prefix_dir / 'prefix.json'}: {', '.join(wrong)} is missing or unknown in its prompt or generation. It was damaged or "
+            "changed, or written by a newer release: train or download it again, or upgrade."
+        )
 
 
 def load_engine(base: JobBase) -> PrefixEngine:

@@ -18,7 +18,7 @@ from pipeline.errors import PrefixError
 from pipeline.files import digest_of
 from pipeline.inference.request import Average, Loaded, Members
 from pipeline.prefix import Prefix, is_infix, load_prefix, read_config, save_prefix
-from pipeline.prefix.store import is_ensemble, load_ensemble
+from pipeline.prefix.store import is_ensemble, load_ensemble, require
 
 AVERAGES: tuple[str, ...] = ("probabilities", "log_probabilities", "parameters")
 # Part of every step's batch: an ensemble of n costs n times one prefix.
@@ -63,6 +63,9 @@ def describe(folders: Sequence[Path], names: Sequence[str], average: str) -> dic
     if not 2 <= len(folders) <= MOST_MEMBERS:
         raise PrefixError(f"an ensemble has 2 to {MOST_MEMBERS} members, not {len(folders)}. Name more, or fewer, versions.")
     configs = [read_config(folder) for folder in folders]
+    for folder, config in zip(folders, configs, strict=True):
+        if not is_ensemble(config):
+            require(folder, config, "prefix.placement", "prefix.length")
     first = configs[0]
     for name, config in zip(names, configs, strict=True):
         if is_ensemble(config):

@@ -16,15 +16,28 @@ from pipeline.prefix.bank import Prefix
 
 FORMAT = 1
 
-# What is asked of prefix.json somewhere in this room, and what it may be.
+# What is asked of prefix.json by whoever reads or uses a prefix, and what it may be.
 _KINDS: dict[str, tuple[type, ...]] = {
     "weights_sha256": (str,),
+    "customer": (str,),
     "prefix.length": (int,),
+    "prefix.placement": (str,),
+    "prompt": (dict,),
+    "chat": (bool,),
+    "generation": (dict,),
+    "generation.num_beams": (int,),
+    "generation.max_new_tokens": (int,),
+    "ensemble.average": (str,),
+    "ensemble.members": (list,),
     "base.id": (str,),
     "base.revision": (str, type(None)),
     "base.digest": (str,),
     "base.is_encoder_decoder": (bool,),
+    "base.path": (str,),
+    "base.tokenizer_digest": (str,),
+    "base.dtype": (str,),
 }
+PLACEMENTS = ("prefix", "infix")
 
 
 def save_prefix(folder: Path, prefix: Prefix, config: dict[str, Any]) -> None:
@@ -51,6 +64,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     config = read_json(folder / "prefix.json", FORMAT)
     require(folder, config, "weights_sha256", "base.digest")
+    if "ensemble" in config:
+        require(folder, config, "ensemble.average", "ensemble.members")
     return config
 
 
@@ -62,8 +77,10 @@ def require(folder: Path, config: dict[str, Any], *names: str) -> None:
     """
     for name in names:
         section, _, key = name.rpartition(".")
-        held = config.get(section) if section else config
-        if not isinstance(held, dict) or key not in held or not isinstance(held[key], _KINDS[name]):
+        whole = config if isinstance(config, dict) else {}
+        held: Any = whole.get(section) if section else whole
+        right = isinstance(held, dict) and key in held and isinstance(held[key], _KINDS[name])
+        if not right or (name == "prefix.placement" and held[key] not in PLACEMENTS):
             raise StorageError(
                 f"{folder / 'prefix.json'}: has no {name}, or not of the right kind. It was damaged or changed: train or download it again."
             )
@@ -80,8 +97,8 @@ def weights_digest(prefix: Prefix) -> str:
 
 
 def is_infix(config: dict[str, Any]) -> bool:
-    """Whether the prefix with this prefix.json stands between prompt and target."""
-    return bool(config.get("prefix", {}).get("placement") == "infix")
+    """Whether the prefix with this prefix.json, which `load_prefix` has read, stands between prompt and target."""
+    return bool(config["prefix"]["placement"] == "infix")
 
 
 def is_ensemble(config: dict[str, Any]) -> bool:
@@ -93,13 +110,14 @@ def load_prefix(folder: Path) -> tuple[Prefix, dict[str, Any]]:
     """Read a prefix folder and check its weights against the digest in prefix.json.
 
     Raises:
-        StorageError: prefix.json is missing or damaged.
+        StorageError: prefix.json is missing or damaged, or does not say where the prefix stands.
         PrefixError: the weights are missing, damaged or not those that were saved, or are an ensemble's.
     """
     config = read_config(folder)
     if is_ensemble(config):
         count = len(config["ensemble"]["members"])
         raise PrefixError(f"{folder}: is an ensemble of {count} prefixes, and one is wanted here. Take one of its members.")
+    require(folder, config, "prefix.placement")
     return _read(folder, config), config
 
 
@@ -110,6 +128,8 @@ def load_ensemble(folder: Path) -> tuple[list[Prefix], dict[str, Any]]:
         StorageError, PrefixError: see `load_prefix`.
     """
     config = read_config(folder)
+    for member in config["ensemble"]["members"]:
+        require(folder, member, "prefix.placement")
     members: dict[int, Prefix] = {}
     for name, pair in _read(folder, config).items():
         number, _, site = name.partition(".")

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.base import resolve_base
 from pipeline.errors import BaseModelError
-from pipeline.files import read_json
 from pipeline.home import Home
 from pipeline.training.job import JobBase
 
@@ -76,10 +75,14 @@ def open_prefix(folder: Path) -> Callable[[list[str]], list[str]]:
     Raises:
         BaseModelError: see `base_of`.
         PrefixError: the prefix is damaged.
+        StorageError: so is its prefix.json.
     """
     from pipeline.inference import load_engine
+    from pipeline.prefix import read_config
+    from pipeline.prefix.store import require
 
-    prefix = read_json(folder / "prefix.json", format=1)
+    prefix = read_config(folder)
+    require(folder, prefix, "customer", *(f"base.{name}" for name in ("id", "revision", "path", "tokenizer_digest", "dtype")))
     base = prefix["base"]
     same = (base["digest"], base["tokenizer_digest"], base["dtype"], base.get("quantization"))
     with _loading:

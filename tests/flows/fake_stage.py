@@ -46,6 +46,7 @@ def write_prefix(job: Job, customer: JobCustomer) -> None:
                     "init": "text",
                     "init_text": None,
                     "sites": {},
+                    "placement": "prefix",
                     "parameters": 48,
                 },
                 "prompt": {key: value for key, value in card["prompt"].items() if key != "chat"},

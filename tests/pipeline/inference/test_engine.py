@@ -1,6 +1,7 @@
 """Mixed-customer generation: every row gets its own customer's text, whoever shares the batch."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.data import read_split
-from pipeline.errors import BaseModelError, PrefixError
+from pipeline.errors import BaseModelError, PrefixError, StorageError
 from pipeline.inference import load_engine
 from pipeline.prefix import load_base, save_prefix
 from pipeline.prefix.initialise import from_random
@@ -29,9 +30,29 @@ def with_prefixes(job: Job) -> Job:
     for seed, customer in enumerate(job.customers):
         prefix = {site: (key * 100, value * 100) for site, (key, value) in from_random(base.sites, 3 + seed, seed).items()}
         config = {"base": {"digest": job.base.digest}, "prompt": dataclasses.asdict(customer.prompt), "chat": False}
+        config["prefix"] = {"placement": "prefix"}
         config["generation"] = {"num_beams": 2, "max_new_tokens": 7}
         save_prefix(Path(customer.prefix_dir), prefix, config)
     return job
+
+
+def test_a_prefix_that_does_not_say_how_it_answers_is_refused_before_it_has_to(trained: Job) -> None:
+    engine = load_engine(trained.base)
+    folder = Path(trained.customers[0].prefix_dir)
+    whole = json.loads((folder / "prefix.json").read_text())
+    for changed, named in (
+        ({"prompt": None}, "no prompt"),
+        ({"chat": "no"}, "no chat"),
+        ({"generation": []}, "no generation"),
+        ({"generation": {"num_beams": 1}}, r"no generation\.max_new_tokens"),
+        ({"generation": {**whole["generation"], "warmth": 1}}, "warmth is missing or unknown"),
+        ({"prompt": {**whole["prompt"], "colour": "red"}}, "colour is missing or unknown"),
+        ({"prompt": {}}, "template"),
+        ({"prefix": None}, r"no prefix\.placement"),
+    ):
+        (folder / "prefix.json").write_text(json.dumps({**whole, **changed}))
+        with pytest.raises(StorageError, match=rf"prefix\.json: .*{named}.*train or download it again"):
+            engine.add(folder)
 
 
 @pytest.mark.parametrize("beams", [1, 3])

@@ -14,7 +14,7 @@ from pipeline.prefix.peft_format import export_peft
 
 PREFIX = {"decoder.self.0": (torch.ones(2, 3, 4), torch.zeros(2, 3, 4))}
 BASE: dict[str, Any] = {"id": "some/base", "revision": None, "digest": "b" * 64, "is_encoder_decoder": False}
-CONFIG = {"base": BASE, "prefix": {"length": 3}}
+CONFIG = {"base": BASE, "prefix": {"length": 3, "placement": "prefix"}}
 
 
 def test_saved_prefix_comes_back(tmp_path: Path) -> None:
@@ -70,8 +70,14 @@ def test_missing_or_foreign_config_names_the_file(tmp_path: Path) -> None:
         ({"base": {**BASE, "digest": None}}, r"base\.digest"),
         ({"base": {"digest": "b" * 64}}, r"base\.id"),
         ({"base": {**BASE, "is_encoder_decoder": "no"}}, r"base\.is_encoder_decoder"),
-        ({"prefix": []}, r"prefix\.length"),
-        ({"prefix": {}}, r"prefix\.length"),
+        ({"prefix": {"placement": "prefix"}}, r"prefix\.length"),
+        # Or an infix would be served as a prefix.
+        ({"prefix": []}, r"prefix\.placement"),
+        ({"prefix": None}, r"prefix\.placement"),
+        ({"prefix": "x"}, r"prefix\.placement"),
+        ({"prefix": {"length": 3}}, r"prefix\.placement"),
+        ({"prefix": {"length": 3, "placement": "behind"}}, r"prefix\.placement"),
+        ({"ensemble": None}, r"ensemble\.average"),
     ],
 )
 def test_a_config_that_does_not_say_whose_base_it_is_for_is_an_error_that_names_what_is_missing(
@@ -83,7 +89,7 @@ def test_a_config_that_does_not_say_whose_base_it_is_for_is_an_error_that_names_
     def use() -> None:
         if "prefix" in changed:  # a warm start
             from_prefix(folder, BASE["digest"], {"decoder.self.0": Site(2, 4)}, 3, False)
-        elif "digest" in missing:
+        elif "digest" in missing or "ensemble" in missing:
             load_prefix(folder)
         else:
             export_peft(folder, tmp_path / "out")

@@ -71,6 +71,7 @@ def make_folders(
             "init": "text",
             "init_text": None,
             "sites": {f"decoder.self.{layer}": {"heads": 2, "head_dim": 64} for layer in range(6)},
+            "placement": "prefix",
             "parameters": 7680,
         },
         "prompt": {

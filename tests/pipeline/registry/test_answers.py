@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.base import resolve_base
-from pipeline.errors import BaseModelError
+from pipeline.errors import BaseModelError, StorageError
 from pipeline.home import Home
 from pipeline.keys import CustomerKey
 from pipeline.registry import base_lookup, base_of, lookup, register
@@ -180,6 +180,18 @@ def test_engines_are_shared_by_base_tokenizer_and_dtype_alone(make, monkeypatch:
     for changes in [*others, *others]:
         base_lookup.open_prefix(make(base={**base, **changes})[0])
     assert loaded == [{**base, **changes} for changes in others]
+
+
+def test_a_prefix_that_does_not_say_where_its_base_is_is_not_opened(make) -> None:
+    base = trained_on_prefix(make()[0])["base"]
+    for changed, named in (
+        ({"id": "x"}, "digest"),
+        ({"digest": "ab" * 32}, "id"),
+        ({**base, "path": None}, "path"),
+        ({**base, "dtype": 4}, "dtype"),
+    ):
+        with pytest.raises(StorageError, match=rf"prefix\.json: has no base\.{named}, .*train or download it again"):
+            base_lookup.open_prefix(make(base=changed)[0])
 
 
 def test_prefix_of_another_base_is_not_opened(make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
