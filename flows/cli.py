@@ -153,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     bring.add_argument("--format", choices=["peft"], required=True)
     bring.add_argument("folder", type=Path, metavar="FOLDER", help="what PEFT's save_pretrained wrote")
     bring.add_argument("--fleet", type=Path, metavar="FLEET.yaml", help="take base and prompt from this customer's entry")
-    bring.add_argument("--base", metavar="BASE", help="folder or hub id of the base; by default what the adapter names")
+    bring.add_argument("--base", metavar="BASE", help="folder or hub id of the base, whatever the adapter names")
     bring.add_argument("--template", metavar="TEXT", help=r"the prompt, such as '{input}\n' (the default); \n means a new line")
     bring.add_argument("--champion", action="store_true", help="make it champion, though nothing here has evaluated it")
 
@@ -647,7 +647,7 @@ def _import(arguments: argparse.Namespace) -> int:
     from pipeline.prefix.peft_format import read_adapter_config
     from pipeline.process import share_cores
     from pipeline.registry import ensure_store
-    from pipeline.registry.exchange import import_adapter
+    from pipeline.registry.exchange import check_named_base, import_adapter
     from pipeline.training.job import JobPrompt
 
     key, home = _key(arguments), Home.current()
@@ -673,6 +673,8 @@ def _import(arguments: argparse.Namespace) -> int:
             raise ConfigError("--template must contain {input}, the place where the input goes")
     share_cores()
     base = resolve_base(name, revision, home.root / "cache" / "base_digests.json")
+    if arguments.base is None:
+        check_named_base(arguments.folder, base, home)
     ensure_store(home)
     registered, folder = import_adapter(
         key,

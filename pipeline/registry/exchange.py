@@ -6,13 +6,51 @@ The reverse, from a registered version to an adapter folder, is `lookup` and `pi
 import dataclasses
 from pathlib import Path
 
-from pipeline.base import BaseModelInfo
+from pipeline.base import BaseModelInfo, resolve_base
+from pipeline.errors import BaseModelError, PrefixError
 from pipeline.files import digest_of
 from pipeline.home import Home
 from pipeline.keys import CustomerKey
 from pipeline.process import code_version
 from pipeline.registry.register import Registration, register_imported
 from pipeline.training.job import JobBase, JobPrompt
+
+
+def check_named_base(folder: Path, base: BaseModelInfo, home: Home | None = None) -> None:
+    """Refuse an adapter that names another base than the one that was found for it.
+
+    Names of one folder, of folders with the same weights, or of one hub id are no difference; nor is a revision that one of them does not say.
+
+    Args:
+        folder: the adapter's.
+        base: not what its user named for this import, but what a fleet file says, say.
+        home: whose digests of bases are used.
+
+    Raises:
+        PrefixError: it names another one, or one that cannot be compared.
+    """
+    from pipeline.prefix.peft_format import read_adapter_config
+
+    adapter = read_adapter_config(folder)
+    name, revision = adapter.get("base_model_name_or_path"), adapter.get("revision")
+    if not name:
+        return
+    same = str(name) == base.id and (None in (revision, base.revision) or revision == base.revision)
+    if not same and Path(name).is_dir():
+        digests = (home or Home.current()).root / "cache" / "base_digests.json"
+        try:
+            same = resolve_base(str(name), None, digests).digest == base.digest
+        except BaseModelError:
+            same = False
+    if not same:
+        raise PrefixError(
+            f"{folder}: its adapter_config.json says that it was made for {_named(name, revision)}, and the base is "
+            f"{_named(base.id, base.revision)}. On another base it is worth nothing. If they are the same, name the base explicitly with --base."
+        )
+
+
+def _named(name: str, revision: str | None) -> str:
+    return f"{name} (revision {revision})" if revision else str(name)
 
 
 def import_adapter(
@@ -53,7 +91,8 @@ def import_adapter(
     from pipeline.prefix.peft_format import import_peft, read_adapter_config
     from pipeline.prefix.store import weights_digest
 
-    kind = read_adapter_config(folder)["peft_type"]  # before seconds are spent on loading the base
+    adapter = read_adapter_config(folder)  # before seconds are spent on loading the base
+    kind, name = adapter["peft_type"], adapter.get("base_model_name_or_path")
     home = home or Home.current()
     loaded = load_base(JobBase(base.id, str(base.path), base.revision, base.digest, dtype, quantization, "auto"))
     prefix = import_peft(folder, loaded)
@@ -86,7 +125,7 @@ def import_adapter(
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
             "quantization": quantization,
         },
-        "training": {"imported_from": f"PEFT {kind}"},
+        "training": {"imported_from": f"PEFT {kind}" + (f" for {_named(name, adapter.get('revision'))}" if name else "")},
         "lineage": {
             "data_fingerprint": "",
             "config_digest": digest_of(settings),

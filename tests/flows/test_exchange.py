@@ -70,6 +70,31 @@ def test_an_import_takes_base_and_prompt_from_the_fleet_file_and_gets_no_alias_u
     assert "not in the fleet file" in capsys.readouterr().err
 
 
+def test_an_adapter_for_another_base_is_refused_unless_the_base_is_named(
+    adapter: Path, home: Home, fleet_file: Path, example_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = adapter / "adapter_config.json"
+    whole = json.loads(file.read_text())
+    command = ["import", "--customer", "bolt", "--format", "peft", str(adapter), "--fleet", str(fleet_file)]
+    other = shutil.copytree(example_base, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "eos_token_id": 3}))
+    for named in ({"base_model_name_or_path": "some/other-llama", "revision": "v2"}, {"base_model_name_or_path": str(other)}):
+        file.write_text(json.dumps({**whole, **named}))
+        assert main([*command, "--champion"]) != 0
+        said = capsys.readouterr().err
+        assert named["base_model_name_or_path"] in said and "--base" in said and "Traceback" not in said
+    shutil.copytree(example_base, tmp_path / "copy")
+    file.write_text(json.dumps({**whole, "base_model_name_or_path": str(tmp_path / "copy")}))
+    assert main(command) == 0  # the same weights elsewhere
+    file.write_text(json.dumps({**whole, "base_model_name_or_path": "some/other-llama", "revision": "v2"}))
+    capsys.readouterr()
+    assert main([*command, "--customer", "acme", "--base", str(example_base), "--json"]) == 0
+    folder = Path(json.loads(capsys.readouterr().out)["prefix"])
+    imported = json.loads((folder / "prefix.json").read_text())["training"]["imported_from"]
+    assert imported == "PEFT PREFIX_TUNING for some/other-llama (revision v2)"
+
+
 def test_an_import_without_a_known_base_says_how_to_name_it(
     adapter: Path, home: Home, capsys: pytest.CaptureFixture[str]
 ) -> None:
