@@ -1,12 +1,14 @@
-"""A bank to put before the tiny models of `families`."""
+"""A bank to put before the tiny models of `families`; the bases that training loads."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from pipeline.prefix import FrozenBase, Prefix, PrefixBank
 from pipeline.prefix.initialise import from_text
+from pipeline.training import run
 
 
 @pytest.fixture
@@ -21,3 +23,18 @@ def bank_of_text() -> Callable[..., PrefixBank]:
         return bank
 
     return make
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[FrozenBase, str]]:
+    """The bases that runs load, each with the digest of its weights at that moment."""
+    bases: list[tuple[FrozenBase, str]] = []
+    load = run.load_base
+
+    def remember(*given: Any, **named: Any) -> FrozenBase:
+        base = load(*given, **named)
+        bases.append((base, base.digest()))
+        return base
+
+    monkeypatch.setattr(run, "load_base", remember)
+    return bases

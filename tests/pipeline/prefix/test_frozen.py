@@ -16,21 +16,6 @@ from pipeline.training.job import Job
 MakeJob = Callable[..., tuple[Job, Path]]
 
 
-@pytest.fixture
-def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[FrozenBase, str]]:
-    """The bases that runs load, each with the digest of its weights at that moment."""
-    bases: list[tuple[FrozenBase, str]] = []
-    load = run.load_base
-
-    def remember(*given: Any, **named: Any) -> FrozenBase:
-        base = load(*given, **named)
-        bases.append((base, base.digest()))
-        return base
-
-    monkeypatch.setattr(run, "load_base", remember)
-    return bases
-
-
 @pytest.mark.parametrize(
     ("prefix", "checkpointing"),
     [({}, False), ({"reparam": "mlp", "mid_dim": 16}, True), ({"reparam": "embedding"}, True)],
