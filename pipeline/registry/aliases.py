@@ -12,7 +12,7 @@ from pipeline.errors import RegistryError
 from pipeline.home import Home
 from pipeline.keys import CustomerKey
 from pipeline.registry.lookup import lookup, outdated
-from pipeline.registry.store import connect, ensure_store, lock, shown_uri, translated
+from pipeline.registry.store import connect, ensure_store, lock, shown_uri, translated, written
 from pipeline.registry.tombstones import refuse_forgotten
 from pipeline.registry.versions import CHALLENGER, CHAMPION, PREVIOUS, TAG, aliases_of, models, own_tags, versions_of
 
@@ -57,7 +57,7 @@ def settle(client: "MlflowClient", name: str, version: int, decision: str) -> Al
         if held.get(CHAMPION) == version:
             return "champion"
         if held.get(CHALLENGER) != version:
-            client.set_registered_model_alias(name, CHALLENGER, str(version))
+            written(client.set_registered_model_alias, name, CHALLENGER, str(version))
         return "challenger"
     for alias in (CHAMPION, CHALLENGER):
         if held.get(alias) == version:
@@ -120,9 +120,9 @@ def rollback(key: CustomerKey, version: int | None = None, *, home: Home | None 
         lookup(key, version=target, home=home, fresh=True)
         _note(client, name, target, "rollback")
         # The champion first: to die before the second step must not lose the version that was to be gone back to.
-        client.set_registered_model_alias(name, CHAMPION, str(target))
+        written(client.set_registered_model_alias, name, CHAMPION, str(target))
         if before is not None:
-            client.set_registered_model_alias(name, PREVIOUS, str(before))
+            written(client.set_registered_model_alias, name, PREVIOUS, str(before))
         outdated(name)
         return Moved(name, target, before, before)
 
@@ -131,15 +131,15 @@ def _crown(client: "MlflowClient", name: str, version: int, held: dict[str, int]
     """Make `version` champion. The champion's alias comes last: a process that died before it is simply run again."""
     _note(client, name, version, by)
     if held.get(CHAMPION) is not None:
-        client.set_registered_model_alias(name, PREVIOUS, str(held[CHAMPION]))
+        written(client.set_registered_model_alias, name, PREVIOUS, str(held[CHAMPION]))
     if CHALLENGER in held:
         client.delete_registered_model_alias(name, CHALLENGER)
-    client.set_registered_model_alias(name, CHAMPION, str(version))
+    written(client.set_registered_model_alias, name, CHAMPION, str(version))
 
 
 def _note(client: "MlflowClient", name: str, version: int, by: str) -> None:
     when = datetime.now(UTC).isoformat(timespec="seconds")
-    client.set_model_version_tag(name, str(version), f"{TAG}promoted", f"{when} by {by}")
+    written(client.set_model_version_tag, name, str(version), f"{TAG}promoted", f"{when} by {by}")
 
 
 def _held(client: "MlflowClient", key: CustomerKey) -> dict[str, int]:

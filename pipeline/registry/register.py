@@ -27,7 +27,7 @@ from pipeline.registry.erase import erase_model, erase_run
 from pipeline.registry.forget import forget_in_mlflow
 from pipeline.registry.lookup import outdated
 from pipeline.registry.package import EVALUATION_FILES, EVALUATION_PATH, GENERATIONS, build, stage_evaluation, staging
-from pipeline.registry.store import connect, embedded, ensure_store, experiment_id, lock, quiet, redact, translated
+from pipeline.registry.store import connect, embedded, ensure_store, experiment_id, lock, quiet, redact, translated, written
 from pipeline.registry.tombstones import forgotten_since, refuse_forgotten
 from pipeline.registry.versions import (
     CHAMPION,
@@ -302,7 +302,7 @@ def _update(client: "MlflowClient", candidate: _Candidate, known: "ModelVersion"
         client.update_model_version(known.name, known.version, _description(candidate))
     # The tag that says which evaluation this is comes last: a run that dies before it is repeated.
     for tag in sorted(changed, key=lambda tag: tag == f"{TAG}evaluation"):
-        client.set_model_version_tag(known.name, known.version, tag, changed[tag])
+        written(client.set_model_version_tag, known.name, known.version, tag, changed[tag])
 
 
 def _tags(candidate: _Candidate) -> dict[str, str]:

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -183,6 +183,26 @@ def translated(doing: str) -> Iterator[None]:
                 f"command again. ({reason[:300]})"
             ) from error
         raise RegistryError(f"{doing}: MLflow at {shown_uri()} refused: {reason[:500]}") from error
+
+
+_RACED = re.compile(r"UniqueViolation|UNIQUE constraint|Duplicate entry")
+
+
+def written(write: Callable[..., None], *what: str) -> None:
+    """`write(*what)`, a tag or an alias, also where another machine writes the same one at this moment.
+
+    MLflow (3.17) looks whether there is such a row and then inserts it: of two who do so at once, the database refuses one, with a 400 that is no
+    fault of the caller's. The row is there then, and writing again changes it.
+    """
+    from mlflow.exceptions import MlflowException
+
+    for _ in range(2):
+        try:
+            return write(*what)
+        except MlflowException as error:
+            if not _RACED.search(str(error)):
+                raise
+    write(*what)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.errors import RegistryError
 from pipeline.keys import validate_id
-from pipeline.registry.store import connect, ensure_store, translated
+from pipeline.registry.store import connect, ensure_store, translated, written
 from pipeline.registry.versions import TAG, own_tags, pages
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def lift(customer: str) -> bool:
 
 def hide(client: "MlflowClient", customer: str, kind: str, number: str) -> None:
     """Note the id of something that MLflow is about to hide but not to remove. `kind` is `run` or `model`."""
-    client.set_registered_model_tag(f"{_NAME}{customer}", f"{TAG}{_HIDDEN}{number}", kind)
+    written(client.set_registered_model_tag, f"{_NAME}{customer}", f"{TAG}{_HIDDEN}{number}", kind)
 
 
 def removed(client: "MlflowClient", customer: str, number: str) -> None:
