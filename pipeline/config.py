@@ -190,6 +190,11 @@ class PrefixSettings(Settings):
                 )
             if self.layers != "all":
                 raise ValueError("reparam: embedding has its keys and values in all layers; remove layers")
+        if self.reparam == "mlp" and self.init in ("text", "task", "prefix") and self.length > self.mid_dim:
+            # The MLP's last layer is solved for: with fewer hidden numbers than rows there is no exact solution.
+            raise ValueError(
+                f"reparam: mlp with mid_dim {self.mid_dim} cannot start from {self.length} given keys and values; set mid_dim to length or more"
+            )
         if self.placement == "infix" and self.sites not in ("all", ("decoder.self",)):
             raise ValueError("placement: infix is for the self-attention of decoder-only bases; remove sites")
         if self.sites != "all" and len(set(self.sites)) != len(self.sites):

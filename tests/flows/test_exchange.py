@@ -156,7 +156,7 @@ def test_a_run_starts_from_the_champions_of_the_moment_and_a_champion_that_canno
     # Two steps of 1e-4 from where it started.
     for site, (key, value) in load_prefix(second)[0].items():
         started = load_prefix(first)[0][site]
-        assert 0 <= (key - started[0]).abs().max() < 1e-3 and 0 <= (value - started[1]).abs().max() < 1e-3
+        assert 0 < (key - started[0]).abs().max() < 1e-3 and 0 < (value - started[1]).abs().max() < 1e-3
     from_words = json.loads((lookup(CustomerKey("bolt"), home=home).prefix_dir / "prefix.json").read_text())
     assert from_words["lineage"]["parent"] is None
 

@@ -199,6 +199,7 @@ def test_the_example_fleet_is_valid_and_has_five_customers(root: Path) -> None:
         ("{reparam: embedding, init: zeros}", "cannot start from init: zeros"),
         ("{reparam: embedding, placement: infix}", "has no infix"),
         ("{reparam: embedding, layers: 2}", "in all layers"),
+        ("{reparam: mlp, mid_dim: 4, length: 5}", "mid_dim to length or more"),
         ("{placement: infix, sites: [encoder.self]}", "decoder-only"),
     ],
 )
