@@ -135,12 +135,19 @@ def run_job(job: Job, asked_to_stop: Callable[[], bool] = lambda: False) -> int:
             )
         dtype = choose_dtype(job.base.dtype, accelerator.device)
         engine = chosen(accelerator, dtype)
-        if accelerator.device.type == "cuda" and Path(job.base.path).is_dir() and job.base.quantization is None:
-            memory = torch.cuda.get_device_properties(accelerator.device).total_memory
-            parts = engine.parts if engine.name == "tp" else accelerator.num_processes
-            refuse_what_cannot_fit(Path(job.base.path), dtype, engine.name, parts, memory)
+        _refuse_too_small_devices(job, engine, accelerator, dtype)
         base = load_base(job.base, accelerator.device, engine.place)
         return _Training(job, due, base, accelerator, engine, asked_to_stop, saved, stack).work()
+
+
+def _refuse_too_small_devices(job: Job, engine: Engine, accelerator: Accelerator, dtype: torch.dtype) -> None:
+    """Stop before loading if the part of the base that a GPU would keep cannot fit there."""
+    # Parts that wait off the device are gathered on it block by block only.
+    if accelerator.device.type != "cuda" or engine.offload or job.base.quantization is not None or not Path(job.base.path).is_dir():
+        return
+    memory = torch.cuda.get_device_properties(accelerator.device).total_memory
+    parts = engine.parts if engine.name == "tp" else accelerator.num_processes
+    refuse_what_cannot_fit(Path(job.base.path), dtype, engine.name, parts, memory)
 
 
 def _join_after_restart(environment: Mapping[str, str]) -> None:

@@ -31,12 +31,14 @@ class Engine:
         place: puts the base there; None leaves it whole.
         equal_passes: whether each pass through the base is an exchange, so that all processes must make equally many of them.
         parts: how many processes, neighbours in rank, make one pass together, of the same rows.
+        offload: whether a process's part of the base waits off its device, in the machine's memory or on a disk.
     """
 
     name: str
     place: Place | None = None
     equal_passes: bool = False
     parts: int = 1
+    offload: bool = False
 
 
 def processes(patience: timedelta | None = None) -> Accelerator:
@@ -88,7 +90,8 @@ def chosen(accelerator: Accelerator, dtype: torch.dtype, environment: Mapping[st
         from pipeline.training.engines.zero3 import settings_of, zero3
 
         settings = settings_of(environment)
-        return Engine("zero3", lambda model: zero3(model, accelerator.device, dtype, settings), equal_passes=True)
+        offload = dict(settings.get("offload_param") or {}).get("device", "none") != "none"
+        return Engine("zero3", lambda model: zero3(model, accelerator.device, dtype, settings), equal_passes=True, offload=offload)
     if _is_set(environment, "ACCELERATE_USE_FSDP"):
         if environment.get("FSDP_VERSION", "1") != "2":
             raise ConfigError(
@@ -98,7 +101,9 @@ def chosen(accelerator: Accelerator, dtype: torch.dtype, environment: Mapping[st
 
         reshard = environment.get("FSDP_RESHARD_AFTER_FORWARD", "true") not in ("false", "False")
         offload = _is_set(environment, "FSDP_OFFLOAD_PARAMS")
-        return Engine("fsdp2", lambda model: fsdp2(model, accelerator.device, dtype, reshard, offload), equal_passes=True)
+        return Engine(
+            "fsdp2", lambda model: fsdp2(model, accelerator.device, dtype, reshard, offload), equal_passes=True, offload=offload
+        )
     return Engine("none" if count == 1 else "ddp")
 
 

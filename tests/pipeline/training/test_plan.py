@@ -1,11 +1,14 @@
 """What a job takes, before it is loaded."""
 
 import importlib
+import importlib.util
 import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +16,10 @@ from transformers import LlamaConfig
 
 from flows import cli
 from pipeline.errors import ConfigError
+from pipeline.training.engines import chosen
 from pipeline.training.job import Job
 from pipeline.training.plan import Plan, parse_bytes, plan, refuse_what_cannot_fit
+from pipeline.training.run import _refuse_too_small_devices
 
 from . import crowd, split_worker
 from .launching import Group, environment_of
@@ -143,6 +148,24 @@ def test_training_refuses_weights_larger_than_the_device_before_loading(tiny_bas
     refuse_what_cannot_fit(tiny_base, torch.float32, "fsdp2", 2, size // 2 + 1)
     with pytest.raises(ConfigError, match=re.escape("accelerate_config: fsdp2 or zero3, num_processes: 3")):
         refuse_what_cannot_fit(tiny_base, torch.float32, "ddp", 2, size // 2)
+
+
+def test_base_that_waits_off_the_device_is_not_refused_for_its_size(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, _ = make_job()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=1000))
+    gpu: Any = SimpleNamespace(device=torch.device("cuda", 0), num_processes=2, is_main_process=True)
+
+    def check(environment: dict[str, str]) -> None:
+        _refuse_too_small_devices(job, chosen(gpu, torch.float32, environment), gpu, torch.float32)
+
+    fsdp2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    check({**fsdp2, "FSDP_OFFLOAD_PARAMS": "true"})
+    with pytest.raises(ConfigError, match="zero3_offload"):
+        check(fsdp2)
+    if importlib.util.find_spec("deepspeed") is not None:
+        check(environment_of("zero3_offload"))
+        with pytest.raises(ConfigError, match="with zero3 each would keep"):
+            check(environment_of("zero3"))
 
 
 @pytest.mark.parametrize(
