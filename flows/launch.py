@@ -20,9 +20,10 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import parse_qs, urlsplit
 
 import psutil
 import yaml
@@ -43,6 +44,7 @@ _CARRIED = (
     "PREFIXFLEET_PROGRESS", "PREFIXFLEET_EXIT_WITH_PARENT", "PREFIXFLEET_HOME", "PYTHONUNBUFFERED", "PYTHONPATH", "MLFLOW_TRACKING_URI",
     "MLFLOW_REGISTRY_URI", "HF_HOME", "HF_HUB_OFFLINE",
 )  # fmt: skip
+_CARRIED_BEGIN = ("GLOO_", "NCCL_", "TORCH_NCCL_")  # which network to meet over
 _RANK = "{machine}"
 
 Event = dict[str, Any]
@@ -103,7 +105,7 @@ def commands(module: str, job_file: Path, launch: LaunchSettings) -> list[list[s
         return [arguments]
     env = environment(launch)
     # Nothing of our environment is there on another machine, unless the launcher takes it along.
-    there = ["env", *(f"{name}={env[name]}" for name in _CARRIED if name in env), *arguments]
+    there = ["env", *_carried(env), *arguments]
     per_machine = any("{machine}" in part for part in launch.launcher)
     started = []
     for machine in range(launch.num_machines if per_machine else 1):
@@ -112,6 +114,30 @@ def commands(module: str, job_file: Path, launch: LaunchSettings) -> list[list[s
         line = " ".join(rank if argument == _RANK else shlex.quote(argument) for argument in there)
         started.append([_filled(part, machine, launch.num_machines, line) for part in launch.launcher])
     return started
+
+
+def _carried(env: Mapping[str, str]) -> list[str]:
+    """NAME=value of what another machine has to be told. It stands in command lines, which everybody on both machines can list.
+
+    Raises:
+        ConfigError: a store's address holds a secret.
+    """
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        if _holds_secret(env.get(name, "")):
+            raise ConfigError(
+                f"{name} holds a password or token, and launch.launcher would put it into a command line that `ps` shows to everybody. Take it "
+                "out of the address and give it to every machine by itself: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or "
+                "MLFLOW_TRACKING_TOKEN) in the environment there, or the file ~/.mlflow/credentials there with mode 0600; for PostgreSQL ~/.pgpass with mode 0600."
+            )
+    names = [*(n for n in _CARRIED if n in env), *sorted(n for n in env if n.startswith(_CARRIED_BEGIN))]
+    return [f"{name}={env[name]}" for name in names]
+
+
+def _holds_secret(address: str) -> bool:
+    parts = urlsplit(address)
+    # A database's user alone is no secret; what stands before a server's @ may be a token.
+    alone = parts.username is not None and parts.scheme in ("http", "https")
+    return parts.password is not None or alone or any("pass" in name or "token" in name for name in parse_qs(parts.query))
 
 
 def _filled(part: str, machine: int, machines: int, line: str) -> str:
@@ -160,7 +186,7 @@ def run_module(
         ProcessCrash: the child was killed or crashed.
         ProcessPaused: the child wants to be started again.
         TrainingError, EvaluationError: the child refused the job or was asked to stop.
-        ConfigError: there is no such accelerate config.
+        ConfigError: there is no such accelerate config, or another machine cannot be told of a store without telling a secret.
     """
     started, note = commands(module, job_file, launch), paused_note(job_file)
     note.unlink(missing_ok=True)  # of an earlier run

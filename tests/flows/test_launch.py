@@ -280,6 +280,35 @@ def test_launcher_that_starts_all_machines_is_started_once_and_leaves_the_rank_t
     assert "--machine_rank $SLURM_NODEID" in only[-1]
 
 
+@pytest.mark.parametrize("name", ["MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://me:s3cret@mlflow:5000",
+        "https://s3cret@mlflow",
+        "postgresql://me:s3cret@db/mlflow",
+        "postgresql://db/mlflow?password=s3cret",
+    ],
+)
+def test_secret_in_an_address_is_not_put_into_a_command_line(monkeypatch: pytest.MonkeyPatch, name: str, address: str) -> None:
+    monkeypatch.setenv(name, address)
+    with pytest.raises(ConfigError, match=rf"{name} holds a password.*~/\.mlflow/credentials") as caught:
+        launch.commands("m", Path("job.yaml"), on_two_machines())
+    assert "s3cret" not in str(caught.value)
+    launch.commands(
+        "m", Path("job.yaml"), LaunchSettings(accelerate_config="cpu")
+    )  # here the environment is handed on, and nothing is shown
+
+
+def test_machines_are_told_of_stores_and_networks_and_of_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"MLFLOW_TRACKING_URI": "postgresql://me@db/mlflow", "NCCL_SOCKET_IFNAME": "ib0", "GLOO_SOCKET_IFNAME": "eth1"}
+    for item in {**told, "MLFLOW_TRACKING_PASSWORD": "s3cret", "AWS_SECRET_ACCESS_KEY": "s3cret"}.items():
+        monkeypatch.setenv(*item)
+    for line in launch.commands("m", Path("job.yaml"), on_two_machines(launcher=["ssh", "n{machine}", "{command}"])):
+        assert {f"{name}={value}" for name, value in told.items()} <= set(shlex.split(line[2]))
+        assert "s3cret" not in line[2]
+
+
 def test_two_machines_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     script = (
         "import os\nprint('machine {MACHINE} rank {RANK} of {WORLD_SIZE}'.format(**os.environ) + '\\n', end='', flush=True)\n"
