@@ -127,7 +127,7 @@ def _carried(env: Mapping[str, str]) -> list[str]:
             raise ConfigError(
                 f"{name} holds a password or token, and launch.launcher would put it into a command line that `ps` shows to everybody. Take it "
                 "out of the address and give it to every machine by itself: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or "
-                "MLFLOW_TRACKING_TOKEN) in the environment there, or the file ~/.mlflow/credentials there with mode 0600; for PostgreSQL ~/.pgpass with mode 0600."
+                "MLFLOW_TRACKING_TOKEN) in the environment there, or the file ~/.mlflow/credentials, for PostgreSQL ~/.pgpass, both of mode 0600."
             )
     names = [*(n for n in _CARRIED if n in env), *sorted(n for n in env if n.startswith(_CARRIED_BEGIN))]
     return [f"{name}={env[name]}" for name in names]
