@@ -8,6 +8,7 @@ model. So engines read the settings where Accelerate's launcher leaves them, and
 """
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -69,6 +70,7 @@ def chosen(accelerator: Accelerator, dtype: torch.dtype, environment: Mapping[st
     Raises:
         ConfigError: it asks for what no engine does.
     """
+    _refuse_what_is_decided_elsewhere(dtype, environment)
     count = accelerator.num_processes
     together = int(environment.get("PARALLELISM_CONFIG_TP_SIZE", "1")) if _is_set(environment, _PARALLELISM) else 1
     if together > 1 and (_is_set(environment, "ACCELERATE_USE_FSDP") or _is_set(environment, "ACCELERATE_USE_DEEPSPEED")):
@@ -89,9 +91,11 @@ def chosen(accelerator: Accelerator, dtype: torch.dtype, environment: Mapping[st
     if _is_set(environment, "ACCELERATE_USE_DEEPSPEED"):
         from pipeline.training.engines.zero3 import settings_of, zero3
 
-        settings = settings_of(environment)
-        offload = dict(settings.get("offload_param") or {}).get("device", "none") != "none"
-        return Engine("zero3", lambda model: zero3(model, accelerator.device, dtype, settings), equal_passes=True, offload=offload)
+        settings = settings_of(environment, lambda line: _warn(accelerator, line))
+        offload = dict(settings["zero_optimization"].get("offload_param") or {}).get("device", "none") != "none"
+        return Engine(
+            "zero3", lambda model: zero3(model, accelerator.device, dtype, settings), equal_passes=True, offload=offload
+        )
     if _is_set(environment, "ACCELERATE_USE_FSDP"):
         if environment.get("FSDP_VERSION", "1") != "2":
             raise ConfigError(
@@ -105,6 +109,38 @@ def chosen(accelerator: Accelerator, dtype: torch.dtype, environment: Mapping[st
             "fsdp2", lambda model: fsdp2(model, accelerator.device, dtype, reshard, offload), equal_passes=True, offload=offload
         )
     return Engine("none" if count == 1 else "ddp")
+
+
+def _refuse_what_is_decided_elsewhere(dtype: torch.dtype, environment: Mapping[str, str]) -> None:
+    """Settings of Accelerate's that no engine looks at must not seem to do something.
+
+    Raises:
+        ConfigError: one of them is set.
+    """
+    name = str(dtype).removeprefix("torch.")
+    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower() or "no"
+    if precision not in ("no", {"bfloat16": "bf16", "float16": "fp16"}.get(name, "no")):
+        raise ConfigError(
+            f"mixed_precision is {precision} in the accelerate config, but the base computes in {name}, which base_model.dtype of the fleet file "
+            f'decides. Set mixed_precision: "no", and base_model.dtype to what you want.'
+        )
+    if not _is_set(environment, "ACCELERATE_USE_FSDP"):
+        return
+    for setting in ("activation_checkpointing", "activation_checkpointing_offload"):
+        if _is_set(environment, f"FSDP_{setting.upper()}"):
+            raise ConfigError(
+                f"fsdp_{setting} is set in the accelerate config, which does nothing here. Remove it; `launch.gradient_checkpointing: true` in the "
+                "fleet file checkpoints whichever engine splits the base."
+            )
+    if environment.get("FSDP_IGNORED_MODULES", "None") not in ("", "None"):
+        raise ConfigError(
+            "fsdp_ignored_modules is set in the accelerate config, but every weight of the base is split. Remove it."
+        )
+
+
+def _warn(accelerator: Accelerator, line: str) -> None:
+    if accelerator.is_main_process:
+        print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def _is_set(environment: Mapping[str, str], name: str) -> bool:

@@ -2,16 +2,16 @@
 
 The parts wait on the device, in the machine's memory or on an NVMe disk.
 
-In: a model whose weights are views of their files, and the `zero_optimization` section of a DeepSpeed config. Out: the same model with its share of
-them. `deepspeed.initialize` is not used: without an optimiser of its own its engine adds to the hooks below only a call that refuses `backward`
-(DeepSpeed 0.19.8), and it has no float64.
+In: a model whose weights are views of their files, and the sections `zero_optimization` and `aio` of a DeepSpeed config. Out: the same model with its
+share of them. `deepspeed.initialize` is not used: without an optimiser of its own its engine adds to the hooks below only a call that refuses
+`backward` (DeepSpeed 0.19.8), and it has no float64.
 """
 
 import gc
 import importlib.util
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,12 @@ from pipeline.training.engines.units import blocks, cast, give_memory_back
 PERSISTENT = 10_000
 
 
-def settings_of(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """The `zero_optimization` section that the launcher's config means.
+def settings_of(environment: Mapping[str, str] = os.environ, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """The sections of a DeepSpeed config that the launcher's config means: `zero_optimization`, and `aio` where there is one.
 
     Args:
         environment: as `accelerate launch` set it, from `deepspeed_config` of the file.
+        say: told of what is asked for there and not done here.
 
     Raises:
         ConfigError: DeepSpeed is not installed, its config cannot be read, or it is not of stage 3.
@@ -42,12 +43,16 @@ def settings_of(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
     file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if file != "none":
         try:
-            section = dict(json.loads(Path(file).read_text(encoding="utf-8"))["zero_optimization"])
+            content = dict(json.loads(Path(file).read_text(encoding="utf-8")))
+            section, reading = dict(content.pop("zero_optimization")), content.pop("aio", None)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"{file}: cannot be read as a DeepSpeed config with a section zero_optimization ({error!r})."
             ) from error
+        unused = [name for name, value in content.items() if _asks(value)]
+        unused += ["zero_optimization.offload_optimizer"] if _asks(section.get("offload_optimizer")) else []
     else:
+        reading, unused = None, [name for name, variable, default in _UNUSED if environment.get(variable, default) != default]
         section = {"stage": int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))}
         device = environment.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none")
         if device != "none":
@@ -74,9 +79,31 @@ def settings_of(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
             f"zero_stage is {section.get('stage')}: stages below 3 split gradients and optimiser states, which a frozen base has not. "
             "Set zero_stage: 3."
         )
+    if unused:
+        where = "the accelerate config" if file == "none" else file
+        say(
+            f"{where}: does nothing here: {', '.join(unused)}. Prefixes and their optimisers are outside DeepSpeed: the fleet file's "
+            "training and launch settings and its base_model.dtype decide."
+        )
     # "auto" is a word of Accelerate's; what it stands for here is DeepSpeed's own default.
     section = {name: value for name, value in section.items() if value != "auto" and name != "offload_optimizer"}
-    return {"stage3_param_persistence_threshold": PERSISTENT, "stage3_max_reuse_distance": 0, **section}
+    section = {"stage3_param_persistence_threshold": PERSISTENT, "stage3_max_reuse_distance": 0, **section}
+    return {"zero_optimization": section, **({} if reading is None else {"aio": reading})}
+
+
+# Settings of `deepspeed_config` in an accelerate config, where its launcher leaves them, and what they are if nobody asks.
+_UNUSED = (
+    ("gradient_accumulation_steps", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"),
+    ("gradient_clipping", "ACCELERATE_GRADIENT_CLIPPING", "none"),
+    ("offload_optimizer_device", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none"),
+)
+
+
+def _asks(value: Any) -> bool:
+    """Whether a setting says more than "as Accelerate likes" or "not at all"."""
+    if isinstance(value, dict):
+        return bool(value) and value.get("enabled") not in (False, "auto") and value.get("device") != "none"
+    return value not in (None, False, "auto")
 
 
 def zero3(model: Any, device: torch.device, dtype: torch.dtype, settings: dict[str, Any]) -> Placed:
@@ -88,7 +115,8 @@ def zero3(model: Any, device: torch.device, dtype: torch.dtype, settings: dict[s
         dtype: what the base computes in.
         settings: see `settings_of`.
     """
-    if device.type == "cpu" or settings.get("offload_param"):
+    section = settings["zero_optimization"]
+    if device.type == "cpu" or section.get("offload_param"):
         give_memory_back()
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -106,8 +134,8 @@ def zero3(model: Any, device: torch.device, dtype: torch.dtype, settings: dict[s
     # How much DeepSpeed fetches ahead, and has together: its own defaults are 50 million numbers and a billion. Two blocks do, as with FSDP2
     # (measured: 827 instead of 1,136 MB at most per process, half of a base of 537 MB on each).
     block = max(sum(parameter.numel() for parameter in unit.parameters()) for unit in blocks(model))
-    settings = {"stage3_prefetch_bucket_size": min(block, 50_000_000), "stage3_max_live_parameters": 2 * block, **settings}
-    whole_config = {"train_batch_size": world, "train_micro_batch_size_per_gpu": 1, "zero_optimization": settings}
+    section = {"stage3_prefetch_bucket_size": min(block, 50_000_000), "stage3_max_live_parameters": 2 * block, **section}
+    whole_config = {"train_batch_size": world, "train_micro_batch_size_per_gpu": 1, **settings, "zero_optimization": section}
     zero = DeepSpeedConfig(whole_config).zero_config
     for unit in [*blocks(model), model]:
         cast(unit, dtype, model)

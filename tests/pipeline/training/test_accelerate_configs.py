@@ -77,4 +77,4 @@ def test_machines_are_numbered_on_the_command_line(name: str) -> None:
 def test_offload_is_handed_on() -> None:
     from pipeline.training.engines.zero3 import settings_of
 
-    assert settings_of(environment_of("zero3_offload"))["offload_param"]["device"] == "cpu"
+    assert settings_of(environment_of("zero3_offload"))["zero_optimization"]["offload_param"]["device"] == "cpu"

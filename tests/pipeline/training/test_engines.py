@@ -155,6 +155,9 @@ def test_process_whose_neighbour_was_killed_in_a_pass_says_so_and_leaves(make_jo
     assert "error: another process of this job ended" in group.said()
 
 
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
 class Fake:
     num_processes = 3
     device = torch.device("cpu")
@@ -166,6 +169,10 @@ class Fake:
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2", "ACCELERATE_USE_FSDP": "true"}, "beside FSDP"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp_version: 2"),
         ({"ACCELERATE_USE_FSDP": "true"}, "fsdp_version: 2"),
+        ({**FSDP2, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "launch.gradient_checkpointing: true"),
+        ({**FSDP2, "FSDP_IGNORED_MODULES": "lm_head"}, "fsdp_ignored_modules"),
+        ({**FSDP2, "ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed_precision is bf16"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "base_model.dtype"),
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"}, "multiple of parallelism_config_tp_size"),
         pytest.param({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, "zero_stage: 3", marks=WITH_DEEPSPEED),
         pytest.param(
@@ -206,6 +213,11 @@ def test_bases_that_cannot_be_shared_out_are_refused_with_the_remedy(make: Any, 
     assert "fsdp2 or zero3" in str(caught.value)
 
 
+def test_mixed_precision_that_says_what_the_fleet_file_says_is_taken() -> None:
+    gpu: Any = Fake()
+    assert chosen(gpu, torch.bfloat16, {**FSDP2, "ACCELERATE_MIXED_PRECISION": "bf16"}).name == "fsdp2"
+
+
 @WITH_DEEPSPEED
 def test_deepspeed_file_says_where_the_parts_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.training.engines.zero3 import settings_of
@@ -218,14 +230,20 @@ def test_deepspeed_file_says_where_the_parts_wait(tmp_path: Path, monkeypatch: p
         "offload_optimizer": {"device": "cpu"},
         "stage3_prefetch_bucket_size": "auto",
     }
-    file.write_text(json.dumps({"zero_optimization": section}))
+    unused = {"optimizer": {"type": "Adam"}, "bf16": {"enabled": "auto"}, "fp16": {"enabled": True}, "train_batch_size": "auto"}
+    file.write_text(json.dumps({"zero_optimization": section, "aio": {"block_size": 4096}, **unused}))
     from deepspeed.ops.op_builder import AsyncIOBuilder
+    from deepspeed.runtime.config import DeepSpeedConfig
 
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_, **__: False)
     with pytest.raises(ConfigError, match="libaio-dev"):
         settings_of({"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)})
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_, **__: True)
-    found = settings_of({"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)})
+    said: list[str] = []
+    settings = settings_of({"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}, said.append)
+    assert len(said) == 1 and "does nothing here: optimizer, fp16, zero_optimization.offload_optimizer." in said[0]
+    assert DeepSpeedConfig({"train_batch_size": 1, **settings}).aio_config["block_size"] == 4096
+    found = settings["zero_optimization"]
     assert found["offload_param"] == offload and found["stage"] == 3
     assert "offload_optimizer" not in found and "stage3_prefetch_bucket_size" not in found
 
