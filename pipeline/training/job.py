@@ -184,6 +184,11 @@ def read_job(path: Path) -> Job:
         raise ConfigError(f"{path}: no such job file. `prefixfleet train FLEET.yaml` writes one.") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as a job file ({error}).") from error
+    if isinstance(content, dict) and "base_model" in content:
+        raise ConfigError(
+            f"{path}: is a fleet file, not a job file. `prefixfleet train {path}` writes its jobs to .prefixfleet/jobs/<job>/job.yaml (below "
+            "PREFIXFLEET_HOME if that is set) before it loads anything: start it once, stop it with Ctrl-C, and give that file."
+        )
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ConfigError(f"{path}: is no job file of format {FORMAT}. Write it again with `prefixfleet train FLEET.yaml`.")
     job: Job = _build(Job, content, str(path))
