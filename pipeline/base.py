@@ -167,6 +167,29 @@ def rotary_limit(config: dict[str, Any]) -> int | None:
     return min((int(limit) for limit in limits if limit), default=None)
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers loads of a model folder: some (Mistral's) hold the weights a second time, in a form of their maker's.
+
+    Raises:
+        BaseModelError: the index of the files cannot be read.
+    """
+    # The order in which transformers (5.23) looks: one whole file, then an index of parts.
+    if (whole := folder / "model.safetensors").is_file():
+        return [whole]
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    places = _read(str(folder), index).get("weight_map")
+    parts = sorted({Path(str(name)).name for name in places.values()}) if isinstance(places, dict) else []
+    missing = [name for name in parts if not (folder / name).is_file()]
+    if missing or not parts:
+        raise BaseModelError(
+            f"base model {folder}: {index.name} names {', '.join(missing) or 'no files'}"
+            f"{', which are not there' if missing else ''}. Download the model again."
+        )
+    return [folder / name for name in parts]
+
+
 def _read(name: str, file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
 from transformers.utils.logging import disable_progress_bar
 
-from pipeline.base import resolve_base, rotary_limit
+from pipeline.base import resolve_base, rotary_limit, weight_files
 from pipeline.errors import BaseModelError, PrefixError
 from pipeline.prefix.attention import IMPLEMENTATION, IMPLEMENTATION_PACKED, ActivePrefix
 from pipeline.prefix.bank import PrefixBank, Site
@@ -274,7 +274,7 @@ def load_base(base: JobBase, device: torch.device | None = None, place: Place | 
 
 def _dtype_of_file(folder: Path) -> torch.dtype:
     """What most weights of a model folder are stored in."""
-    with safe_open(max(folder.glob("*.safetensors"), key=lambda file: file.stat().st_size), framework="pt") as file:
+    with safe_open(max(weight_files(folder), key=lambda file: file.stat().st_size), framework="pt") as file:
         kinds = Counter(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118  # no mapping
     stored = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     return next((stored[kind] for kind, _ in kinds.most_common() if kind in stored), torch.float32)
