@@ -143,7 +143,12 @@ def run_job(job: Job, asked_to_stop: Callable[[], bool] = lambda: False) -> int:
 def _refuse_too_small_devices(job: Job, engine: Engine, accelerator: Accelerator, dtype: torch.dtype) -> None:
     """Stop before loading if the part of the base that a GPU would keep cannot fit there."""
     # Parts that wait off the device are gathered on it block by block only.
-    if accelerator.device.type != "cuda" or engine.offload or job.base.quantization is not None or not Path(job.base.path).is_dir():
+    if (
+        accelerator.device.type != "cuda"
+        or engine.offload
+        or job.base.quantization is not None
+        or not Path(job.base.path).is_dir()
+    ):
         return
     memory = torch.cuda.get_device_properties(accelerator.device).total_memory
     parts = engine.parts if engine.name == "tp" else accelerator.num_processes

@@ -13,7 +13,8 @@ import psutil
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipeline.training.job import Job
+from pipeline.training.job import Job, read_job
+from pipeline.training.plan import plan
 from pipeline.training.run import run_job
 
 from .launching import CONFIGS, Launch, assert_like, free_port, ranks
@@ -93,6 +94,12 @@ def test_peak_memory_of_a_process_falls_with_their_number(
     print({"config": config, "base_mb": round(size), "peaks_mb": {n: round(peak) for n, peak in peaks.items()}})
     block = size / 18
     for processes in counts:
+        engine = config.partition("_")[0]
+        if processes > 1 and engine != "tp":
+            needs = plan(read_job(path), processes, 2**40, gpu=False).needs
+            planned = next(need.total for need in needs if need.engine == engine and need.checkpointing) / 2**20
+            print({"config": config, "processes": processes, "planned_mb": round(planned)})
+            assert 0.85 <= planned / (peaks[processes] - peaks[0]) <= 1.15, (planned, peaks)
         # Two blocks are together at a time, the one that runs and the next, with ZeRO-3 each twice while it is exchanged; the rest is activations.
         assert peaks[processes] - peaks[0] < size / processes + (6 if config.startswith("zero3") else 3) * block + 60, peaks
     assert sorted(counts, key=lambda count: -peaks[count]) == list(counts), peaks

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from transformers import LlamaConfig
 
 from flows import cli
-from pipeline.errors import ConfigError
+from pipeline.errors import BaseModelError, ConfigError
 from pipeline.training.engines import chosen
 from pipeline.training.job import Job
 from pipeline.training.plan import Plan, parse_bytes, plan, refuse_what_cannot_fit
@@ -139,6 +140,9 @@ def test_command_names_the_engine_and_refuses_what_cannot_fit(make_job: MakeJob,
     assert json.loads(captured.out)["best"] is None and "nothing fits in" in captured.err
     assert cli.main(["plan", str(path), "--devices", "0", "--memory", "16GiB"]) == 2
     assert cli.main(["plan", str(path), "--devices", "1", "--memory", "plenty"]) == 2
+    fleet = Path(__file__).resolve().parents[3] / "examples" / "fleet.yaml"
+    assert cli.main(["plan", str(fleet), "--devices", "1", "--memory", "16GiB"]) == 2
+    assert "is a fleet file, not a job file. `prefixfleet train" in capsys.readouterr().err
 
 
 def test_training_refuses_weights_larger_than_the_device_before_loading(tiny_base: Path) -> None:
@@ -166,6 +170,31 @@ def test_base_that_waits_off_the_device_is_not_refused_for_its_size(make_job: Ma
         check(environment_of("zero3_offload"))
         with pytest.raises(ConfigError, match="with zero3 each would keep"):
             check(environment_of("zero3"))
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_weights_that_a_folder_holds_twice_count_once(tiny_base: Path, tmp_path: Path, parts: bool) -> None:
+    size = (tiny_base / "model.safetensors").stat().st_size
+    shutil.copy(tiny_base / "model.safetensors", tmp_path / "consolidated.safetensors")
+    name = "model-00001-of-00001.safetensors" if parts else "model.safetensors"
+    shutil.copy(tiny_base / "model.safetensors", tmp_path / name)
+    if parts:
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name, "b": name}}))
+    refuse_what_cannot_fit(tmp_path, torch.float32, "ddp", 2, size)
+    with pytest.raises(ConfigError, match="Split the base"):
+        refuse_what_cannot_fit(tmp_path, torch.float32, "ddp", 2, size - 1)
+    if parts:
+        (tmp_path / name).unlink()
+        with pytest.raises(BaseModelError, match=f"names {name}, which are not there"):
+            refuse_what_cannot_fit(tmp_path, torch.float32, "ddp", 2, size)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_engines_that_training_refuses_for_a_quantised_base_are_not_planned(make_job: MakeJob, devices: int) -> None:
+    job, _ = make_job()
+    found = plan(replace(job, base=replace(job.base, quantization="int4")), devices, GIB, gpu=False)
+    assert {need.engine for need in found.needs} == {"none" if devices == 1 else "ddp"}
+    assert {"zero3_offload"} < {need.engine for need in plan(job, devices, GIB, gpu=False).needs}
 
 
 @pytest.mark.parametrize(
