@@ -1,6 +1,6 @@
 """Compute the table of docs/distributed.md (1, 8 and 64 GPUs; bases of 7, 72 and 405 billion parameters) with the planner and write it there.
 
-`python benchmarks/plan_table.py`. Nothing is measured: `benchmarks/plan_memory.py` compares the planner with measured runs.
+`python benchmarks/plan_table.py` prints the rows that it changes there. Nothing is measured: `benchmarks/plan_memory.py` compares the planner with measured runs.
 """
 
 from pathlib import Path
@@ -51,4 +51,11 @@ def table() -> str:
 if __name__ == "__main__":
     text = PAGE.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
-    PAGE.write_text(before + BEGIN + table() + END + rest.partition(END)[2], encoding="utf-8")
+    old, _, after = rest.partition(END)
+    new = table()
+    changed = [f"-{line}\n" for line in old.splitlines() if line not in new.splitlines()]
+    changed += [f"+{line}\n" for line in new.splitlines() if line not in old.splitlines()]
+    if changed:
+        PAGE.write_text(before + BEGIN + new + END + after, encoding="utf-8")
+        print("".join(changed), end="")
+    print(f"{PAGE}: {'written anew' if changed else 'the table stands as the planner computes it'}")
