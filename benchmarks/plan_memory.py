@@ -1,7 +1,8 @@
 """Peak memory and tokens a second of mixed training on this device, beside what `pipeline.training.plan` computes for it.
 
 `python benchmarks/plan_memory.py` takes a GPU if there is one, with a random Llama of 1.1 billion parameters in bfloat16; else the processor, with
-one of 40 million in float32. One line of JSON a shape. Weights are random: memory and time do not depend on them.
+one of 40 million in float32. One line of JSON a shape. One process with the whole base: split ones are compared
+by tests/pipeline/training/test_engines_slow.py. Weights are random: memory and time do not depend on them.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """Compute the table of docs/distributed.md (1, 8 and 64 GPUs; bases of 7, 72 and 405 billion parameters) with the planner and write it there.
 
-`python benchmarks/plan_table.py` prints the rows that it changes there. Nothing is measured: `benchmarks/plan_memory.py` compares the planner with measured runs.
+`python benchmarks/plan_table.py` prints the rows that it changes there. Nothing is measured:
+`benchmarks/plan_memory.py` compares the planner with measured runs.
 """
 
 from pathlib import Path

@@ -124,12 +124,12 @@ def plan(job: Job, devices: int, memory: int, gpu: bool = True, config: Any | No
     buffers = exchange + (GPU_CONTEXT if gpu else 0)
     share = -(-base.weights // devices)
     engines = [("none" if devices == 1 else "ddp", base.weights, 0, saved)]
-    # Measured with a base of 18 blocks (tests/pipeline/training/test_engines_slow.py): with FSDP2 the block that runs and the next one are together;
-    # with ZeRO-3 what is being gathered is there twice, in the buffer of the exchange and in its weights.
+    # Measured with a base of 18 blocks (tests/pipeline/training/test_engines_slow.py): two to four blocks are together with FSDP2, as gathering and
+    # running happen to overlap; with ZeRO-3 what is being gathered is there twice, in the buffer of the exchange and in its weights.
     modules = max(3 * base.block, 2 * base.largest + base.block)
     quantised = job.base.quantization is not None  # whole on every process: no engine splits it
     if devices > 1 and not quantised:
-        engines.append(("fsdp2", share, base.rest + 2 * base.block, saved))
+        engines.append(("fsdp2", share, base.rest + 3 * base.block, saved))
     if shared is not None:
         engines.append(("tp", shared.weights, 0, shared.activations(_largest_micro_batch(job, devices // shared.parts), longest)))
     if devices > 1 and not quantised:

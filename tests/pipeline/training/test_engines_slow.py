@@ -99,7 +99,7 @@ def test_peak_memory_of_a_process_falls_with_their_number(
             needs = plan(read_job(path), processes, 2**40, gpu=False).needs
             planned = next(need.total for need in needs if need.engine == engine and need.checkpointing) / 2**20
             print({"config": config, "processes": processes, "planned_mb": round(planned)})
-            assert 0.85 <= planned / (peaks[processes] - peaks[0]) <= 1.15, (planned, peaks)
+            assert 0.75 <= planned / (peaks[processes] - peaks[0]) <= 1.25, (planned, peaks)
         # Two blocks are together at a time, the one that runs and the next, with ZeRO-3 each twice while it is exchanged; the rest is activations.
         assert peaks[processes] - peaks[0] < size / processes + (6 if config.startswith("zero3") else 3) * block + 60, peaks
     assert sorted(counts, key=lambda count: -peaks[count]) == list(counts), peaks
