@@ -59,5 +59,7 @@ def _flat(metrics: Mapping[str, Any]) -> dict[str, float]:
             flat |= {f"{before}{metric}_{end}": score[end] for end in ("low", "high")}
     for other, compared in metrics["comparisons"].items():
         for metric, gain in compared.items():
-            flat |= {f"{metric}_gain_over_{other}": gain["gain"], f"{metric}_p_over_{other}": gain["p"]}
+            flat[f"{metric}_gain_over_{other}"] = gain["gain"]
+            if gain["p"] is not None:
+                flat[f"{metric}_p_over_{other}"] = gain["p"]
     return flat

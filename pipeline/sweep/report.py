@@ -76,9 +76,10 @@ def sentences(content: Mapping[str, Any]) -> list[str]:
             f"What the fleet file says now has {score_text(now, metric)} on test; the best gains {gain_text(against)} over it."
         )
     if equal := content["best"]["shortest_equal"]:
+        tested = f"p {equal['p']:.3g}" if equal["p"] is not None else "too few records for a p-value"
         said.append(
             f"Shorter, and on {content['records']['dev']:,} dev records not to be told from it: {_setting(content, equal['settings'])}, "
-            f"{metric} {score_text({'score': equal['score']}, metric)} (the best gains {equal['gain']:+.3g}, p {equal['p']:.3g})."
+            f"{metric} {score_text({'score': equal['score']}, metric)} (the best gains {equal['gain']:+.3g}, {tested})."
         )
     return said
 

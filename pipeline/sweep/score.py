@@ -304,7 +304,11 @@ def _curve(groups: Sequence[Mapping[str, Any]], axis: str, metric: str) -> list[
 
 def _shortest_equal(groups: Sequence[Mapping[str, Any]], best: Mapping[str, Any]) -> dict[str, Any] | None:
     """The shortest prefix that dev cannot tell from the best one, if it is shorter."""
-    equal = [group for group in groups if group["behind"] is not None and group["behind"]["p"] >= LEVEL]
+    equal = [
+        group
+        for group in groups
+        if group["behind"] is not None and (group["behind"]["p"] is None or group["behind"]["p"] >= LEVEL)
+    ]
     shorter = [group for group in equal if group["settings"]["length"] < best["settings"]["length"]]
     if not shorter:
         return None

@@ -373,13 +373,21 @@ def test_every_metric_has_a_signature_and_bears_empty_references() -> None:
 def test_every_metric_bears_empty_identical_and_foreign_outputs(outputs) -> None:
     found = score_systems({"x": outputs, "y": ["a b", "c"]}, [["a b c d"], ["\u9759"]], TEXTUAL, ours="x", resamples=100)
     assert all(math.isfinite(v.score + v.low + v.high) for own in found.systems.values() for v in own.values())
-    assert all(math.isfinite(c.gain + c.low + c.high) and 0 < c.p <= 1 for c in found.comparisons["y"].values())
+    assert all(math.isfinite(c.gain + c.low + c.high) and c.p is None for c in found.comparisons["y"].values())
 
 
 def test_a_system_compared_with_itself_gains_nothing_with_p_1() -> None:
-    texts = [f"house {i} by the river" for i in range(9)]
-    found = score_systems({"x": texts, "y": texts}, [["a house by the river"]] * 9, TEXTUAL, ours="x", resamples=100)
+    texts = [f"house {i} by the river" for i in range(10)]
+    found = score_systems({"x": texts, "y": texts}, [["a house by the river"]] * 10, TEXTUAL, ours="x", resamples=100)
     assert {(c.gain, c.low, c.high, c.p) for c in found.comparisons["y"].values()} == {(0, 0, 0, 1)}
+
+
+@pytest.mark.parametrize(("records", "tested"), [(1, False), (9, False), (10, True)])
+def test_below_ten_records_there_is_no_p_value(records, tested) -> None:
+    better, worse = ["a quiet house by the river"] * records, ["a house"] * records
+    found = score_systems({"x": better, "y": worse}, [[b] for b in better], TEXTUAL, ours="x", resamples=100)
+    assert found.records == records
+    assert {c.p is not None for c in found.comparisons["y"].values()} == {tested}
 
 
 def test_a_slice_has_the_scores_of_its_records_alone() -> None:

@@ -425,8 +425,15 @@ def test_all_outputs_identical_or_one_record_give_scores_and_a_report(make_job, 
     evaluate_job(one, engine.load)
     assert result(one)["status"] == "done"
     metrics = read_json(folder(one) / "metrics.json", 1)
-    assert metrics["comparisons"]["base"]["bleu"]["p"] == 1
+    assert metrics["comparisons"]["base"]["bleu"]["p"] is None
     assert metrics["slices"] == {}
+    warning = "1 test record decides nothing"
+    assert metrics["remarks"][0].startswith(warning)
+    assert read_json(folder(one) / "decision.json", 1)["reasons"][-1].startswith(warning)
+    for page in ("report.md", "report.html"):
+        told = (folder(one) / page).read_text(encoding="utf-8")
+        assert warning in told
+        assert ", no p" in told
     assert (folder(one) / "report.md").read_text(encoding="utf-8").startswith("# acme: reject")
 
 
