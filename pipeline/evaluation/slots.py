@@ -109,12 +109,8 @@ def _errors(
     # Longer values first, and each word once: "The Rice Boat" is no second mention of "Rice".
     taken = [False] * len(words)
     found = {value: _take(words, value, taken) for value in sorted(wanted, key=_longest_first)}
-    foreign = [
-        value
-        for first in set(words) & by_first.keys()
-        for value in by_first[first]
-        if value not in wanted and (known[value] & names or _is_telling(value, wanted))
-    ]
+    said = {value for i, word in enumerate(words) for value in by_first.get(word, ()) if words[i : i + len(value)] == value}
+    foreign = [value for value in said - wanted if known[value] & names or _is_telling(value, wanted)]
     added = sum(_take(words, value, taken) > 0 for value in sorted(foreign, key=_longest_first))
     missing = sum(not count for count in found.values())
     repeated = sum(count > 1 for count in found.values())

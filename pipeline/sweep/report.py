@@ -306,6 +306,6 @@ def _how(content: Mapping[str, Any]) -> dict[str, Any]:
 def _notes(content: Mapping[str, Any]) -> list[str]:
     return [
         *content["notes"].values(),
-        "All settings were trained together, in mixed batches on one loaded base; seconds are each one's share of that.",
+        "All settings were trained together, in mixed batches on one loaded base; seconds are shared by those side by side.",
         "The highest of several scores on dev flatters itself a little, the more so the more settings are tried: believe the test split.",
     ]

@@ -88,7 +88,10 @@ def test_a_length_beyond_the_bases_positions_is_a_row_of_the_table_and_no_part_o
     ("arguments", "said"),
     [
         (["--customer", "acmee"], "Did you mean 'acme'"),
-        (["--customer", "acme", "--lengths", "1,x"], "--lengths: invalid"),
+        (
+            ["--customer", "acme", "--lengths", "1,x"],
+            "--lengths: invalid value 'x': give numbers with commas between them, such as 5,20",
+        ),
         (["--customer", "acme", "--lrs", "0"], "must be more than 0"),
         (["--customer", "acme", "--inits", "prefix"], "is none of text, task, random, zeros"),
     ],

@@ -214,7 +214,8 @@ def test_a_metric_that_cannot_judge_the_texts_says_so() -> None:
     assert score_systems({"x": words}, [words], METRICS, resamples=100).notes == {}
 
 
-def test_a_thousand_records_take_a_few_seconds_per_metric() -> None:
+@pytest.mark.parametrize("metric", [name for name in KINDS if name not in ("ter", "meteor")])  # minutes, and said so in the docs
+def test_a_thousand_records_take_a_few_seconds_per_metric(metric) -> None:
     words = [
         "quiet",
         "loud",
@@ -239,10 +240,12 @@ def test_a_thousand_records_take_a_few_seconds_per_metric() -> None:
     ]
     draw = np.random.default_rng(0)
     texts = [" ".join(draw.choice(words, 20)) for _ in range(2000)]
-    for metric in METRICS:
-        started = time.process_time()
-        score_systems({"base": texts[:1000], "prefix": texts[1000:]}, [[t] for t in texts[:1000]], [metric], resamples=1000)
-        assert time.process_time() - started < 6, metric  # two systems, each within 3 s
+    systems, references = {"base": texts[:1000], "prefix": texts[1000:]}, [[t] for t in texts[:1000]]
+    inputs = [f"name : {' '.join(text.split()[:2])} | food : {text.split()[3]}" for text in texts[:1000]]
+    losses = {name: np.ones((1000, 2)) for name in systems}
+    started = time.process_time()
+    score_systems(systems, references, [metric], ours="prefix", inputs=inputs, losses=losses, resamples=1000)
+    assert time.process_time() - started < 6  # two systems, each within 3 s
 
 
 def test_sentence_chrf_is_sacrebleus() -> None:
