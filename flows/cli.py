@@ -966,9 +966,16 @@ def _several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     """A type for argparse: values with commas between."""
 
     def parse(text: str) -> list[Any]:
-        return [kind(part.strip()) for part in text.split(",")]
+        values = []
+        for part in text.split(","):
+            try:
+                values.append(kind(part.strip()))
+            except ValueError:
+                raise argparse.ArgumentTypeError(
+                    f"invalid value {part.strip()!r}: give numbers with commas between them, such as 5,20"
+                ) from None
+        return values
 
-    parse.__name__ = "list"  # argparse: "invalid list value"
     return parse
 
 

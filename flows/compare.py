@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flows import jobs, work
+from flows import jobs, locks, work
 from flows.events import emit
 from pipeline.config import LaunchSettings
-from pipeline.errors import BaseModelError, ConfigError, EvaluationError, PrefixFleetError
+from pipeline.errors import BaseModelError, ConfigError, EvaluationError, PrefixFleetError, TrainingError
 from pipeline.files import digest_of, read_json, write_json
+from pipeline.home import Home
 from pipeline.progress import MARK
 from pipeline.training.job import Job, write_job
 
@@ -47,7 +48,7 @@ def run_comparison(
         the content of compare.json, and its folder.
 
     Raises:
-        PrefixFleetError: fleet file, data or base are unusable, or a method's process crashed.
+        PrefixFleetError: fleet file, data or base are unusable, another comparison of the customer is running, or a method's process crashed.
     """
     todo = work.open_work(fleet_file, [customer])
     if len(todo.customers) > 1:
@@ -56,27 +57,34 @@ def run_comparison(
     work.leave_forgotten(todo)
     if one.key in todo.errors:
         raise ConfigError(todo.errors[one.key])
-    member, job = _job(todo, one, steps)
+    from pipeline.compare.report import compare
+    from pipeline.data import is_prepared, read_split
+
+    with locks.holding(todo.home, [one.key]) as busy:
+        if busy and not is_prepared(one, todo.base, todo.home.prepared(one.key)):
+            raise TrainingError(f"{one.key}: another run is at work on this customer; wait for it or stop it.")
+        member, job = _job(todo, one, steps)
     chosen = [name for name in METHODS if name in methods or name == "base"]
     setting = digest_of([member.train_digest, member.evaluate_digest, dataclasses.asdict(member.training), tries, adapter_share])
     folder = member.key.below(todo.home.root / "comparisons") / setting[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    write_job(folder / "job.yaml", job)
-    results = []
-    for name in chosen:
-        result = _known(folder / f"{name}.json")
-        if result is None:
-            say(f"{name}: training")
-            task = folder / f"{name}.task.json"
-            write_json(task, {"format": FORMAT, "method": name, "tries": tries, "adapter_share": adapter_share})
-            _run(folder / "job.yaml", task, name)
-            result = read_json(folder / f"{name}.json", FORMAT)
-        say(f"{name}: {'not possible: ' + str(result['error']) if 'error' in result else 'done'}")
-        results.append(result)
-    from pipeline.compare.report import compare
-    from pipeline.data import read_split
-
-    return compare(member, read_split(Path(member.prepared), "test"), results, folder), folder
+    # A home of its own: comparisons keep from one another, not from `run`, with which they share no file but the prepared data.
+    with locks.holding(Home(folder.parent), [one.key]) as busy:
+        if busy:
+            raise TrainingError(f"{one.key}: another comparison of this customer is running; wait for it or stop it.")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_job(folder / "job.yaml", job)
+        results = []
+        for name in chosen:
+            result = _known(folder / f"{name}.json")
+            if result is None:
+                say(f"{name}: training")
+                task = folder / f"{name}.task.json"
+                write_json(task, {"format": FORMAT, "method": name, "tries": tries, "adapter_share": adapter_share})
+                _run(folder / "job.yaml", task, name)
+                result = read_json(folder / f"{name}.json", FORMAT)
+            say(f"{name}: {'not possible: ' + str(result['error']) if 'error' in result else 'done'}")
+            results.append(result)
+        return compare(member, read_split(Path(member.prepared), "test"), results, folder), folder
 
 
 def _job(todo: work.Work, one: Any, steps: int | None) -> tuple[Any, Job]:

@@ -100,6 +100,7 @@ def _work_through(todo: work.Work) -> None:
         members = todo.ready_to_register()
         registering = tasks.register.map(members, unmapped(todo.home))
         _settle(todo, "register", [m.key for m in members], registering, todo.registered)
+        work.log_evaluations(todo)
 
 
 def _run_job(todo: work.Work, job: jobs.PlannedJob, stage: str) -> None:

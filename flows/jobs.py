@@ -36,7 +36,7 @@ from pipeline.training.results import EVALUATION_FILES, PREFIX_FILES, is_whole, 
 
 # Raised when the same settings and data would give another prefix, or the same prefix another score: everything is then due again.
 METHOD_VERSION = 1
-EVALUATION_VERSION = 2
+EVALUATION_VERSION = 3
 
 STAGES = ("prepare", "train", "evaluate", "register")
 # Of the launch settings: how the same work is cut, which one may change to go on with less memory.

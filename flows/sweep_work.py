@@ -115,9 +115,12 @@ def _sweep(
     customers = tuple(variant.customer for variant in tried)
     fleet = todo.fleet.model_copy(update={"name": "sweep", "customers": customers})
     by_key = {variant.customer.key: members[variant.name] for variant in tried}
+    failed = _too_long(tried, members, todo)
+    by_key = {key: member for key, member in by_key.items() if member.task not in failed}
+    if not by_key:
+        raise ConfigError("no setting can be trained: " + "; ".join(f"{name}: {why}" for name, why in failed.items()))
     (planned,) = jobs.plan(fleet, customers, by_key, todo.base, own)
     planned = replace(planned, job=replace(planned.job, experiment=EXPERIMENT))
-    failed: dict[str, str] = {}
     crash: PrefixFleetError | None = None
     due = jobs.due_in(planned, "train")
     if due:
@@ -154,6 +157,26 @@ def _sweep(
     )
     launch.run_module("pipeline.sweep", folder / "task.json", planned.launch, events.emit, logger)
     return read_json(folder / "sweep.json", FORMAT), folder
+
+
+def _too_long(tried: list[Variant], members: Mapping[str, JobCustomer], todo: work.Work) -> dict[str, str]:
+    """Settings whose prefix and longest row pass the base's positions, and why: they have no place in the job."""
+    from pipeline.data import read_split
+
+    limit = todo.base.max_positions
+    if limit is None:
+        return {}
+    longest = 0
+    if not todo.base.is_encoder_decoder:  # whose encoder's rows stand apart from the prefix
+        prepared = Path(members[tried[0].name].prepared)
+        rows = [row for split in ("train", "dev") for row in read_split(prepared, split)]
+        longest = max((len(row.prompt_ids) + len(row.target_ids) for row in rows), default=0)
+    return {
+        variant.name: f"too long: a prefix of {variant.settings['length']} and the longest row of {longest} tokens pass the {limit} positions of the "
+        f"base. {f'Up to {limit - longest} fit' if limit > longest else 'None fits'}."
+        for variant in tried
+        if variant.settings["length"] + longest > limit
+    }
 
 
 def _known(path: Path) -> dict[str, Any] | None:

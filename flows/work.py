@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from flows import events, jobs, launch, locks
 from pipeline.base import BaseModelInfo, resolve_base
 from pipeline.config import Customer, Fleet, load_fleet
-from pipeline.errors import PrefixFleetError
+from pipeline.errors import EvaluationError, PrefixFleetError
 from pipeline.files import read_json, write_json
 from pipeline.home import Home
 from pipeline.keys import CustomerKey
@@ -428,6 +428,27 @@ def run_stage(work: Work, stage: str, logger: logging.Logger) -> None:
                 except PrefixFleetError as error:
                     crash = error
                 work.finished(planned, members, stage, crash)
+    if stage in ("evaluate", "register"):
+        log_evaluations(work)
+
+
+def log_evaluations(work: Work) -> None:
+    """Log to MLflow what evaluations it does not have: their process was killed before it did, or MLflow was away."""
+    from pipeline.evaluation.tracking import is_logged, log_evaluation
+
+    for key, member in work.members.items():
+        folder = Path(member.evaluation_dir)
+        if key in work.errors or not jobs.is_evaluated(member) or is_logged(folder):
+            continue
+        try:
+            run_id = read_json(Path(member.prefix_dir) / "prefix.json", 1)["run_id"]
+            if run_id is not None:
+                log_evaluation(run_id, read_json(folder / "metrics.json", 1), folder)
+        except EvaluationError as error:
+            log.warning("%s: %s", key, error)
+        except Exception as error:  # of whatever kind: the evaluation stands, and the next run tries again
+            log.warning("%s: its evaluation could not be logged: %s. No more are logged by this run.", key, error)
+            return
 
 
 def _one_by_one(work: Work, stage: str) -> None:

@@ -252,7 +252,7 @@ class GateSettings(Settings):
         None,
         gt=0,
         lt=1,
-        description="gains count only with a p-value below this (paired bootstrap); null: they count as they are",
+        description="gains count only with a p-value below this (paired bootstrap, of 10 test records or more); null: they count as they are",
     )
 
 
@@ -303,8 +303,14 @@ class EvaluationSettings(Settings):
         for name, values in (("metrics", self.metrics), ("slices", self.slices)):
             if len(set(values)) != len(values):
                 raise ValueError(f"{name} names one thing twice")
-        if self.gate.max_regression_on_slice is not None and not self.slices:
-            raise ValueError("gate.max_regression_on_slice needs slices; name some, or remove it")
+        if self.gate.max_regression_on_slice is not None:
+            if not self.slices:
+                raise ValueError("gate.max_regression_on_slice needs slices; name some, or remove it")
+            if self.gate.metric.startswith("distinct"):
+                raise ValueError(
+                    f"gate.max_regression_on_slice cannot be asked of {self.gate.metric}, which is of all outputs together and not cut into slices; "
+                    "name another gate.metric, or remove it"
+                )
         if self.instruction is not None and not self.instruction.strip():
             raise ValueError("instruction is empty; remove it to use training rows as examples")
         return self

@@ -6,10 +6,7 @@ from typing import Literal, Protocol
 
 from pipeline.errors import EvaluationError
 from pipeline.evaluation.metrics import METRICS
-from pipeline.evaluation.scores import Comparison, Score, Scores
-
-# A slice of fewer records than this says nothing that a decision could rest on.
-LEAST_RECORDS = 10
+from pipeline.evaluation.scores import LEAST_RECORDS, Comparison, Score, Scores
 
 Verdict = Literal["promote", "keep", "reject"]
 
@@ -47,8 +44,9 @@ class Decision:
     """The outcome of the gate.
 
     Attributes:
-        decision: `promote` if every condition holds; `keep` (the champion) if only comparisons with the champion fail; else `reject`.
-        reasons: one sentence for each condition, whether it holds or not; those that fail stand first.
+        decision: `promote` if every condition holds; `keep` (whatever is in use) if those that fail compare with the champion or could not be
+            judged; else `reject`.
+        reasons: one sentence for each condition, whether it holds or not; those that fail stand first; then what else must be known.
     """
 
     decision: Verdict
@@ -89,11 +87,21 @@ def decide(scores: Scores, gate: Gate, remarks: Mapping[str, str] | None = None)
             said.append((remarks or {}).get("champion", "There is no champion to compare with."))
     if gate.max_regression_on_slice is not None:
         conditions.append(_slices(scores, metric, gate.max_regression_on_slice))
+    if (few := few_records(scores.records)) is not None:
+        said.append(few)
     failed = [condition for condition in conditions if not condition.holds]
     verdict: Verdict = "promote"
     if failed:
         verdict = "reject" if any(condition.otherwise == "reject" for condition in failed) else "keep"
     return Decision(verdict, [c.reason for c in sorted(conditions, key=lambda c: (c.holds, c.otherwise == "keep"))] + said)
+
+
+def few_records(records: int) -> str | None:
+    """A warning where there are too few test records to decide anything by; None where there are enough."""
+    if records >= LEAST_RECORDS:
+        return None
+    counted = "1 test record decides" if records == 1 else f"{records} test records decide"
+    return f"{counted} nothing: no p-value is given, and intervals mean little, below {LEAST_RECORDS}. Give the customer a larger test split."
 
 
 def _gain(scores: Scores, gate: Gate, other: str, least: float) -> _Condition:
@@ -102,16 +110,24 @@ def _gain(scores: Scores, gate: Gate, other: str, least: float) -> _Condition:
     compared = scores.comparisons[other][metric]
     # Compared as they are written in metrics.json, so that a reader with a calculator comes to the same decision.
     enough = round(compared.gain, 6) > least
-    certain = gate.significance is None or compared.p < gate.significance
+    untested = gate.significance is not None and compared.p is None
+    certain = gate.significance is None or (compared.p is not None and compared.p < gate.significance)
     asked = f"better than the {other}" if least == 0 else f"a gain of more than {least:g}"
     if gate.significance is not None:
         asked += f" with p below {gate.significance:g}"
     shown = f"{metric} is {ours:.2f} with the prefix, {_distance(compared, ours - theirs)} the {other}'s {theirs:.2f}"
-    tested = "" if gate.significance is None else f" (p = {compared.p:.3g})"
+    tested = "" if gate.significance is None or compared.p is None else f" (p = {compared.p:.3g})"
+    ending = "" if enough and certain else ", so this fails"
+    if untested:
+        ending = (
+            f", and {scores.records} test record{'' if scores.records == 1 else 's'} give no p-value ({LEAST_RECORDS} do), so this fails: "
+            "give the customer a larger test split, or remove evaluation.gate.significance"
+        )
     return _Condition(
         enough and certain,
-        f"{shown}{tested}; the gate asks for {asked}{'' if enough and certain else ', so this fails'}.",
-        "keep" if other == "champion" else "reject",
+        f"{shown}{tested}; the gate asks for {asked}{ending}.",
+        # What cannot be judged is no reason to reject.
+        "keep" if other == "champion" or (enough and untested) else "reject",
     )
 
 
@@ -140,7 +156,15 @@ def _slices(scores: Scores, metric: str, most: float) -> _Condition:
         if part.records >= LEAST_RECORDS and metric in part.comparisons[other]
     ]
     if not judged:
-        return _Condition(True, f"No slice has {LEAST_RECORDS} records or more, so none is judged.")
+        why = f"no slice has {LEAST_RECORDS} records or more" if scores.slices else "the test split has no slices"
+        if any(part.records >= LEAST_RECORDS for values in scores.slices.values() for part in values.values()):
+            why = f"{metric} is not computed for slices"
+        return _Condition(
+            False,
+            f"The gate bears a loss of {most:g} on a slice, but none could be judged: {why}. Give the customer a larger test split, name other "
+            "evaluation.slices, or remove evaluation.gate.max_regression_on_slice.",
+            "keep",
+        )
     gain, where, records = min(judged)
     holds = round(-gain, 6) <= most
     change = f"{abs(gain):.2f} {'better' if gain > 0 else 'worse'} than with the {other}" if gain else f"as with the {other}"

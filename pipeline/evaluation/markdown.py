@@ -36,10 +36,11 @@ def score_text(score: Mapping[str, float] | None, metric: str) -> str:
     return f"{score['score']:.{places}f}{interval}"
 
 
-def gain_text(compared: Mapping[str, float]) -> str:
-    """`+1.20 (-0.30 to +2.10), p 0.041`."""
-    p = f"{compared['p']:.3f}" if compared["p"] >= 0.001 else "below 0.001"
-    return f"{compared['gain']:+.3g} ({compared['low']:+.3g} to {compared['high']:+.3g}), p {p}"
+def gain_text(compared: Mapping[str, float | None]) -> str:
+    """`+1.20 (-0.30 to +2.10), p 0.041`; `no p` where there were too few records for one."""
+    p = compared["p"]
+    tested = "no p" if p is None else f"p {p:.3f}" if p >= 0.001 else "p below 0.001"
+    return f"{compared['gain']:+.3g} ({compared['low']:+.3g} to {compared['high']:+.3g}), {tested}"
 
 
 def customer_markdown(

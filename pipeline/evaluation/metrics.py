@@ -322,7 +322,7 @@ def _slot_error_rate(references: Sequence[Sequence[str]], inputs: Sequence[str])
     return Metric(
         statistics=errors,
         score_of=scores,
-        signature="slot_error_rate|errors:missing+added+repeated|match:words|case:lc|yes/no:left-out",
+        signature="slot_error_rate|errors:missing+added+repeated|added:values-of-all-inputs|match:words|case:lc|yes/no:left-out",
         note=f"Values are looked for word by word. The first references themselves have a slot error rate of {own:.1f}.",
     )
 

@@ -210,15 +210,16 @@ def gain_cell(gain: float | None) -> str:
     return f'<td class="number {_colour(gain)}" data-of="gain">{signed(gain)}</td>'
 
 
-def compared_cell(compared: Mapping[str, float] | None, of: str) -> str:
-    """A table cell with a gain, its interval and its p-value."""
+def compared_cell(compared: Mapping[str, Any] | None, of: str) -> str:
+    """A table cell with a gain, its interval and its p-value. Without a p-value (too few records) it has no colour."""
     if compared is None:
         return f'<td class="number soft" data-of="{text(of)}">none</td>'
     low, high = signed(compared["low"]), signed(compared["high"])
-    certain = compared["low"] > 0 or compared["high"] < 0
+    certain = compared["p"] is not None and (compared["low"] > 0 or compared["high"] < 0)
+    tested = "no p" if compared["p"] is None else f"p {p_value(compared['p'])}"
     return (
         f'<td class="number {_colour(compared["gain"]) if certain else "soft"}" data-of="{text(of)}">{signed(compared["gain"])}'
-        f'<span class="interval">{low} to {high}, p {p_value(compared["p"])}</span></td>'
+        f'<span class="interval">{low} to {high}, {tested}</span></td>'
     )
 
 

@@ -33,7 +33,7 @@ from pipeline.evaluation.candidates import (
     read_partial,
 )
 from pipeline.evaluation.contamination import contamination
-from pipeline.evaluation.gate import Decision, decide
+from pipeline.evaluation.gate import Decision, decide, few_records
 from pipeline.evaluation.metrics import METRICS, check_metrics
 from pipeline.evaluation.prompting import Text, conversation, text_in_front, with_text
 from pipeline.evaluation.report import write_reports
@@ -484,7 +484,7 @@ def _metrics(candidate: _Candidate, scores: Scores, uncut: Sequence[str]) -> dic
         "better": {name: METRICS[name].better for name in settings.metrics},
         "signatures": scores.signatures,
         "notes": scores.notes,
-        "remarks": [*candidate.remarks.values(), *uncut],
+        "remarks": [*filter(None, [few_records(len(candidate.records))]), *candidate.remarks.values(), *uncut],
         "scores": _plain(scores.systems),
         "comparisons": _plain(scores.comparisons),
         "slices": {

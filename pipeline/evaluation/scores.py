@@ -18,6 +18,8 @@ from pipeline.evaluation.presets import Preset, preset_named
 
 # sacrebleu's own default: `sacrebleu --confidence` on the same texts gives the same resamples.
 SEED = 12345
+# Fewer records than this decide nothing: a resample of so few is nearly sure to repeat what was found, and any difference would look certain.
+LEAST_RECORDS = 10
 # The index matrix of a block of resamples stays below this many numbers (16 MB as float64).
 _BLOCK = 2_000_000
 
@@ -37,13 +39,13 @@ class Comparison:
 
     Attributes:
         gain: difference of the scores, `low` to `high` its 95 % bootstrap interval.
-        p: of sacrebleu's paired bootstrap test.
+        p: of sacrebleu's paired bootstrap test; None where fewer than `LEAST_RECORDS` records were compared.
     """
 
     gain: float
     low: float
     high: float
-    p: float
+    p: float | None
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Scores:
         signatures: metric name to the settings it was computed with.
         notes: metric name to a warning, where the metric cannot judge these texts.
         seconds: metric name to the time that it took, for all systems.
+        records: how many were scored.
     """
 
     systems: dict[str, dict[str, Score]]
@@ -80,6 +83,7 @@ class Scores:
     signatures: dict[str, str]
     notes: dict[str, str]
     seconds: dict[str, float]
+    records: int
 
 
 def score_systems(
@@ -119,7 +123,7 @@ def score_systems(
         f"{name}\0{value}": np.array(rows) for name, values in (slices or {}).items() for value, rows in values.items()
     }
     parts = {key: Part(len(rows), {system: {} for system in systems}, {}) for key, rows in indices.items()}
-    found = Scores(parts[""].systems, parts[""].comparisons, {}, {}, {}, {})
+    found = Scores(parts[""].systems, parts[""].comparisons, {}, {}, {}, {}, len(references))
     if ours is not None:
         for part in parts.values():
             part.comparisons.update({system: {} for system in systems if system != ours})
@@ -207,7 +211,8 @@ def _add(
             gains = sign * (resampled[ours] - resampled[other])
             gain = sign * (scores[ours] - scores[other])
             low, high = _interval(gains)
-            comparisons[name] = Comparison(_rounded(gain), low, high, _p_value(gains, gain))
+            p = _p_value(gains, gain) if part.records >= LEAST_RECORDS else None
+            comparisons[name] = Comparison(_rounded(gain), low, high, p)
 
 
 def _with_resampled_sums(

@@ -6,9 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import EvaluationError
-from pipeline.registry.store import connect, ensure_store, translated
+from pipeline.files import write_json
+from pipeline.registry.store import connect, ensure_store, shown_uri, translated
 
 _ARTIFACTS = ("report.html", "report.md", "metrics.json", "decision.json")
+_NOTE = "mlflow_run.json"
+
+
+def is_logged(folder: Path) -> bool:
+    """Whether an evaluation was logged, or its run refused it: there is nothing more to do."""
+    return (folder / _NOTE).exists()
 
 
 def log_evaluation(run_id: str, metrics: Mapping[str, Any], folder: Path) -> None:
@@ -16,7 +23,8 @@ def log_evaluation(run_id: str, metrics: Mapping[str, Any], folder: Path) -> Non
     `bleu_gain_over_base` and `bleu_p_over_base`, and so for the others; below `evaluation/` the report as HTML, Markdown and JSON; and as a tag
     `prefixfleet.signature.bleu` how it was computed.
 
-    The store is the one that `MLFLOW_TRACKING_URI` names.
+    The store is the one that `MLFLOW_TRACKING_URI` names. A note in the folder then says that it is done (`is_logged`); one
+    that was killed or found no store leaves none, and the next run of the fleet does it.
 
     Args:
         run_id: the run of prefix.json.
@@ -31,6 +39,7 @@ def log_evaluation(run_id: str, metrics: Mapping[str, Any], folder: Path) -> Non
     from mlflow.entities import Metric, RunTag
     from mlflow.exceptions import MlflowException
 
+    note = {"format": 1, "id": run_id, "store": shown_uri()}
     now = int(time.time() * 1000)
     with translated("logging an evaluation"):
         client = connect()
@@ -45,9 +54,11 @@ def log_evaluation(run_id: str, metrics: Mapping[str, Any], folder: Path) -> Non
         except MlflowException as error:
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise
+            write_json(folder / _NOTE, {**note, "refused": str(error)})  # a run that is gone does not come back
             raise EvaluationError(
                 f"MLflow takes no scores for run {run_id}, which trained the prefix ({error}). They are in {folder}."
             ) from error
+    write_json(folder / _NOTE, note)
 
 
 def _flat(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -59,5 +70,7 @@ def _flat(metrics: Mapping[str, Any]) -> dict[str, float]:
             flat |= {f"{before}{metric}_{end}": score[end] for end in ("low", "high")}
     for other, compared in metrics["comparisons"].items():
         for metric, gain in compared.items():
-            flat |= {f"{metric}_gain_over_{other}": gain["gain"], f"{metric}_p_over_{other}": gain["p"]}
+            flat[f"{metric}_gain_over_{other}"] = gain["gain"]
+            if gain["p"] is not None:
+                flat[f"{metric}_p_over_{other}"] = gain["p"]
     return flat

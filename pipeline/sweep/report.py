@@ -76,9 +76,10 @@ def sentences(content: Mapping[str, Any]) -> list[str]:
             f"What the fleet file says now has {score_text(now, metric)} on test; the best gains {gain_text(against)} over it."
         )
     if equal := content["best"]["shortest_equal"]:
+        tested = f"p {equal['p']:.3g}" if equal["p"] is not None else "too few records for a p-value"
         said.append(
             f"Shorter, and on {content['records']['dev']:,} dev records not to be told from it: {_setting(content, equal['settings'])}, "
-            f"{metric} {score_text({'score': equal['score']}, metric)} (the best gains {equal['gain']:+.3g}, p {equal['p']:.3g})."
+            f"{metric} {score_text({'score': equal['score']}, metric)} (the best gains {equal['gain']:+.3g}, {tested})."
         )
     return said
 
@@ -305,6 +306,6 @@ def _how(content: Mapping[str, Any]) -> dict[str, Any]:
 def _notes(content: Mapping[str, Any]) -> list[str]:
     return [
         *content["notes"].values(),
-        "All settings were trained together, in mixed batches on one loaded base; seconds are each one's share of that.",
+        "All settings were trained together, in mixed batches on one loaded base; seconds are shared by those side by side.",
         "The highest of several scores on dev flatters itself a little, the more so the more settings are tried: believe the test split.",
     ]

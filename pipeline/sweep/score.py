@@ -132,6 +132,11 @@ def score_sweep(job: Job, task: Mapping[str, Any], load_engine: Callable[[JobBas
         if lost := _generate(engine, on_test, settings, Path(task["outputs"]), progress):
             raise EvaluationError("; ".join(f"{name}: {why}" for name, why in lost.items()))
     names = [name for name in dict.fromkeys([metric, *settings.metrics]) if name != "perplexity"]
+    left_out = {}
+    if "perplexity" in settings.metrics:
+        left_out["perplexity"] = (
+            "A sweep computes no perplexity: the dev loss says the same of every setting. The evaluation of the fleet does."
+        )
     tested = score_systems(
         dict(zip(shown, map(_texts, on_test), strict=True)),
         [record.references for record in splits["test"]],
@@ -157,7 +162,7 @@ def score_sweep(job: Job, task: Mapping[str, Any], load_engine: Callable[[JobBas
         "generation": {"num_beams": settings.num_beams, "max_new_tokens": settings.max_new_tokens},
         "bootstrap": {"resamples": settings.bootstrap_resamples, "seed": SEED, "level": LEVEL},
         "signatures": {**scores.signatures, **tested.signatures},
-        "notes": {**scores.notes, **tested.notes},
+        "notes": {**scores.notes, **tested.notes, **left_out},
         "axes": axes,
         "fixed": {axis: task["axes"][axis][0] for axis in AXES if axis not in axes},
         "base_dev": found[BASE],
@@ -304,7 +309,11 @@ def _curve(groups: Sequence[Mapping[str, Any]], axis: str, metric: str) -> list[
 
 def _shortest_equal(groups: Sequence[Mapping[str, Any]], best: Mapping[str, Any]) -> dict[str, Any] | None:
     """The shortest prefix that dev cannot tell from the best one, if it is shorter."""
-    equal = [group for group in groups if group["behind"] is not None and group["behind"]["p"] >= LEVEL]
+    equal = [
+        group
+        for group in groups
+        if group["behind"] is not None and (group["behind"]["p"] is None or group["behind"]["p"] >= LEVEL)
+    ]
     shorter = [group for group in equal if group["settings"]["length"] < best["settings"]["length"]]
     if not shorter:
         return None

@@ -232,7 +232,7 @@ class _Training:
         self.mixed = Mixed(
             base,
             max(job.mixing.slots, 0 if saved is None else sum(key is not None for key in saved.slots)),
-            max([c.prefix.length for c in due] + ([] if saved is None else [saved.length])),
+            _of_first(max(_width(base, due), 0 if saved is None else saved.length), accelerator),
             self.tokenizer.pad_token_id,
             self._budget(saved),
             accelerator,
@@ -365,6 +365,11 @@ class _Training:
         try:
             card, train_rows, dev_rows = _read(customer)
             _check_rows(self.base, customer, train_rows, dev_rows)
+            if customer.prefix.length > (width := self.mixed.bank.length):
+                raise TrainingError(
+                    f"its prefix of {customer.prefix.length} does not fit the job, which began with {width} columns because this customer's data "
+                    "could not be read then. Run the same command again."
+                )
         except PrefixFleetError as found:
             error = found
         _agree(error, self.accelerator)
@@ -613,6 +618,22 @@ def _read(customer: JobCustomer) -> tuple[dict[str, Any], list[Record], list[Rec
     if card["fingerprint"] != customer.data_fingerprint:
         raise DataError(f"{prepared}: the data was prepared anew since the job was written. Run `prefixfleet train` again.")
     return card, read_split(prepared, "train"), read_split(prepared, "dev")
+
+
+def _width(base: FrozenBase, due: Sequence[JobCustomer]) -> int:
+    """Columns of the bank: the longest prefix of those who can train.
+
+    Every row of every step is as wide as that, so one length that the base cannot take, and that is refused later, would slow down all others.
+    Usually a single customer's rows are read for this.
+    """
+    for customer in sorted(due, key=lambda customer: -customer.prefix.length):
+        try:
+            _, train, dev = _read(customer)
+            _check_rows(base, customer, train, dev)
+        except Exception:  # told when its turn comes
+            continue
+        return customer.prefix.length
+    return 1
 
 
 def _check_rows(base: FrozenBase, customer: JobCustomer, train: list[Record], dev: list[Record]) -> None:

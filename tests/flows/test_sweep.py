@@ -11,6 +11,7 @@ from rich.console import Console
 from flows import cli, locks
 from flows.display import sweep_table
 from flows.work import open_work, prepare
+from pipeline.errors import ConfigError
 from pipeline.home import Home
 from pipeline.keys import CustomerKey
 
@@ -72,11 +73,25 @@ def test_a_setting_that_fails_is_tried_again_and_the_table_says_why_and_what_to_
     assert [line.split()[0] for line in shown.splitlines()[2:5]] == ["2", "10", "200"]
 
 
+def test_a_length_beyond_the_bases_positions_is_a_row_of_the_table_and_no_part_of_the_job(
+    home: Home, fleet_file: Path, sweep_stages: list[tuple[str, Any]]
+) -> None:
+    content, _ = sweep(fleet_file, {"length": [2, 4000]})
+    assert [names for module, names in sweep_stages if module == "pipeline.training"] == [["p2-lr0_1-b10-s400-text-r0"]]
+    (failed,) = [variant for variant in content["variants"] if "error" in variant]
+    assert failed["settings"]["length"] == 4000 and "pass the" in failed["error"] and "Up to" in failed["error"]
+    with pytest.raises(ConfigError, match="no setting can be trained"):
+        sweep(fleet_file, {"length": [4000]})
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--customer", "acmee"], "Did you mean 'acme'"),
-        (["--customer", "acme", "--lengths", "1,x"], "--lengths: invalid"),
+        (
+            ["--customer", "acme", "--lengths", "1,x"],
+            "--lengths: invalid value 'x': give numbers with commas between them, such as 5,20",
+        ),
         (["--customer", "acme", "--lrs", "0"], "must be more than 0"),
         (["--customer", "acme", "--inits", "prefix"], "is none of text, task, random, zeros"),
     ],

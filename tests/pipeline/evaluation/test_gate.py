@@ -8,15 +8,16 @@ from pipeline.evaluation.scores import Comparison, Part, Score, Scores
 from pipeline.training.job import JobGate
 
 
-def scores(**systems: float) -> Scores:
-    """Scores of `systems`, and `prefix` compared with the others; p is 0.04 throughout."""
+def scores(records: int = 50, **systems: float) -> Scores:
+    """Scores of `systems`, and `prefix` compared with the others; p is 0.04 throughout, and none below 10 records."""
+    p = 0.04 if records >= 10 else None
     found = {name: {"bleu": Score(value, value - 1, value + 1), "ter": Score(value, 0, 0)} for name, value in systems.items()}
     compared = {
-        other: {name: Comparison(sign * (systems["prefix"] - value), 0, 0, 0.04) for name, sign in (("bleu", 1), ("ter", -1))}
+        other: {name: Comparison(sign * (systems["prefix"] - value), 0, 0, p) for name, sign in (("bleu", 1), ("ter", -1))}
         for other, value in systems.items()
         if other != "prefix"
     }
-    return Scores(found, compared, {}, {}, {}, {})
+    return Scores(found, compared, {}, {}, {}, {}, records)
 
 
 def outcome(base: float, prefix: float, gain: float = 0.0, least: float | None = None) -> Decision:
@@ -118,5 +119,33 @@ def test_a_slice_that_loses_too_much_keeps_the_champion_or_rejects() -> None:
 
 def test_a_slice_of_few_records_is_not_judged() -> None:
     assert decide(sliced(9, 50, "champion"), JobGate("bleu", 0.0, None, 0.0, 2.0, None)).decision == "promote"
-    alone = scores(base=10, prefix=20)
-    assert "No slice has 10 records" in decide(alone, JobGate("bleu", 0.0, None, None, 2.0, None)).reasons[1]
+
+
+def test_a_slice_gate_that_cannot_judge_any_slice_keeps_what_is_in_use_and_says_why() -> None:
+    gate = JobGate("bleu", 0.0, None, None, 2.0, None)
+    small = sliced(9, 50, "base")
+    del small.slices["category"]["City"]
+    cut = sliced(20, 0, "base")
+    for part in cut.slices["category"].values():
+        part.comparisons["base"].clear()
+    cases = {
+        "the test split has no slices": scores(base=10, prefix=20),
+        "no slice has 10 records or more": small,
+        "bleu is not computed for slices": cut,
+    }
+    for why, found in cases.items():
+        outcome = decide(found, gate)
+        assert outcome.decision == "keep"
+        assert f"none could be judged: {why}" in outcome.reasons[0]
+        assert "remove evaluation.gate.max_regression_on_slice" in outcome.reasons[0]
+
+
+def test_few_records_promote_nothing_where_significance_is_asked_for() -> None:
+    gate = JobGate("bleu", 0.0, None, 0.0, None, 0.05)
+    found = decide(scores(records=3, base=10, champion=12, prefix=20), gate)
+    assert found.decision == "keep"
+    assert "3 test records give no p-value (10 do), so this fails: give the customer a larger test split" in found.reasons[0]
+    assert found.reasons[-1].startswith("3 test records decide nothing")
+    assert decide(scores(records=3, base=10, prefix=9), gate).decision == "reject"
+    plain = decide(scores(records=1, base=10, prefix=20), JobGate("bleu", 0.0, None, None, None, None))
+    assert (plain.decision, plain.reasons[-1].partition(":")[0]) == ("promote", "1 test record decides nothing")

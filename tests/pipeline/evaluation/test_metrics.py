@@ -18,6 +18,7 @@ from pipeline.evaluation.metrics import METRICS as KINDS
 from pipeline.evaluation.metrics import check_metrics
 from pipeline.evaluation.ptb import ptb_tokens
 from pipeline.evaluation.scores import SEED, Score, score_systems, sentence_chrf
+from pipeline.evaluation.slots import slot_errors
 
 METRICS = ["bleu", "chrf", "rouge1", "rouge2", "rougeL"]
 # Those whose scale ends at 100 and which are 100 only for outputs equal to a reference.
@@ -213,7 +214,8 @@ def test_a_metric_that_cannot_judge_the_texts_says_so() -> None:
     assert score_systems({"x": words}, [words], METRICS, resamples=100).notes == {}
 
 
-def test_a_thousand_records_take_a_few_seconds_per_metric() -> None:
+@pytest.mark.parametrize("metric", [name for name in KINDS if name not in ("ter", "meteor")])  # minutes, and said so in the docs
+def test_a_thousand_records_take_a_few_seconds_per_metric(metric) -> None:
     words = [
         "quiet",
         "loud",
@@ -238,10 +240,12 @@ def test_a_thousand_records_take_a_few_seconds_per_metric() -> None:
     ]
     draw = np.random.default_rng(0)
     texts = [" ".join(draw.choice(words, 20)) for _ in range(2000)]
-    for metric in METRICS:
-        started = time.process_time()
-        score_systems({"base": texts[:1000], "prefix": texts[1000:]}, [[t] for t in texts[:1000]], [metric], resamples=1000)
-        assert time.process_time() - started < 6, metric  # two systems, each within 3 s
+    systems, references = {"base": texts[:1000], "prefix": texts[1000:]}, [[t] for t in texts[:1000]]
+    inputs = [f"name : {' '.join(text.split()[:2])} | food : {text.split()[3]}" for text in texts[:1000]]
+    losses = {name: np.ones((1000, 2)) for name in systems}
+    started = time.process_time()
+    score_systems(systems, references, [metric], ours="prefix", inputs=inputs, losses=losses, resamples=1000)
+    assert time.process_time() - started < 6  # two systems, each within 3 s
 
 
 def test_sentence_chrf_is_sacrebleus() -> None:
@@ -317,20 +321,57 @@ def test_slot_errors_are_missing_added_and_repeated_values() -> None:
     inputs = [
         "name : The Rice Boat | food : Thai | area : riverside | familyFriendly : yes",
         "name : Zizzi | food : Italian | price : £20-25",
-        "Alan_Bean : nationality : United_States",
         "no slots here",
     ]
     outputs = [
         "The Rice Boat, the rice boat, serves Thai and Italian food.",  # area missing, name repeated, Italian added
         "Zizzi is Italian, for £20-25.",
-        "Alan Bean comes from the united states.",
         "x",
     ]
     found = score_systems({"x": outputs}, [[o] for o in outputs], ["slot_error_rate"], inputs=inputs, resamples=100)
-    assert found.systems["x"]["slot_error_rate"].score == pytest.approx(100 * 3 / 8)
+    assert found.systems["x"]["slot_error_rate"].score == pytest.approx(100 * 3 / 6)
     assert "first references themselves" in found.notes["slot_error_rate"]
     with pytest.raises(EvaluationError, match="no input of the test split has slots"):
         check_metrics(["slot_error_rate"], ["plain text"])
+
+
+def counted(inputs: list[str], outputs: list[str]) -> list[list[float]]:
+    """Missing, added, repeated, values."""
+    errors = slot_errors(inputs)
+    assert errors is not None
+    return errors(outputs).tolist()
+
+
+def test_values_of_slots_that_the_input_does_not_have_at_all_are_added() -> None:
+    inputs = [
+        "name : Zizzi | food : Rice",
+        "name : The Rice Boat | area : riverside",
+        "name : Wok | area : centre | mood : the | size : 12 | near : Zizzi",
+    ]
+    outputs = [
+        "Zizzi at the riverside has rice.",
+        "The Rice Boat, all 12 of it, on the riverside.",
+        "Wok, the 12, near Zizzi, centre, riverside",
+    ]
+    # "the" and "12" tell nothing where there is no such slot; "rice" is part of the second's name; riverside is another area in the third.
+    assert counted(inputs, outputs) == [[0, 1, 0, 2], [0, 0, 0, 2], [0, 1, 0, 5]]
+    assert counted(inputs[:2], ["Zizzi has rice", "The Rice Boat by the riverside serves rice"])[1] == [0, 0, 0, 2]
+
+
+def test_a_value_may_hold_colons_and_triples_are_told_from_it_by_all_inputs() -> None:
+    films = ["title : Alien: Covenant | year : 2017", "title : A : B | year : 2018", "title: Alien: Covenant"]
+    assert counted(films, ["Alien: Covenant, of 2017", "A : B came in 2018", "alien covenant"]) == [[0, 0, 0, 2]] * 2 + [
+        [0, 0, 0, 1]
+    ]
+    triples = ["Alan_Bean : nationality : United_States | Alan_Bean : born : 1932", "X_1 : title : A : B", "no triple"]
+    told = ["Alan Bean of the united states, born 1932", "X 1 is A : B", ""]
+    assert counted(triples, told) == [[0, 0, 0, 3], [0, 0, 0, 2], [0, 0, 0, 0]]
+
+
+def test_values_in_scripts_without_blanks_are_found_within_the_text() -> None:
+    inputs = ["店名 : 緑の亭 | 料理 : 寿司", "店名 : 青い鳥 | 料理 : そば | 場所 : 川辺", "이름 : 서울", "ชื่อ : บ้านสวน"]
+    outputs = ["緑の亭では寿司が食べられます。", "川辺の青い鳥は寿司の店です。", "서울에서 만나요", "ร้านบ้านสวนอร่อย"]
+    assert counted(inputs, outputs) == [[0, 0, 0, 2], [1, 1, 0, 3], [0, 0, 0, 1], [0, 0, 0, 1]]
 
 
 def test_distinct_counts_different_words_of_all_outputs_together() -> None:
@@ -373,13 +414,21 @@ def test_every_metric_has_a_signature_and_bears_empty_references() -> None:
 def test_every_metric_bears_empty_identical_and_foreign_outputs(outputs) -> None:
     found = score_systems({"x": outputs, "y": ["a b", "c"]}, [["a b c d"], ["\u9759"]], TEXTUAL, ours="x", resamples=100)
     assert all(math.isfinite(v.score + v.low + v.high) for own in found.systems.values() for v in own.values())
-    assert all(math.isfinite(c.gain + c.low + c.high) and 0 < c.p <= 1 for c in found.comparisons["y"].values())
+    assert all(math.isfinite(c.gain + c.low + c.high) and c.p is None for c in found.comparisons["y"].values())
 
 
 def test_a_system_compared_with_itself_gains_nothing_with_p_1() -> None:
-    texts = [f"house {i} by the river" for i in range(9)]
-    found = score_systems({"x": texts, "y": texts}, [["a house by the river"]] * 9, TEXTUAL, ours="x", resamples=100)
+    texts = [f"house {i} by the river" for i in range(10)]
+    found = score_systems({"x": texts, "y": texts}, [["a house by the river"]] * 10, TEXTUAL, ours="x", resamples=100)
     assert {(c.gain, c.low, c.high, c.p) for c in found.comparisons["y"].values()} == {(0, 0, 0, 1)}
+
+
+@pytest.mark.parametrize(("records", "tested"), [(1, False), (9, False), (10, True)])
+def test_below_ten_records_there_is_no_p_value(records, tested) -> None:
+    better, worse = ["a quiet house by the river"] * records, ["a house"] * records
+    found = score_systems({"x": better, "y": worse}, [[b] for b in better], TEXTUAL, ours="x", resamples=100)
+    assert found.records == records
+    assert {c.p is not None for c in found.comparisons["y"].values()} == {tested}
 
 
 def test_a_slice_has_the_scores_of_its_records_alone() -> None:

@@ -8,11 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from flows import work
 from pipeline.data.records import Record, write_split
 from pipeline.evaluation.run import evaluate_job
+from pipeline.evaluation.tracking import is_logged
 from pipeline.files import read_json, write_json
 from pipeline.training.job import Job, JobCustomer, write_job
 from pipeline.training.results import read_result
@@ -425,8 +428,15 @@ def test_all_outputs_identical_or_one_record_give_scores_and_a_report(make_job, 
     evaluate_job(one, engine.load)
     assert result(one)["status"] == "done"
     metrics = read_json(folder(one) / "metrics.json", 1)
-    assert metrics["comparisons"]["base"]["bleu"]["p"] == 1
+    assert metrics["comparisons"]["base"]["bleu"]["p"] is None
     assert metrics["slices"] == {}
+    warning = "1 test record decides nothing"
+    assert metrics["remarks"][0].startswith(warning)
+    assert read_json(folder(one) / "decision.json", 1)["reasons"][-1].startswith(warning)
+    for page in ("report.md", "report.html"):
+        told = (folder(one) / page).read_text(encoding="utf-8")
+        assert warning in told
+        assert ", no p" in told
     assert (folder(one) / "report.md").read_text(encoding="utf-8").startswith("# acme: reject")
 
 
@@ -498,6 +508,27 @@ def test_mlflow_gets_scores_and_report_in_the_prefixs_own_run(make_job, engine, 
     assert logged["bleu_p_over_base"] <= 1
     artifacts = [Path(f.path).name for f in MlflowClient().list_artifacts(run.info.run_id, "evaluation")]
     assert sorted(artifacts) == ["decision.json", "metrics.json", "report.html", "report.md"]
+    assert is_logged(folder(job, 0)) and is_logged(folder(job, 1))
+
+    # Killed before it was logged, or MLflow was away: the next run of the fleet logs it.
+    (folder(job, 1) / "mlflow_run.json").unlink()
+    MlflowClient().log_metric(run.info.run_id, "bleu", 0)
+    member = job.customers[1]
+    todo = SimpleNamespace(members={member.key: member}, errors={})
+    work.log_evaluations(todo)  # type: ignore[arg-type]
+    assert is_logged(folder(job, 1))
+    assert MlflowClient().get_run(run.info.run_id).data.metrics["bleu"] == scores["prefix"]["bleu"]["score"]
+    work.log_evaluations(todo)  # type: ignore[arg-type]
+    assert len(MlflowClient().get_metric_history(run.info.run_id, "bleu")) == 3
+
+
+def test_an_evaluation_that_found_no_store_is_left_to_the_next_run(make_job, engine, monkeypatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////proc/nowhere/mlflow.db")
+    job = make_job("acme", run_id="0" * 32)
+    knows(engine, *job.customers)
+    evaluate_job(job, engine.load)
+    assert result(job)["status"] == "done"
+    assert not is_logged(folder(job))
 
 
 def test_an_unreachable_mlflow_is_a_warning_and_is_asked_once(make_job, engine, monkeypatch, capfd) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -127,6 +128,27 @@ def test_a_diverging_customer_fails_with_a_reason_and_the_others_finish(make_job
     assert [r["status"] for r in results if r] == ["done", "failed", "done"]
     assert results[1] and "not finite" in str(results[1]["reason"]) and "training.lr" in str(results[1]["reason"])
     assert not Path(diverging.prefix_dir).exists()
+
+
+def test_a_prefix_too_long_for_the_base_makes_the_batches_of_the_others_no_wider(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, _ = make_job(customers=2, max_steps=2)
+    one, other = job.customers
+    job = replace(job, customers=[replace(one, prefix=replace(one.prefix, length=2000)), other])
+    widths = []
+
+    class Spy(PrefixBank):
+        def __init__(self, sites: Any, slots: int, length: int, *more: Any) -> None:
+            widths.append(length)
+            super().__init__(sites, slots, length, *more)
+
+    monkeypatch.setattr("pipeline.training.mixed.PrefixBank", Spy)
+    assert run_job(job) == 1
+    assert widths == [other.prefix.length]
+    results = [read_result(job, customer.key, "train") for customer in job.customers]
+    assert [r["status"] for r in results if r] == ["failed", "done"]
+    assert "prefix of 2000" in str((results[0] or {})["reason"])
 
 
 def test_a_finished_customer_is_not_trained_again(make_job: MakeJob) -> None:
