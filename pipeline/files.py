@@ -26,10 +26,10 @@ def _storage_error(path: Path, error: OSError) -> StorageError:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, private: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is synced and renamed to `path`, otherwise removed.
 
-    A reader, or a process killed at any moment, sees the old file or the new one, never a part.
+    A reader, or a process killed at any moment, sees the old file or the new one, never a part. A `private` file is its owner's alone at every moment.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written.
@@ -42,10 +42,11 @@ def whole_file(path: Path) -> Iterator[Path]:
         temporary = Path(name)
         yield temporary
         _sync(temporary)
-        # mkstemp makes files private; files between stages follow the umask as any other file does.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        if not private:
+            # mkstemp makes files private; files between stages follow the umask as any other file does.
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
         os.replace(temporary, path)
         _sync(path.parent)
     except OSError as error:
@@ -96,15 +97,15 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8, whole or not at all."""
-    with whole_file(path) as temporary:
+def write_text(path: Path, text: str, private: bool = False) -> None:
+    """Write `text` as UTF-8, whole or not at all; `private` as in `whole_file`."""
+    with whole_file(path, private) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` as indented JSON, whole or not at all. It should hold a `format` number."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+def write_json(path: Path, content: dict[str, Any], private: bool = False) -> None:
+    """Write `content` as indented JSON, whole or not at all. It should hold a `format` number; `private` as in `whole_file`."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", private)
 
 
 def read_json(path: Path, format: int) -> dict[str, Any]:

@@ -13,10 +13,13 @@ import os
 import re
 import secrets
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from pipeline.errors import ConfigError, StorageError
 from pipeline.files import read_json, write_json
@@ -92,7 +95,8 @@ def create_key(file: Path, customers: list[str], note: str = "") -> tuple[ApiKey
     made = ApiKey(
         f"key-{secrets.token_hex(4)}", _digest(secret), tuple(dict.fromkeys(customers)), datetime.now(UTC).isoformat(timespec="seconds"), note
     )  # fmt: skip
-    _write(file, [*read_keys(file), made])
+    with _changing(file):
+        _write(file, [*read_keys(file), made])
     return made, secret
 
 
@@ -101,11 +105,30 @@ def revoke_key(file: Path, key_id: str) -> None:
 
     Raises:
         ConfigError: there is no key of this id.
+        StorageError: the file cannot be written.
     """
-    known = read_keys(file)
-    if all(key.id != key_id for key in known):
-        raise ConfigError(f"{file}: holds no key {key_id}. `prefixfleet keys list` shows those that it holds.")
-    _write(file, [key for key in known if key.id != key_id])
+    if not file.exists():
+        raise ConfigError(f"{file}: there is no such file, so no key {key_id}. `prefixfleet keys create` writes one.")
+    with _changing(file):
+        known = read_keys(file)
+        if all(key.id != key_id for key in known):
+            raise ConfigError(f"{file}: holds no key {key_id}. `prefixfleet keys list` shows those that it holds.")
+        _write(file, [key for key in known if key.id != key_id])
+
+
+@contextlib.contextmanager
+def _changing(file: Path) -> Iterator[None]:
+    """One at a time, from reading to writing: of two that change the file at once the later would undo the earlier, a revocation too."""
+    guard = FileLock(file.with_name(f".{file.name}.lock"))
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        guard.acquire()
+    except OSError as error:
+        raise StorageError(f"{guard.lock_file}: cannot be written ({error.strerror}). Check the folder and its permissions.") from error
+    try:
+        yield
+    finally:
+        guard.release()
 
 
 class KeyRing:
@@ -123,8 +146,8 @@ class KeyRing:
         self._fixed = self._of_environment()
         self._stamp: tuple[int, int] | None = None
         self._guard = threading.Lock()
+        self._stamp = self._now()  # before it is read: what changes meanwhile is read again
         self._keys = [*self._fixed, *read_keys(file)]
-        self._stamp = self._now()
 
     @staticmethod
     def _of_environment() -> list[ApiKey]:
@@ -195,6 +218,5 @@ def _parse(content: Any, place: str) -> list[ApiKey]:
 
 def _write(file: Path, keys: list[ApiKey]) -> None:
     listed = [{**vars(key), "customers": list(key.customers)} for key in keys]
-    write_json(file, {"format": FORMAT, "keys": listed})
-    with contextlib.suppress(OSError):
-        file.chmod(0o600)  # digests are no secret, but whom they open is nobody's business
+    # Digests are no secret, but whom they open is nobody's business.
+    write_json(file, {"format": FORMAT, "keys": listed}, private=True)

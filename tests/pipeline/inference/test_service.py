@@ -2,10 +2,12 @@
 
 import logging
 import socket
+import stat
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -170,6 +172,21 @@ def test_a_revoked_key_is_refused_at_the_next_request(serving: Serving) -> None:
         assert client.get("/v1/models").status_code == 401
         revoke_key(file, read_keys(file)[0].id)
         assert client.get("/v1/models").status_code == 401  # the last key is gone, and the door is not open
+
+
+def test_keys_made_and_revoked_at_once_are_neither_lost_nor_brought_back_and_the_file_is_private(tmp_path: Path) -> None:
+    from pipeline.inference.service.keys import create_key, read_keys, revoke_key
+
+    file = tmp_path / "new" / "keys.json"
+    old = [create_key(file, [f"old{i}"])[0].id for i in range(6)]
+    with ThreadPoolExecutor(12) as pool:
+        made = [pool.submit(create_key, file, [f"new{i}"]) for i in range(6)]
+        gone = [pool.submit(revoke_key, file, key_id) for key_id in old]
+        ids = {one.result()[0].id for one in made}
+        for one in gone:
+            one.result()
+    assert {key.id for key in read_keys(file)} == ids
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
 def test_nobody_else_is_listened_to_without_a_key() -> None:
