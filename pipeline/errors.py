@@ -37,6 +37,10 @@ class RegistryError(PrefixFleetError):
     """MLflow is unreachable, lacks what was asked for, or holds something that must not be used."""
 
 
+class NotRegisteredError(RegistryError):
+    """The registry answers that it has no such customer, alias or version."""
+
+
 class StorageError(PrefixFleetError):
     """A file could not be written or read whole (disk full, no permission, damaged)."""
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.errors import BaseModelError, PrefixFleetError, RegistryError, StorageError
+from pipeline.errors import BaseModelError, NotRegisteredError, PrefixFleetError, RegistryError, StorageError
 from pipeline.files import file_digest, whole_folder
 from pipeline.home import Home
 from pipeline.keys import CustomerKey
@@ -125,8 +125,8 @@ def lookup(
         fresh: ask MLflow, whatever is known.
 
     Raises:
-        RegistryError: no such customer, alias or version (the message says what there is); the customer was forgotten; the stored
-            prefix is not the one that was registered; or MLflow failed.
+        NotRegisteredError: no such customer, alias or version (the message says what there is), or the customer was forgotten.
+        RegistryError: the stored prefix is not the one that was registered, or MLflow failed.
         BaseModelError: the version was trained on another base.
         ConfigError: `customer` is no valid id.
         StorageError: it cannot be written to the cache.
@@ -137,7 +137,7 @@ def lookup(
     question = _Question(stores_in_use(), key, alias, version)
     answer = _answer(question, home, fresh)
     if answer.version is None:
-        raise RegistryError(answer.missing)
+        raise NotRegisteredError(answer.missing)
     if base_digest is not None and answer.tags.get("base_digest") != base_digest:
         raise BaseModelError(
             f"{key.model_name} version {answer.version}: was trained on a base with digest {answer.tags.get('base_digest', '')[:16]}, the "

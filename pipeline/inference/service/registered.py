@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.errors import BaseModelError, ConfigError, RegistryError, ServiceError
+from pipeline.errors import BaseModelError, ConfigError, NotRegisteredError, ServiceError
 from pipeline.inference.prefixes import Lease, PrefixMemory
 from pipeline.inference.request import Members
 from pipeline.keys import ID_PATTERN, CustomerKey
@@ -86,9 +86,7 @@ def open_registered(memory: PrefixMemory, name: ModelName, patience: float) -> S
     """
     try:
         found = lookup(name.key, name.alias, name.version)
-    except RegistryError as error:
-        if error.__cause__ is not None:  # MLflow failed
-            raise
+    except NotRegisteredError as error:
         # The message lists who else is registered, which is nobody's business here.
         raise UnknownModelError("nothing is registered under this name") from error
     try:

@@ -189,6 +189,21 @@ def test_keys_made_and_revoked_at_once_are_neither_lost_nor_brought_back_and_the
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
+def test_a_registered_prefix_that_was_tampered_with_is_told_from_an_unknown_one_and_logged(
+    fleet: Fleet, serving: Serving, caplog: pytest.LogCaptureFixture
+) -> None:
+    import mlflow
+
+    version, _ = fleet.register("tampered", 71)
+    stored = mlflow.MlflowClient().get_model_version_download_uri("prefixfleet.tampered", str(version)).removeprefix("file://")
+    weights = next(Path(stored).rglob("prefix.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    with serving().client() as client:
+        refused = client.post("/v1/completions", json={"model": "tampered", "prompt": TEXT})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "model_unavailable")
+    assert any(record.levelname == "ERROR" and "tampered with" in record.getMessage() for record in caplog.records)
+
+
 def test_nobody_else_is_listened_to_without_a_key() -> None:
     for host in ("127.0.0.1", "::1", "localhost"):
         check_binding(host, 0)
