@@ -32,7 +32,10 @@ def draw(scores: torch.Tensor, how: Sequence[Decoding], numbers: Sequence[float]
         numbers: one random number in [0, 1) a row.
     """
     device = scores.device
-    scores = scores / torch.tensor([d.temperature for d in how], device=device)[:, None]
+    # The likeliest at 0, in float64: with a tiny temperature the others go to minus infinity, and nothing overflows to NaN.
+    scores = scores.double()
+    scores = scores - scores.max(-1, keepdim=True).values
+    scores = scores / torch.tensor([d.temperature for d in how], dtype=torch.float64, device=device)[:, None]
     tokens: torch.Tensor | None = None
     if any(d.top_p < 1 or d.top_k for d in how):
         scores, tokens = scores.sort(dim=-1, descending=True, stable=True)
@@ -43,8 +46,8 @@ def draw(scores: torch.Tensor, how: Sequence[Decoding], numbers: Sequence[float]
         before = chances.cumsum(-1) - chances  # of all likelier tokens
         top_p = torch.tensor([d.top_p for d in how], device=device)[:, None]
         scores = scores.masked_fill((before >= top_p) & (rank > 0), float("-inf"))
-    # In float64: float32 sums over a large vocabulary are off in the fifth digit.
-    reached = scores.double().softmax(-1).cumsum(-1)
+    # Also in float64, for float32 sums over a large vocabulary are off in the fifth digit.
+    reached = scores.softmax(-1).cumsum(-1)
     wanted = torch.tensor(numbers, dtype=torch.float64, device=device)[:, None] * reached[:, -1:]
     places = torch.searchsorted(reached, wanted, right=True).clamp(max=scores.shape[1] - 1)
     return (places if tokens is None else tokens.gather(1, places))[:, 0].tolist()

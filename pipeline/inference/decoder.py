@@ -199,7 +199,14 @@ class Decoder:
             if lanes and prompts * longest > PREFILL_TOKENS:
                 break
             self._waiting.popleft()
-            lanes.append(self._lane(request, own))
+            try:
+                lanes.append(self._lane(request, own))
+            except Exception:
+                # They neither wait nor run any more, so nobody else would ever end them.
+                for failed in [*(lane.request for lane in lanes), request]:
+                    failed.error = "the service failed when this was to begin"
+                    _end(failed, "", "", "error")
+                raise
         return lanes
 
     @property
@@ -217,7 +224,7 @@ class Decoder:
             early = settings.early_stopping if how.early_stopping is None else how.early_stopping
             lane.beams = BeamSearch(how.num_beams, how.max_new_tokens, self.ends, penalty, early, stream.stops)
         elif how.temperature > 0:
-            lane.numbers = random.Random(how.seed)
+            lane.numbers = random.Random(how.seed % 2**64)  # which takes the absolute value of a negative one
         return lane
 
     def _settings_for(self, num_beams: int) -> GenerationConfig:

@@ -298,6 +298,52 @@ def test_on_a_base_that_turns_positions_by_the_longest_row_no_row_gets_so_long_t
     assert abs(beside - losses[0]) > 1e-3, "if transformers turned rows one by one, the limit could go"
 
 
+def test_the_smallest_temperatures_choose_what_greedy_search_chooses() -> None:
+    scores = torch.tensor([[-3.0, 80.0, 79.9, 0.0]] * 3)
+    for more in ({}, {"top_p": 0.9}, {"top_k": 2}):
+        hows = [Decoding(1, temperature=temperature, **more) for temperature in (1e-6, 1e-40, 5e-324)]
+        assert draw(scores, hows, [0.0, 0.5, 0.999999]) == [1, 1, 1]
+
+
+def test_a_seed_and_its_negative_draw_different_tokens() -> None:
+    base = attach(tiny_model("gpt2"), max_positions=64)
+    decoder = Decoder(base, Tokens(), max_rows=4, max_tokens=999)
+    decoder.ends = []
+    asked = [Request([11, 12], Members((NO_PREFIX,)), Decoding(12, temperature=1.0, seed=seed)) for seed in (-3, 3, -3)]
+    for request in asked:
+        decoder.submit(request)
+    while decoder.busy:
+        decoder.step()
+    assert asked[0].tokens == asked[2].tokens != asked[1].tokens
+
+
+def test_requests_that_cannot_be_taken_in_end_with_an_error_instead_of_never() -> None:
+    base = attach(tiny_model("gpt2"), max_positions=64)
+    decoder = Decoder(base, Tokens(), max_rows=4, max_tokens=999)
+    ended: list[int] = []
+    asked = [
+        Request([11, 12], Members((NO_PREFIX,)), Decoding(2), on_end=lambda number=number: ended.append(number))
+        for number in range(3)
+    ]
+    lane = decoder._lane
+
+    def failing(request: Request, columns: int) -> Any:
+        if request is asked[1]:
+            raise RuntimeError("a broken setting")
+        return lane(request, columns)
+
+    decoder._lane = failing  # type: ignore[method-assign]
+    for request in asked:
+        decoder.submit(request)
+    with pytest.raises(RuntimeError):
+        decoder.step()
+    assert ended == [0, 1]
+    assert [request.finish_reason for request in asked] == ["error", "error", None]
+    while decoder.busy:
+        decoder.step()
+    assert asked[2].finish_reason == "length" and ended == [0, 1, 2]
+
+
 def test_settings_that_make_no_sense_are_refused_in_words() -> None:
     for wrong in (
         {"num_beams": 2, "temperature": 1.0},
