@@ -204,6 +204,13 @@ def test_a_registered_prefix_that_was_tampered_with_is_told_from_an_unknown_one_
     assert any(record.levelname == "ERROR" and "tampered with" in record.getMessage() for record in caplog.records)
 
 
+def test_more_answers_than_the_queue_ever_takes_are_refused_for_good(serving: Serving) -> None:
+    with serving(queue=3).client() as client:
+        refused = client.post("/v1/completions", json={"model": "acme", "prompt": [TEXT, TEXT], "n": 2})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "too_many_answers")
+        assert "may ask for 3" in refused.json()["error"]["message"] and "Retry-After" not in refused.headers
+
+
 def test_nobody_else_is_listened_to_without_a_key() -> None:
     for host in ("127.0.0.1", "::1", "localhost"):
         check_binding(host, 0)
