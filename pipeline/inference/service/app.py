@@ -28,6 +28,7 @@ from pipeline.errors import BusyError, ConfigError, PrefixError, PrefixFleetErro
 from pipeline.inference import request as asked
 from pipeline.inference.engine import PrefixEngine
 from pipeline.inference.prefixes import PrefixMemory
+from pipeline.inference.service.hosts import names_loopback
 from pipeline.inference.service.keys import ApiKey, KeyRing
 from pipeline.inference.service.limits import RateLimit
 from pipeline.inference.service.loop import DecodingLoop
@@ -246,6 +247,9 @@ class Service:
             key = self.keys.find(secret.strip()) if scheme.lower() == "bearer" else None
             if key is None:
                 raise ApiError(401, "no valid API key was given in the header Authorization: Bearer …", "invalid_api_key")
+        elif not names_loopback(request.headers.get("host", "")):
+            # A page in somebody's browser can have its own name lead to this machine, and then reads answers as its own (DNS rebinding).
+            raise ApiError(403, "without API keys the header Host must be localhost or a loopback address", "host_not_allowed")
         wait = self._rate.take("" if key is None else key.id)
         if wait:
             raise ApiError(429, "too many requests in a minute", "rate_limit_exceeded", retry_after=wait)

@@ -4,7 +4,6 @@ On SIGTERM or Ctrl-C `/readyz` says 503 and further requests are refused, while 
 """
 
 import asyncio
-import ipaddress
 import logging
 import signal
 import socket
@@ -15,6 +14,7 @@ import uvicorn
 
 from pipeline.errors import ConfigError, ServiceError
 from pipeline.inference.service.app import Service
+from pipeline.inference.service.hosts import is_loopback
 
 log = logging.getLogger(__name__)
 
@@ -33,14 +33,6 @@ def check_binding(host: str, keys: int) -> None:
             f"--host {host}: other machines could ask for every customer, for there is no API key. Make one with `prefixfleet keys create`, or "
             "listen on 127.0.0.1."
         )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach it."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 class Server(uvicorn.Server):

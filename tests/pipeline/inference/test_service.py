@@ -211,6 +211,19 @@ def test_more_answers_than_the_queue_ever_takes_are_refused_for_good(serving: Se
         assert "may ask for 3" in refused.json()["error"]["message"] and "Retry-After" not in refused.headers
 
 
+def test_without_keys_only_names_of_this_machine_are_answered(serving: Serving) -> None:
+    running, key = serving([["acme"]])
+    with running.client(key) as client:
+        assert client.get("/v1/models", headers={"Host": "models.example.org"}).status_code == 200
+    running.service.keys._keys, running.service._open = [], True
+    with running.client() as client:
+        for host in ("localhost:8000", "127.0.0.1", "[::1]:80", "LOCALHOST"):
+            assert client.get("/v1/models", headers={"Host": host}).status_code == 200, host
+        for host in ("evil.example", "localhost.evil.example", "127.0.0.1.nip.io:80", "10.0.0.5", "[fe80::1]", "localhost:80:80"):
+            refused = client.get("/v1/models", headers={"Host": host})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (403, "host_not_allowed"), host
+
+
 def test_nobody_else_is_listened_to_without_a_key() -> None:
     for host in ("127.0.0.1", "::1", "localhost"):
         check_binding(host, 0)
@@ -277,7 +290,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(serving: Serving) -> None:
     host, port = running.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as slow:
         slow.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
         )
         assert b"408" in slow.recv(1000)
 
