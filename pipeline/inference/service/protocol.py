@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from pipeline.inference.request import TOP_LOGPROBS, FinishReason, TokenLogprob
 
@@ -148,7 +148,7 @@ class _TextPart(_Body):
 class _Message(_Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[_TextPart], Field(min_length=1)]
-    name: str | None = None
+    name: None = None  # templates have no place for it, so one that is given is refused
 
     @property
     def plain(self) -> dict[str, str]:
@@ -171,6 +171,13 @@ class ChatBody(_Common):
     top_logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS)] | None = None
     response_format: _TextFormat | None = None
 
+    @field_validator("top_logprobs")
+    @classmethod
+    def _with_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value and not info.data.get("logprobs"):
+            raise ValueError("needs logprobs: true")
+        return value
+
     @property
     def inputs(self) -> list[list[dict[str, str]]]:
         """One conversation."""
@@ -189,6 +196,10 @@ class ChatBody(_Common):
 
 Body = CompletionBody | ChatBody
 
+_PARAMETERS = {
+    name for kind in (CompletionBody, ChatBody, _Message, _TextPart, _TextFormat, _StreamOptions) for name in kind.model_fields
+}
+
 
 def parse_body(kind: type[CompletionBody] | type[ChatBody], raw: bytes) -> Body:
     """A request's JSON.
@@ -203,12 +214,14 @@ def parse_body(kind: type[CompletionBody] | type[ChatBody], raw: bytes) -> Body:
         first = error.errors(include_input=False, include_url=False, include_context=False)[0]
         if first["type"] == "json_invalid":
             raise ApiError(400, "the body is not valid JSON in UTF-8", "invalid_json") from None
-        place = next((str(part) for part in first["loc"]), None)
+        # Without pydantic's names for the kinds of a union, and without keys that the client has chosen.
+        parts = [str(part) for part in first["loc"] if isinstance(part, int) or part in _PARAMETERS]
         if first["type"] == "extra_forbidden":
             # A name that the client has chosen, cut to what a parameter may be called.
-            raise ApiError(
-                400, f"unknown parameter {place[:50] if place else ''!r}", "unknown_parameter", place and place[:50]
-            ) from None
+            unknown = str(first["loc"][-1])[:50]
+            place = ".".join([*(parts[:-1] if first["loc"][-1] in _PARAMETERS else parts), unknown])
+            raise ApiError(400, f"unknown parameter {place!r}", "unknown_parameter", place) from None
+        place = ".".join(parts) or None
         text = str(first["msg"]).removeprefix("Value error, ")
         raise ApiError(400, f"{place or 'the body'}: {text[:1].lower() + text[1:]}", "invalid_value", place) from None
 

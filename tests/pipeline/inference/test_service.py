@@ -1,5 +1,6 @@
 """The HTTP service with real clients on loopback: the official `openai` client, and hostile ones."""
 
+import json
 import logging
 import socket
 import stat
@@ -15,6 +16,7 @@ import openai
 import pytest
 
 from pipeline.errors import ConfigError
+from pipeline.inference.service.protocol import ApiError, ChatBody, CompletionBody, parse_body
 from pipeline.inference.service.run import check_binding
 
 from .conftest import Fleet, Running
@@ -222,6 +224,25 @@ def test_without_keys_only_names_of_this_machine_are_answered(serving: Serving) 
         for host in ("evil.example", "localhost.evil.example", "127.0.0.1.nip.io:80", "10.0.0.5", "[fe80::1]", "localhost:80:80"):
             refused = client.get("/v1/models", headers={"Host": host})
             assert (refused.status_code, refused.json()["error"]["code"]) == (403, "host_not_allowed"), host
+
+
+def test_a_refusal_names_the_whole_place_and_nothing_is_dropped_silently() -> None:
+    def place(kind: Any, **body: Any) -> str | None:
+        with pytest.raises(ApiError) as refused:
+            parse_body(kind, json.dumps({"model": "acme", **body}).encode())
+        assert refused.value.status == 400
+        return refused.value.param
+
+    said = {"role": "user", "content": "a"}
+    assert place(ChatBody, messages=[said, {**said, "content": 7}]) == "messages.1.content"
+    assert place(ChatBody, messages=[{**said, "mood": "good"}]) == "messages.0.mood"
+    assert place(ChatBody, messages=[{**said, "name": "Ann"}]) == "messages.0.name"
+    assert place(ChatBody, messages=[said], top_logprobs=2) == "top_logprobs"
+    assert place(ChatBody, messages=[said], logprobs=False, top_logprobs=2) == "top_logprobs"
+    assert place(CompletionBody, prompt=["a", 7]) in ("prompt", "prompt.1")
+    assert place(CompletionBody, prompt="a", stream_options={"stop": 1}) == "stream_options.stop"
+    assert place(CompletionBody, prompt="a", logit_bias={"chosen": "much"}) == "logit_bias"
+    parse_body(ChatBody, json.dumps({"model": "a", "messages": [said], "logprobs": True, "top_logprobs": 2}).encode())
 
 
 def test_nobody_else_is_listened_to_without_a_key() -> None:
