@@ -127,6 +127,8 @@ class Service:
         # Of its own: a tokenizer that two threads use at once raises "Already borrowed".
         self._tokenizer = copy.deepcopy(engine.tokenizer)
         self._tokenizing = threading.Lock()
+        # And one for the event loop, which must not wait until another thread has tokenized a long text.
+        self._wording_tokenizer = copy.deepcopy(engine.tokenizer)
         self._listed: tuple[float, list[Any]] = (-_MODELS_SECONDS, [])
         self._open = len(keys) == 0
 
@@ -536,8 +538,7 @@ class Service:
         return usage_of(sum(distinct.values()), sum(len(request.tokens) for request in requests))
 
     def _token_text(self, token: int) -> str:
-        with self._tokenizing:
-            return str(self._tokenizer.decode([token]))
+        return str(self._wording_tokenizer.decode([token]))  # in the event loop only
 
     async def _beside(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)

@@ -245,6 +245,14 @@ def test_a_refusal_names_the_whole_place_and_nothing_is_dropped_silently() -> No
     parse_body(ChatBody, json.dumps({"model": "a", "messages": [said], "logprobs": True, "top_logprobs": 2}).encode())
 
 
+def test_log_probabilities_are_worded_while_a_long_text_is_tokenized(fleet: Fleet, serving: Serving) -> None:
+    running = serving()
+    prompt = fleet.engine.tokenizer(TEXT)["input_ids"]
+    with running.service._tokenizing, running.client() as client:
+        answer = client.post("/v1/completions", json={"model": "acme", "prompt": prompt, "logprobs": 1, "max_tokens": 2}, timeout=5)
+    assert len(answer.json()["choices"][0]["logprobs"]["tokens"]) == 2
+
+
 def test_nobody_else_is_listened_to_without_a_key() -> None:
     for host in ("127.0.0.1", "::1", "localhost"):
         check_binding(host, 0)
