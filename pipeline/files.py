@@ -29,7 +29,8 @@ def _storage_error(path: Path, error: OSError) -> StorageError:
 def whole_file(path: Path, private: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is synced and renamed to `path`, otherwise removed.
 
-    A reader, or a process killed at any moment, sees the old file or the new one, never a part. A `private` file is its owner's alone at every moment.
+    A reader, or a process killed at any moment, sees the old file or the new one, never a part. A `private` file is its owner's
+    alone at every moment.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written.

@@ -1,5 +1,6 @@
 """The HTTP service: many customers' prefixes on one base, in one batch, behind an interface like OpenAI's.
 
-Which module knows what: `keys` who may ask for whom, `hosts` what means this machine, `limits` how often, `protocol` what requests and answers look like, `registered` which version
+Which module knows what: `keys` who may ask for whom, `hosts` what means this machine,
+`limits` how often, `protocol` what requests and answers look like, `registered` which version
 a name means now, `loop` the thread that decodes, `metrics` what is counted, `app` how a request goes through all of these, `run` the process.
 """

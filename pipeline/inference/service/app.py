@@ -214,7 +214,9 @@ class Service:
         name = self._name(body.model, key)
         count = len(body.inputs) * body.choices
         if count > self.limits.queue:
-            raise ApiError(400, f"{count} answers are asked for, and one request may ask for {self.limits.queue} here", "too_many_answers")
+            raise ApiError(
+                400, f"{count} answers are asked for, and one request may ask for {self.limits.queue} here", "too_many_answers"
+            )
         if self.answers + count > self.limits.queue:
             raise ApiError(429, "too many requests are waiting", "queue_full", retry_after=1)
         self.answers += count

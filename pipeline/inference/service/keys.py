@@ -124,7 +124,9 @@ def _changing(file: Path) -> Iterator[None]:
         file.parent.mkdir(parents=True, exist_ok=True)
         guard.acquire()
     except OSError as error:
-        raise StorageError(f"{guard.lock_file}: cannot be written ({error.strerror}). Check the folder and its permissions.") from error
+        raise StorageError(
+            f"{guard.lock_file}: cannot be written ({error.strerror}). Check the folder and its permissions."
+        ) from error
     try:
         yield
     finally:

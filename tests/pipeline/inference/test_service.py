@@ -249,7 +249,9 @@ def test_log_probabilities_are_worded_while_a_long_text_is_tokenized(fleet: Flee
     running = serving()
     prompt = fleet.engine.tokenizer(TEXT)["input_ids"]
     with running.service._tokenizing, running.client() as client:
-        answer = client.post("/v1/completions", json={"model": "acme", "prompt": prompt, "logprobs": 1, "max_tokens": 2}, timeout=5)
+        answer = client.post(
+            "/v1/completions", json={"model": "acme", "prompt": prompt, "logprobs": 1, "max_tokens": 2}, timeout=5
+        )
     assert len(answer.json()["choices"][0]["logprobs"]["tokens"]) == 2
 
 
