@@ -219,8 +219,8 @@ def parse_body(kind: type[CompletionBody] | type[ChatBody], raw: bytes) -> Body:
         if first["type"] == "extra_forbidden":
             # A name that the client has chosen, cut to what a parameter may be called.
             unknown = str(first["loc"][-1])[:50]
-            place = ".".join([*(parts[:-1] if first["loc"][-1] in _PARAMETERS else parts), unknown])
-            raise ApiError(400, f"unknown parameter {place!r}", "unknown_parameter", place) from None
+            whole = ".".join([*(parts[:-1] if first["loc"][-1] in _PARAMETERS else parts), unknown])
+            raise ApiError(400, f"unknown parameter {whole!r}", "unknown_parameter", whole) from None
         place = ".".join(parts) or None
         text = str(first["msg"]).removeprefix("Value error, ")
         raise ApiError(400, f"{place or 'the body'}: {text[:1].lower() + text[1:]}", "invalid_value", place) from None
