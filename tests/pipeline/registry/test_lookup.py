@@ -258,6 +258,31 @@ def test_many_customers_are_refreshed_by_one_question(sqlite: Home, make, clock:
         lookup("c9")
 
 
+@pytest.mark.parametrize(
+    ("answer", "renewed"), [("permission denied", ["b", "c"]), ("API request to http://store.invalid failed", [])]
+)
+def test_one_customer_that_is_refused_keeps_no_other_from_being_refreshed(
+    sqlite: Home, make, clock: list[float], monkeypatch: pytest.MonkeyPatch, answer: str, renewed: list[str]
+) -> None:
+    for name in "abc":
+        register(*make(customer=name, seed=1))
+        register(*make(customer=name, seed=2))
+        assert lookup(name).version == 2
+        elsewhere(f"prefixfleet.{name}", 1)
+    real = MlflowClient.get_model_version_by_alias
+
+    def refusing(self: MlflowClient, name: str, alias: str) -> Any:
+        if name == "prefixfleet.a":
+            raise MlflowException(answer)
+        return real(self, name, alias)
+
+    monkeypatch.setattr(MlflowClient, "get_model_version_by_alias", refusing)
+    clock[0] += looking.FRESH_SECONDS
+    lookup("b")
+    refreshed()
+    assert [name for name in "abc" if lookup(name).version == 1] == renewed
+
+
 def test_customers_keep_their_prefix_while_mlflow_is_away(
     server: Home, make, customer: str, clock: list[float], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
