@@ -102,8 +102,8 @@ _refreshing: threading.Thread | None = None
 _refreshed = 0.0
 # How many models there were when they were last listed.
 _listed = 0
-# Size, time and number of the files in the cache that were read and found right.
-_checked: dict[Path, tuple[tuple[tuple[int, int, int], ...], str]] = {}
+# Size, times and number of the files in the cache that were read and found right. The time of the last change of any kind cannot be set back.
+_checked: dict[Path, tuple[tuple[tuple[int, int, int, int], ...], str]] = {}
 
 
 def lookup(
@@ -378,7 +378,7 @@ def _damage(folder: Path, tags: dict[str, str]) -> str | None:
         return next(file.name for file in files if not file.is_file())
     except OSError as error:
         raise _unreadable(folder, error) from error
-    now = (tuple((stat.st_size, stat.st_mtime_ns, stat.st_ino) for stat in stats), tags["content_digest"])
+    now = (tuple((stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for stat in stats), tags["content_digest"])
     if _checked.get(folder) == now:
         return None
     try:

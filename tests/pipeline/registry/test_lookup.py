@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import os
 import shutil
 import uuid
 from collections import OrderedDict
@@ -61,6 +62,18 @@ def test_damaged_cache_is_downloaded_again(sqlite: Home, make) -> None:
     assert same(lookup(CustomerKey("acme")).prefix_dir, folders[0])
     (folder / "prefix.json").unlink()
     assert same(lookup(CustomerKey("acme")).prefix_dir, folders[0])
+
+
+def test_a_change_in_the_cache_that_hides_its_time_is_seen(sqlite: Home, make) -> None:
+    folders = make()
+    register(*folders)
+    file = lookup("acme").prefix_dir / "prefix.safetensors"
+    before = file.stat()
+    with file.open("r+b") as open_file:
+        open_file.seek(-1, 2)
+        open_file.write(bytes([file.read_bytes()[-1] ^ 1]))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert same(lookup("acme").prefix_dir, folders[0])
 
 
 @pytest.mark.parametrize("name", ["prefix.safetensors", "prefix.json"])
