@@ -37,14 +37,11 @@ def forget(customer: str, home: Home, backend_store_uri: str | None = None) -> F
     validate_id(customer)
     keys = {CustomerKey(customer, DEFAULT_TASK), *tasks_on_disk(home, customer)}
     with contextlib.ExitStack() as stack:
-        busy = stack.enter_context(locks.holding(home, keys))
-        for key in keys:
-            # A sweep holds its customer in a home of its own.
-            if home.sweep(key).is_dir():
-                busy |= stack.enter_context(locks.holding(Home(home.sweep(key)), [key]))
-        if busy:
+        # A sweep holds its customer in a home of its own.
+        homes = [home, *(Home(home.sweep(key)) for key in sorted(keys) if home.sweep(key).is_dir())]
+        if not all([stack.enter_context(locks.holding_all_of(one, customer)) for one in homes]):
             raise PrefixFleetError(
-                f"customer {customer}: a run is at work on {', '.join(str(key) for key in sorted(busy))}. Stop it or wait for it, and run the "
+                f"customer {customer}: a run is at work on {customer}. Stop it or wait for it, and run the "
                 "same command again. Nothing was removed."
             )
 

@@ -4,7 +4,9 @@ Every stage keeps a customer's files in `<stage>/<customer>/`, and jobs in `jobs
 list of stages. What customers share is written again without the one: job files, the manifest of a checkpoint, the pages of a fleet.
 """
 
+import contextlib
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,10 @@ from pipeline.files import read_json, write_json, write_text
 from pipeline.home import Home
 from pipeline.keys import CustomerKey, validate_id
 
+# What a fleet's page consists of. The JSON is written last and names everybody who is on the others.
+_PAGES = (".html", ".md", ".json")
+# A page is written within a second; a temporary file as old as this was left by a process that was killed.
+_ABANDONED_SECONDS = 3600
 # Below the home, but not by customer: MLflow's and Prefect's own, locks, and what is treated apart.
 _NOT_BY_CUSTOMER = ("mlartifacts", "prefect", "locks", "reports", "jobs", "cache")
 
@@ -44,11 +50,13 @@ def remove_leftovers(home: Home, customer: str) -> list[str]:
         removed.append(f"{folder.relative_to(home.root)} ({size:,} bytes)")
     for job in sorted(home.root.glob("jobs/*")):
         removed += [f"{customer} in {file.relative_to(home.root)}" for file in _leave_job(job, customer)]
-    for page in sorted(home.root.glob("reports/*.json")):
-        if _leave_report(page, customer):
-            removed.append(f"{customer} in {page.relative_to(home.root).with_suffix('.html')}")
+    for page in sorted({place.with_suffix("") for suffix in _PAGES for place in home.root.glob(f"reports/*{suffix}")}):
+        if _leave_report(page.with_name(f"{page.name}.json"), customer):
+            removed.append(f"{customer} in {page.relative_to(home.root)}.html")
     for begun in home.root.glob("reports/.*.tmp"):
-        _delete(begun)
+        with contextlib.suppress(FileNotFoundError):  # finished meanwhile
+            if time.time() - begun.stat().st_mtime > _ABANDONED_SECONDS:
+                _delete(begun)
     return removed
 
 
@@ -65,6 +73,7 @@ def _folders(home: Home, customer: str) -> list[Path]:
 def _leave_job(folder: Path, customer: str) -> list[Path]:
     """Take a customer out of a job that others are in too, or remove the job; returns the files that named it."""
     changed = []
+    nobody = False
     job, manifest = folder / "job.yaml", folder / "checkpoint.json"
     if job.is_file():
         try:
@@ -72,6 +81,7 @@ def _leave_job(folder: Path, customer: str) -> list[Path]:
             others = [one for one in content["customers"] if one["customer"] != customer]
         except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
             raise _damaged(job, error) from error
+        nobody = not others
         if len(others) < len(content["customers"]):
             changed.append(job)
             write_text(job, yaml.safe_dump({**content, "customers": others}, sort_keys=False, allow_unicode=True))
@@ -84,8 +94,10 @@ def _leave_job(folder: Path, customer: str) -> list[Path]:
         if without != content:
             changed.append(manifest)
             write_json(manifest, without)
-    if changed and not any(place.is_dir() for place in folder.iterdir()):
-        _delete(folder)  # it was this customer's alone
+    # It was this customer's alone; or of whoever was forgotten before, by a process that was killed after it had written the file.
+    if (changed or nobody) and not any(place.is_dir() for place in folder.iterdir()):
+        _delete(folder)
+        changed = changed or [job]
     return changed
 
 
@@ -110,19 +122,30 @@ def _damaged(file: Path, error: Exception) -> StorageError:
 
 
 def _leave_report(file: Path, customer: str) -> bool:
-    """Write a fleet's page anew without a customer; whether it was on it."""
+    """Write a fleet's page anew without a customer, or remove it where nothing says who is on it; whether that was needed."""
     from pipeline.evaluation.report import fleet_report
 
-    rows = read_json(file, 1)["customers"]
-    others = [row for row in rows if CustomerKey.parse(row["key"]).customer != customer]
-    if len(others) == len(rows):
-        return False
+    others: list[dict[str, Any]] = []
+    if file.is_file():
+        try:
+            rows = read_json(file, 1)["customers"]
+            others = [row for row in rows if CustomerKey.parse(row["key"]).customer != customer]
+        except (KeyError, TypeError, AttributeError, ConfigError) as error:
+            raise _damaged(file, error) from error
+        if others and len(others) == len(rows):
+            return False
+    elif not any(customer in page.read_text(encoding="utf-8", errors="replace") for page in _written(file)):
+        return False  # of a process that was killed before it wrote the JSON, or is at it
     if others:
         fleet_report(others, file.with_suffix(".html"))
     else:
-        for suffix in (".html", ".md", ".json"):
+        for suffix in _PAGES:
             _delete(file.with_suffix(suffix))
     return True
+
+
+def _written(file: Path) -> list[Path]:
+    return [page for suffix in _PAGES if (page := file.with_suffix(suffix)).is_file()]
 
 
 def _delete(place: Path) -> None:

@@ -356,9 +356,10 @@ def fleet_report(rows: Sequence[Row], path: Path) -> None:
         f"{text(path.stem)}.json, {text(path.stem)}.md.</footer>",
     ]
     write_text(path, page(f"{path.stem} - PrefixFleet", "\n".join(body)))
+    write_text(path.with_suffix(".md"), fleet_markdown(path.stem, rows, summary))
+    # Last: whoever takes a customer off the pages asks this file who is on them, so it must not be ahead of the others.
     plain = [{name: str(value) if isinstance(value, Path) else value for name, value in row.items()} for row in rows]
     write_json(path.with_suffix(".json"), {"format": 1, "fleet": path.stem, "customers": plain})
-    write_text(path.with_suffix(".md"), fleet_markdown(path.stem, rows, summary))
 
 
 def _signatures(rows: Iterable[Row]) -> str:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 Alias = Literal["champion", "challenger"]
+# Of `2026-11-23T09:04:40+00:00 by the gate`: the characters of the time.
+_TIME = 25
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,9 @@ def promote(key: CustomerKey, version: int | None = None, *, force: bool = False
         before = held.get(CHAMPION)
         if before != chosen:
             _crown(client, name, chosen, held, "hand")
-            outdated(name)
+        elif held.get(CHALLENGER) == chosen:  # all that a promotion that was killed had left to do
+            client.delete_registered_model_alias(name, CHALLENGER)
+        outdated(name)
         return Moved(name, chosen, before, aliases_of(client, name).get(PREVIOUS))
 
 
@@ -109,32 +113,58 @@ def rollback(key: CustomerKey, version: int | None = None, *, home: Home | None 
     with lock(home, name), translated(f"rolling back customer {key}"):
         client = connect()
         held = _held(client, key)
-        target = version or held.get(PREVIOUS)
+        target = held.get(PREVIOUS) if version is None else version
         before = held.get(CHAMPION)
+        if version is None and before is not None and target == before:
+            return _finish_rollback(client, key, before)
         if target is None:
             raise RegistryError(
                 f"customer {key}: no version was champion before, so there is nothing to go back to at {shown_uri()}. {_choice(client, name)}"
             )
         if target == before:
             raise RegistryError(f"customer {key}: version {target} is champion already. {_choice(client, name)}")
-        lookup(key, version=target, home=home, fresh=True)
+        found = lookup(key, version=target, home=home, fresh=True)
+        if found.tags.get("decision") == "reject" and "promoted" not in found.tags:
+            raise RegistryError(
+                f"customer {key}: the gate rejected version {target} ({found.tags.get('reasons', '')}) and it never was champion, so there is "
+                f"no going back to it. `prefixfleet promote --customer {key} --version {target} --force` promotes it nevertheless."
+            )
         _note(client, name, target, "rollback")
         # The champion first: to die before the second step must not lose the version that was to be gone back to.
         written(client.set_registered_model_alias, name, CHAMPION, str(target))
         if before is not None:
             written(client.set_registered_model_alias, name, PREVIOUS, str(before))
+        if held.get(CHALLENGER) == target:
+            client.delete_registered_model_alias(name, CHALLENGER)
         outdated(name)
         return Moved(name, target, before, before)
 
 
+def _finish_rollback(client: "MlflowClient", key: CustomerKey, champion: int) -> Moved:
+    """The champion is its own predecessor, so a move was cut short: name the one before it, if it was a rollback that had come that far."""
+    name = key.model_name
+    notes = {int(v.version): own_tags(v.tags).get("promoted", "") for v in versions_of(client, name)}
+    own = notes.pop(champion, "")
+    before = max((number for number in notes if notes[number]), key=lambda number: (notes[number][:_TIME], number), default=None)
+    if before is None or not own.endswith("by rollback") or notes[before][:_TIME] > own[:_TIME]:
+        raise RegistryError(
+            f"customer {key}: a promotion was interrupted before its version became champion, and version {champion} still is. Promote "
+            f"again, or name the version to go back to. {_choice(client, name)}"
+        )
+    written(client.set_registered_model_alias, name, PREVIOUS, str(before))
+    outdated(name)
+    return Moved(name, champion, before, before)
+
+
 def _crown(client: "MlflowClient", name: str, version: int, held: dict[str, int], by: str) -> None:
-    """Make `version` champion. The champion's alias comes last: a process that died before it is simply run again."""
+    """Make `version` champion. Whoever is it is noted as previous first, and the challenger goes last: whenever a process dies, the same call again
+    finds who was meant and who answered before."""
     _note(client, name, version, by)
     if held.get(CHAMPION) is not None:
         written(client.set_registered_model_alias, name, PREVIOUS, str(held[CHAMPION]))
+    written(client.set_registered_model_alias, name, CHAMPION, str(version))
     if CHALLENGER in held:
         client.delete_registered_model_alias(name, CHALLENGER)
-    written(client.set_registered_model_alias, name, CHAMPION, str(version))
 
 
 def _note(client: "MlflowClient", name: str, version: int, by: str) -> None:

@@ -102,8 +102,8 @@ _refreshing: threading.Thread | None = None
 _refreshed = 0.0
 # How many models there were when they were last listed.
 _listed = 0
-# Size, time and number of the files in the cache that were read and found right.
-_checked: dict[Path, tuple[tuple[tuple[int, int, int], ...], str]] = {}
+# Size, times and number of the files in the cache that were read and found right. The time of the last change of any kind cannot be set back.
+_checked: dict[Path, tuple[tuple[tuple[int, int, int, int], ...], str]] = {}
 
 
 def lookup(
@@ -169,7 +169,12 @@ def _answer(question: _Question, home: Home, fresh: bool) -> _Answer:
         return known
     try:
         with translated(f"looking up customer {question.key}"):
-            return _keep(question, _ask(client_of(question.stores), question, home))
+            client = client_of(question.stores)
+            answer = _ask(client, question, home)
+            # A `forget` that was cut short leaves versions behind its tombstone. (The thread that refreshes asks for what was let through here.)
+            if answer.version is not None and (gone := _forgotten(client, question.key, home)):
+                answer = _Answer(None, {}, gone, answer.asked, answer.used)
+            return _keep(question, answer)
     except RegistryError as error:
         # A server that is away is no reason to take away what customers have; what it says itself is.
         if known is None or known.version is None or fresh or error.__cause__ is None:
@@ -216,10 +221,9 @@ def _what_there_is(client: "MlflowClient", question: _Question, home: Home) -> s
     found = models(client, [key])
     newest = newest_version(client, key.model_name) if found else None
     if newest is None:
-        since = forgotten_since(client, key.customer)
-        if since is not None:
-            shutil.rmtree(home.cached_prefixes(key.customer), ignore_errors=True)
-            return sentence(key.customer, since)
+        gone = _forgotten(client, key, home)
+        if gone:
+            return gone
         known = client.search_registered_models(f"name LIKE '{MODELS}%'", max_results=_SHOWN_CUSTOMERS + 1)
         named = [str(other) for model in known if (other := key_of(model.name)) is not None]
         shown = ", ".join(named[:_SHOWN_CUSTOMERS]) + (", …" if len(named) > _SHOWN_CUSTOMERS else "")
@@ -237,6 +241,15 @@ def _what_there_is(client: "MlflowClient", question: _Question, home: Home) -> s
         f"customer {key}: no version holds the alias {alias!r} at {shown_uri()}. Aliases are: {held}. "
         f"The newest version is {newest.version}{why} Ask for a version by its number, or train a prefix that passes the gate."
     )
+
+
+def _forgotten(client: "MlflowClient", key: CustomerKey, home: Home) -> str:
+    """What is said of a forgotten customer, of whom this machine then keeps nothing; empty for any other."""
+    since = forgotten_since(client, key.customer)
+    if since is None:
+        return ""
+    shutil.rmtree(home.cached_prefixes(key.customer), ignore_errors=True)
+    return sentence(key.customer, since)
 
 
 def _refresh_later(stores: tuple[str, str], home: Home) -> None:
@@ -261,12 +274,18 @@ def _refresh(stores: tuple[str, str], home: Home, due: list[_Question]) -> None:
         with translated("refreshing what was looked up"):
             client = client_of(stores)
             unchanged = _unchanged(client, due) if len(due) > max(_ONE_BY_ONE, _SHARE * _listed) else set()
-            for question in due:
-                known = _answers.get(question)
-                if known is not None and question in unchanged:
-                    known.asked = time.monotonic()
-                elif known is not None:  # else dropped meanwhile, because this process changed it
-                    _renew(client, question, home)
+        for question in due:
+            known = _answers.get(question)
+            if known is not None and question in unchanged:
+                known.asked = time.monotonic()
+            elif known is not None:  # else dropped meanwhile, because this process changed it
+                try:
+                    with translated(f"refreshing customer {question.key}"):
+                        _renew(client, question, home)
+                except RegistryError as error:
+                    if "does not answer" in str(error):  # nor will it for the others, and each would wait for it as long
+                        raise
+                    log.warning("%s", error)  # what is said of one customer is no reason to let the others grow stale
     except Exception as error:  # a thread has nobody to tell; whoever looks up after STALE_SECONDS is told
         log.warning("%s", error)
 
@@ -359,7 +378,7 @@ def _damage(folder: Path, tags: dict[str, str]) -> str | None:
         return next(file.name for file in files if not file.is_file())
     except OSError as error:
         raise _unreadable(folder, error) from error
-    now = (tuple((stat.st_size, stat.st_mtime_ns, stat.st_ino) for stat in stats), tags["content_digest"])
+    now = (tuple((stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for stat in stats), tags["content_digest"])
     if _checked.get(folder) == now:
         return None
     try:

@@ -122,7 +122,14 @@ def test_customer_that_a_run_is_at_work_on_is_not_forgotten_under_it(
     assert cli.main(["prepare", str(fleet_file)]) == 0
     with locks.holding(home, [CustomerKey("bolt")]):
         assert cli.main(["forget", "--customer", "bolt", "--yes"]) == 1
+    with locks.holding(home, [CustomerKey("bolt", "begun")]) as busy:  # a task of which there is no folder yet
+        assert not busy and cli.main(["forget", "--customer", "bolt", "--yes"]) == 1
+    with (
+        locks.holding_all_of(home, "bolt") as alone,
+        locks.holding(home, [CustomerKey("bolt", "begun"), CustomerKey("acme")]) as busy,
+    ):
+        assert alone and busy == {CustomerKey("bolt", "begun")}
     home.sweep(CustomerKey("bolt")).mkdir(parents=True)
     with locks.holding(Home(home.sweep(CustomerKey("bolt"))), [CustomerKey("bolt")]):
         assert cli.main(["forget", "--customer", "bolt", "--yes"]) == 1
-    assert capsys.readouterr().err.count("a run is at work on bolt") == 2 and (home.root / "prepared" / "bolt").is_dir()
+    assert capsys.readouterr().err.count("a run is at work on bolt") == 3 and (home.root / "prepared" / "bolt").is_dir()

@@ -75,15 +75,19 @@ def test_a_damaged_version_becomes_no_champion(sqlite: Home, make) -> None:
 
 
 def _die_moving(what: Callable[..., object], key: CustomerKey, step: int) -> None:
-    real, calls = MlflowClient.set_registered_model_alias, []
+    calls = []
 
-    def killed(self: MlflowClient, *arguments: Any) -> None:
-        calls.append(1)
-        if len(calls) == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-        real(self, *arguments)
+    def dying(real: Callable[..., None]) -> Callable[..., None]:
+        def killed(self: MlflowClient, *arguments: Any) -> None:
+            calls.append(1)
+            if len(calls) == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(self, *arguments)
 
-    MlflowClient.set_registered_model_alias = killed  # type: ignore[assignment, method-assign]
+        return killed
+
+    for name in ("set_registered_model_alias", "delete_registered_model_alias"):
+        setattr(MlflowClient, name, dying(getattr(MlflowClient, name)))
     what(key)
 
 
@@ -94,11 +98,33 @@ def test_a_promotion_that_dies_between_two_aliases_is_repeated_and_a_rollback_lo
         register(*make(seed=seed, decision=decision))
     assert held() == {"champion": 2, "previous": 1, "challenger": 3}
     assert in_child(_die_moving, promote, ACME, 2).wait() == -signal.SIGKILL
-    assert held()["champion"] == 2  # nobody answers but a champion
-    assert promote(ACME, 3).previous == 2 and held() == {"champion": 3, "previous": 2}
+    assert held() == {"champion": 2, "previous": 2, "challenger": 3}  # nobody answers but a champion, and the challenger is known
+    with pytest.raises(
+        RegistryError, match=r"a promotion was interrupted .* version 2 still is. Promote again, or name the version"
+    ):
+        rollback(ACME)
+    assert in_child(_die_moving, promote, ACME, 3).wait() == -signal.SIGKILL
+    assert held() == {"champion": 3, "previous": 2, "challenger": 3}
+    assert promote(ACME).previous == 2 and held() == {"champion": 3, "previous": 2}
     assert in_child(_die_moving, rollback, ACME, 2).wait() == -signal.SIGKILL
-    assert held() == {"champion": 2, "previous": 2}  # gone back already; what was left is found by its number
-    assert rollback(ACME, 3).champion == 3 and held() == {"champion": 3, "previous": 2}
+    assert held() == {"champion": 2, "previous": 2}  # gone back already
+    assert rollback(ACME).before == 3 and held() == {"champion": 2, "previous": 3}  # the same call finishes
+    assert rollback(ACME).champion == 3 and held() == {"champion": 3, "previous": 2}
+
+
+def test_a_rollback_passes_no_version_that_the_gate_rejected_and_leaves_no_champion_that_is_challenger(
+    sqlite: Home, make
+) -> None:
+    for seed, decision in enumerate(("promote", "reject", "keep")):
+        register(*make(seed=seed, decision=decision))
+    with pytest.raises(
+        RegistryError, match=r"rejected version 2 .* never was champion.* promote --customer acme --version 2 --force"
+    ):
+        rollback(ACME, 2)
+    assert rollback(ACME, 3).champion == 3 and held() == {"champion": 3, "previous": 1}
+    promote(ACME, 2, force=True)
+    rollback(ACME)
+    assert rollback(ACME, 2).champion == 2  # it was champion before, for somebody had forced it
 
 
 def test_versions_say_what_they_started_from_and_who_was_champion(sqlite: Home, make) -> None:

@@ -1,5 +1,6 @@
 """Forgetting: nothing of a customer's content is left anywhere, neighbours keep everything, and what could not be removed is said."""
 
+import importlib
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import yaml
 from mlflow import MlflowClient
 
 from pipeline.errors import ConfigError, RegistryError, StorageError
-from pipeline.files import write_json
+from pipeline.files import whole_file, write_json
 from pipeline.home import Home
 from pipeline.keys import CustomerKey
 from pipeline.leftovers import remove_leftovers, tasks_on_disk
@@ -40,6 +41,16 @@ def test_a_forgotten_customer_is_not_registered_looked_up_or_promoted_until_that
     assert not cached.exists()  # also on a machine where nobody called `forget`
     assert lift("acme") and not lift("acme") and forgotten_customers() == {}
     assert register(*folders).version == 1
+
+
+def test_behind_a_tombstone_nobody_answers_even_if_forgetting_died_before_the_versions_were_gone(sqlite: Home, make) -> None:
+    register(*make())
+    cached = lookup("acme").prefix_dir
+    leave_tombstone(MlflowClient(), "acme")
+    for ask in ({"fresh": True}, {"version": 1}):
+        with pytest.raises(RegistryError, match="customer acme: was forgotten on"):
+            lookup("acme", **ask)
+    assert not cached.exists() and lift("acme") and lookup("acme", fresh=True).version == 1
 
 
 def test_without_the_database_what_stays_is_named_with_the_command_and_that_command_removes_it(
@@ -87,6 +98,62 @@ def test_a_damaged_file_of_a_job_is_named_with_the_remedy(lived_in: Home, name: 
     (lived_in.root / "jobs/fleet-1" / name).write_text(content)
     with pytest.raises(StorageError, match=rf"{name}: is damaged .* Delete it, and run the same command again"):
         remove_leftovers(lived_in, "acme")
+
+
+@pytest.mark.parametrize(
+    "content", ['{"format": 1}', '{"format": 1, "customers": [{"key": "No Key"}]}', '{"format": 1, "customers": 3}']
+)
+def test_a_damaged_page_is_named_with_the_remedy(lived_in: Home, content: str) -> None:
+    (lived_in.root / "reports/fleet.json").write_text(content)
+    with pytest.raises(StorageError, match=r"fleet.json: is damaged .* Delete it, and run the same command again"):
+        remove_leftovers(lived_in, "acme")
+
+
+class _Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("dies_before", ["fleet.html", "fleet.md", "fleet.json", "fleet-1", "acme-alone.md", "acme-alone.json"])
+def test_what_a_killed_process_left_of_pages_and_jobs_is_removed_by_the_next(
+    lived_in: Home, monkeypatch: pytest.MonkeyPatch, dies_before: str
+) -> None:
+    (lived_in.root / "jobs/fleet-1/metrics.jsonl").write_text("secret of acme and of nobody else")
+    remove_leftovers(lived_in, "bistro") if dies_before == "fleet-1" else None
+
+    def dying(real: Callable[..., None]) -> Callable[..., None]:
+        def call(place: Path, *arguments: Any) -> None:
+            if place.name == dies_before:
+                raise _Killed
+            real(place, *arguments)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in (
+            "pipeline.leftovers._delete",
+            "pipeline.evaluation.report.write_text",
+            "pipeline.evaluation.report.write_json",
+        ):
+            module, _, function = name.rpartition(".")
+            patch.setattr(name, dying(getattr(importlib.import_module(module), function)))
+        with pytest.raises(_Killed):
+            remove_leftovers(lived_in, "acme")
+    remove_leftovers(lived_in, "acme")
+    assert [file for file in files_with("secret of acme", lived_in.root) if not file.endswith("metrics.jsonl")] == []
+    assert not list((lived_in.root / "reports").glob("acme-alone*"))
+    assert (lived_in.root / "jobs/fleet-1").exists() == (dies_before != "fleet-1")
+
+
+def test_a_page_that_another_run_is_writing_is_left_alone(lived_in: Home) -> None:
+    with whole_file(lived_in.root / "reports/other.html") as begun:
+        begun.write_text("of others")
+        remove_leftovers(lived_in, "acme")
+    assert (lived_in.root / "reports/other.html").read_text() == "of others"
+    abandoned = lived_in.root / "reports/.other.html.x.tmp"
+    abandoned.write_text("secret of acme")
+    os.utime(abandoned, (0, 0))
+    remove_leftovers(lived_in, "acme")
+    assert not abandoned.exists()
 
 
 def _die_forgetting(customer: str, step: int) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import os
 import shutil
 import uuid
 from collections import OrderedDict
@@ -61,6 +62,18 @@ def test_damaged_cache_is_downloaded_again(sqlite: Home, make) -> None:
     assert same(lookup(CustomerKey("acme")).prefix_dir, folders[0])
     (folder / "prefix.json").unlink()
     assert same(lookup(CustomerKey("acme")).prefix_dir, folders[0])
+
+
+def test_a_change_in_the_cache_that_hides_its_time_is_seen(sqlite: Home, make) -> None:
+    folders = make()
+    register(*folders)
+    file = lookup("acme").prefix_dir / "prefix.safetensors"
+    before = file.stat()
+    with file.open("r+b") as open_file:
+        open_file.seek(-1, 2)
+        open_file.write(bytes([file.read_bytes()[-1] ^ 1]))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert same(lookup("acme").prefix_dir, folders[0])
 
 
 @pytest.mark.parametrize("name", ["prefix.safetensors", "prefix.json"])
@@ -256,6 +269,31 @@ def test_many_customers_are_refreshed_by_one_question(sqlite: Home, make, clock:
     assert lookup("c7").version == 2 and {lookup(name).version for name in names if name not in ("c7", "c9")} == {1}
     with pytest.raises(RegistryError, match="customer c9: no prefix is registered"):
         lookup("c9")
+
+
+@pytest.mark.parametrize(
+    ("answer", "renewed"), [("permission denied", ["b", "c"]), ("API request to http://store.invalid failed", [])]
+)
+def test_one_customer_that_is_refused_keeps_no_other_from_being_refreshed(
+    sqlite: Home, make, clock: list[float], monkeypatch: pytest.MonkeyPatch, answer: str, renewed: list[str]
+) -> None:
+    for name in "abc":
+        register(*make(customer=name, seed=1))
+        register(*make(customer=name, seed=2))
+        assert lookup(name).version == 2
+        elsewhere(f"prefixfleet.{name}", 1)
+    real = MlflowClient.get_model_version_by_alias
+
+    def refusing(self: MlflowClient, name: str, alias: str) -> Any:
+        if name == "prefixfleet.a":
+            raise MlflowException(answer)
+        return real(self, name, alias)
+
+    monkeypatch.setattr(MlflowClient, "get_model_version_by_alias", refusing)
+    clock[0] += looking.FRESH_SECONDS
+    lookup("b")
+    refreshed()
+    assert [name for name in "abc" if lookup(name).version == 1] == renewed
 
 
 def test_customers_keep_their_prefix_while_mlflow_is_away(
