@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import nn
 
 from pipeline.compare import weights
-from pipeline.data import Record, read_split
+from pipeline.data import Record, read_card, read_split
 from pipeline.data.prompt import load_tokenizer
 from pipeline.errors import ConfigError, TrainingError
 from pipeline.inference import PrefixEngine
@@ -174,7 +174,14 @@ def _train(job: Job, settings: JobTraining, task: Task, train: list[Record], dev
         resident = Resident(module, own.prefix.placement == "infix", train, dev, settings)
         _train_prefix(base, resident, own.prefix.length, tokenizer.pad_token_id, progress)
         folder = task.folder / f"{task.method}-{settings.lr:g}"
-        config = {"base": {"digest": job.base.digest}, "prefix": {"placement": own.prefix.placement}}
+        evaluation = customer.evaluation
+        config = {
+            "base": {"digest": job.base.digest},
+            "prefix": {"placement": own.prefix.placement},
+            "prompt": dataclasses.asdict(customer.prompt),
+            "chat": read_card(Path(customer.prepared))["prompt"]["chat"],
+            "generation": {"num_beams": evaluation.num_beams, "max_new_tokens": evaluation.max_new_tokens},
+        }
         if resident.best:
             save_prefix(folder, resident.best, config)
         tensors = {
