@@ -104,12 +104,12 @@ def test_rows_beyond_the_length_from_which_positions_depend_on_neighbours_fail_t
     config = json.loads((folder / "config.json").read_text())
     config["rope_parameters"] = {
         "rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4,
-        "original_max_position_embeddings": 12,  # rows have up to 10 tokens
+        "original_max_position_embeddings": 20,  # rows have up to 10 tokens, and are prepared for a prefix of 10
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
-    job, _ = make_job(base=folder, length=1)
+    job, _ = make_job(base=folder, length=10)
     assert run_job(job) == 0, "within the limit nothing is refused"
-    job, _ = make_job(base=folder, name="long", length=3)
+    job, _ = make_job(base=folder, name="long", length=11)
     assert run_job(job) == 1
     result: Any = read_result(job, job.customers[0].key, "train")
-    assert "pass 12 positions" in result["reason"] and "Shorten" in result["reason"]
+    assert "pass the 20 positions" in result["reason"] and "Shorten" in result["reason"]
