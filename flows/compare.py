@@ -12,7 +12,7 @@ from typing import Any
 from flows import jobs, locks, work
 from flows.events import emit
 from pipeline.config import LaunchSettings
-from pipeline.errors import BaseModelError, ConfigError, EvaluationError, PrefixFleetError, TrainingError
+from pipeline.errors import BaseModelError, EvaluationError, PrefixFleetError, TrainingError
 from pipeline.files import digest_of, read_json, write_json
 from pipeline.home import Home
 from pipeline.progress import MARK
@@ -50,13 +50,7 @@ def run_comparison(
     Raises:
         PrefixFleetError: fleet file, data or base are unusable, another comparison of the customer is running, or a method's process crashed.
     """
-    todo = work.open_work(fleet_file, [customer])
-    if len(todo.customers) > 1:
-        raise ConfigError(f"{customer} has {len(todo.customers)} tasks; name one as {customer}/TASK.")
-    (one,) = todo.customers
-    work.leave_forgotten(todo)
-    if one.key in todo.errors:
-        raise ConfigError(todo.errors[one.key])
+    todo, one = work.open_one(fleet_file, customer)
     from pipeline.compare.report import compare
     from pipeline.data import is_prepared, read_split
 

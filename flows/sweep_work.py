@@ -50,13 +50,7 @@ def run_sweep(
     """
     home = Home.current()
     ensure_store(home)
-    todo = work.open_work(fleet_file, [customer], home)
-    if len(todo.customers) > 1:
-        raise ConfigError(f"{customer} has {len(todo.customers)} tasks; name one as {customer}/TASK.")
-    (one,) = todo.customers
-    work.leave_forgotten(todo)
-    if one.key in todo.errors:
-        raise ConfigError(todo.errors[one.key])
+    todo, one = work.open_one(fleet_file, customer, home)
     wanted = metric or one.evaluation.gate.metric
     if wanted not in METRICS:
         raise ConfigError(f"--metric {wanted}: unknown. Known: {', '.join(name for name in METRICS if name != 'perplexity')}.")

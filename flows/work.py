@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from flows import events, jobs, launch, locks
 from pipeline.base import BaseModelInfo, resolve_base
 from pipeline.config import Customer, Fleet, load_fleet
-from pipeline.errors import EvaluationError, PrefixFleetError
+from pipeline.errors import ConfigError, EvaluationError, PrefixFleetError
 from pipeline.files import read_json, write_json
 from pipeline.home import Home
 from pipeline.keys import CustomerKey
@@ -210,6 +210,23 @@ def open_work(fleet_file: Path | str, wanted: list[str] | None = None, home: Hom
     home = home or Home.current()
     base = resolve_base(fleet.base_model.path, fleet.base_model.revision, home.root / "cache" / "base_digests.json")
     return Work(fleet, customers, base, home, named=bool(wanted))
+
+
+def open_one(fleet_file: Path | str, customer: str, home: Home | None = None) -> tuple[Work, Customer]:
+    """`open_work` for what is about one task of one customer.
+
+    Raises:
+        ConfigError: as `open_work`, or the customer has several tasks, or was forgotten.
+        BaseModelError: there is no such base.
+    """
+    todo = open_work(fleet_file, [customer], home)
+    if len(todo.customers) > 1:
+        raise ConfigError(f"{customer} has {len(todo.customers)} tasks; name one as {customer}/TASK.")
+    (one,) = todo.customers
+    leave_forgotten(todo)
+    if one.key in todo.errors:
+        raise ConfigError(todo.errors[one.key])
+    return todo, one
 
 
 def survey(work: Work) -> None:

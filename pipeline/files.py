@@ -129,6 +129,31 @@ def read_json(path: Path, format: int) -> dict[str, Any]:
     return content
 
 
+@contextlib.contextmanager
+def one_at_a_time(lock: Path, remedy: str) -> Iterator[None]:
+    """Let one process at a time pass, on this machine. Released when the process ends, however it ends.
+
+    Args:
+        lock: the file that is locked; it stays.
+        remedy: what to do where it cannot be made.
+
+    Raises:
+        StorageError: the lock cannot be made.
+    """
+    from filelock import FileLock
+
+    guard = FileLock(lock)
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        guard.acquire()
+    except OSError as error:
+        raise StorageError(f"{lock}: cannot be written ({error.strerror}). {remedy}") from error
+    try:
+        yield
+    finally:
+        guard.release()
+
+
 def digest_of(content: Any) -> str:
     """SHA-256 in hex of the canonical JSON form of `content`."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()).hexdigest()

@@ -61,6 +61,14 @@ def exit_with_parent(grace_seconds: float = 0.0) -> None:
     threading.Thread(target=wait, name="exit-with-parent", daemon=True).start()
 
 
+def begin_stage() -> None:
+    """What a stage's process does before it imports torch: it leaves with whoever started it, shares the cores, and ends tidily on SIGTERM."""
+    exit_with_parent()
+    share_cores()
+    # An exception instead of sudden death, so that temporary folders are removed on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(INTERRUPTED))
+
+
 def end_with_launcher() -> None:
     """Get a SIGTERM when `accelerate launch` dies. It does not pass on the one that ended it: without this we would go on alone. Linux only."""
     if sys.platform != "linux" or "ACCELERATE_MIXED_PRECISION" not in os.environ:

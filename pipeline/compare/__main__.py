@@ -1,13 +1,12 @@
 """`python -m pipeline.compare JOB.yaml TASK.json`: one method, in a process of its own, so that its peak memory is its own."""
 
 import argparse
-import signal
 import sys
 from pathlib import Path
 
 from pipeline.errors import PrefixFleetError
 from pipeline.files import read_json, write_json
-from pipeline.process import exit_with_parent, share_cores
+from pipeline.process import begin_stage
 from pipeline.training.job import read_job
 
 FORMAT = 1
@@ -19,9 +18,7 @@ def main() -> int:
     parser.add_argument("job", type=Path, help="a job file with one customer")
     parser.add_argument("task", type=Path, help="what to do; the result is written beside it, as <method>.json")
     arguments = parser.parse_args()
-    exit_with_parent()
-    share_cores()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    begin_stage()
     try:
         job, task = read_job(arguments.job), read_json(arguments.task, FORMAT)
     except PrefixFleetError as error:

@@ -2,12 +2,11 @@
 
 import argparse
 import os
-import signal
 import sys
 from pathlib import Path
 
 from pipeline.errors import PrefixFleetError
-from pipeline.process import exit_with_parent, share_cores
+from pipeline.process import begin_stage
 from pipeline.training.job import read_job
 
 
@@ -16,10 +15,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m pipeline.evaluation", description="Evaluate the prefixes of a job.")
     parser.add_argument("job", type=Path, help="job file, as `prefixfleet train FLEET.yaml` writes it")
     arguments = parser.parse_args()
-    exit_with_parent()
-    share_cores()
-    # An exception instead of sudden death, so that temporary folders are removed on the way out.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    begin_stage()
     if os.environ.get("RANK", "0") != "0":
         return 0  # the launcher's config may name several processes for training; generation needs one
     try:

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.errors import RegistryError, StorageError
-from pipeline.files import whole_file, write_text
+from pipeline.errors import RegistryError
+from pipeline.files import one_at_a_time, whole_file, write_text
 from pipeline.home import Home
 
 if TYPE_CHECKING:
@@ -212,21 +212,8 @@ def lock(home: Home, name: str) -> Iterator[None]:
     Raises:
         StorageError: the lock cannot be made.
     """
-    from filelock import FileLock
-
-    path = home.root / "locks" / f"{name}.lock"
-    guard = FileLock(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        guard.acquire()
-    except OSError as error:
-        raise StorageError(
-            f"{path}: cannot be written ({error.strerror}). Check PREFIXFLEET_HOME and its permissions."
-        ) from error
-    try:
+    with one_at_a_time(home.root / "locks" / f"{name}.lock", "Check PREFIXFLEET_HOME and its permissions."):
         yield
-    finally:
-        guard.release()
 
 
 def _embedded_uri(home: Home) -> str:

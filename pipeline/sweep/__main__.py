@@ -2,13 +2,12 @@
 
 import argparse
 import os
-import signal
 import sys
 from pathlib import Path
 
 from pipeline.errors import PrefixFleetError
 from pipeline.files import read_json
-from pipeline.process import exit_with_parent, share_cores
+from pipeline.process import begin_stage
 from pipeline.training.job import read_job
 
 
@@ -17,9 +16,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m pipeline.sweep", description="Judge the settings of a sweep.")
     parser.add_argument("task", type=Path, help="what it is about, as `prefixfleet sweep` writes it; the result goes beside it")
     arguments = parser.parse_args()
-    exit_with_parent()
-    share_cores()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    begin_stage()
     if os.environ.get("RANK", "0") != "0":
         return 0  # the launcher's config may name several processes for training; generation needs one
     try:

@@ -19,10 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from pipeline.errors import ConfigError, StorageError
-from pipeline.files import read_json, write_json
+from pipeline.files import one_at_a_time, read_json, write_json
 from pipeline.home import Home
 from pipeline.keys import validate_id
 
@@ -119,18 +117,8 @@ def revoke_key(file: Path, key_id: str) -> None:
 @contextlib.contextmanager
 def _changing(file: Path) -> Iterator[None]:
     """One at a time, from reading to writing: of two that change the file at once the later would undo the earlier, a revocation too."""
-    guard = FileLock(file.with_name(f".{file.name}.lock"))
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        guard.acquire()
-    except OSError as error:
-        raise StorageError(
-            f"{guard.lock_file}: cannot be written ({error.strerror}). Check the folder and its permissions."
-        ) from error
-    try:
+    with one_at_a_time(file.with_name(f".{file.name}.lock"), "Check the folder and its permissions."):
         yield
-    finally:
-        guard.release()
 
 
 class KeyRing:

@@ -10,10 +10,9 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from pipeline.prefix.placing import Placed
-from pipeline.training.engines.units import blocks, cast, give_memory_back
+from pipeline.training.engines.units import blocks, cast, give_memory_back, kept_here, whole
 
 
 def fsdp2(model: Any, device: torch.device, dtype: torch.dtype, reshard: bool, offload: bool) -> Placed:
@@ -45,13 +44,9 @@ def fsdp2(model: Any, device: torch.device, dtype: torch.dtype, reshard: bool, o
     # What is left, embeddings and head, is given back too: kept, the vocabulary matrix would lie whole on every process.
     fully_shard(model, reshard_after_forward=reshard, **options)
 
-    def kept() -> list[torch.Tensor]:
-        with torch.no_grad():
-            return [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
-
     return Placed(
         device=device,
-        kept=kept,
-        whole=lambda parameter: parameter.full_tensor() if isinstance(parameter, DTensor) else parameter,
+        kept=lambda: kept_here(model),
+        whole=whole,
         settle=lambda: None,
     )

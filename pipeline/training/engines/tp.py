@@ -18,7 +18,7 @@ from transformers.distributed.tensor_parallel import apply_tensor_parallelism, g
 
 from pipeline.errors import BaseModelError, ConfigError
 from pipeline.prefix.placing import Heads, Placed
-from pipeline.training.engines.units import wanted_dtypes
+from pipeline.training.engines.units import kept_here, wanted_dtypes, whole
 
 
 def tp(model: Any, device: torch.device, dtype: torch.dtype, parts: int) -> Placed:
@@ -57,14 +57,10 @@ def tp(model: Any, device: torch.device, dtype: torch.dtype, parts: int) -> Plac
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(device)
 
-    def kept() -> list[torch.Tensor]:
-        with torch.no_grad():
-            return [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
-
     return Placed(
         device=device,
-        kept=kept,
-        whole=lambda parameter: parameter.full_tensor() if isinstance(parameter, DTensor) else parameter,
+        kept=lambda: kept_here(model),
+        whole=whole,
         settle=lambda: None,
         heads=_heads(mesh) if _cuts_heads(plan) else Heads(),
     )

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
@@ -55,3 +56,14 @@ def give_memory_back() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # another libc
         mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+
+
+def kept_here(model: Any) -> list[torch.Tensor]:
+    """What this process holds of a model whose weights are distributed tensors."""
+    with torch.no_grad():
+        return [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+
+
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    """A weight as it was before it was distributed: on all processes, who must all ask."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
