@@ -25,7 +25,7 @@ from pipeline.home import Home
 from pipeline.keys import CustomerKey
 from pipeline.registry.package import PREFIX_PATH
 from pipeline.registry.store import client_of, ensure_store, lock, shown_uri, stores_in_use, translated
-from pipeline.registry.tombstones import forgotten_since, sentence
+from pipeline.registry.tombstones import forgotten_among, forgotten_since, sentence
 from pipeline.registry.versions import (
     CHAMPION,
     MODELS,
@@ -171,9 +171,9 @@ def _answer(question: _Question, home: Home, fresh: bool) -> _Answer:
         with translated(f"looking up customer {question.key}"):
             client = client_of(question.stores)
             answer = _ask(client, question, home)
-            # A `forget` that was cut short leaves versions behind its tombstone. (The thread that refreshes asks for what was let through here.)
-            if answer.version is not None and (gone := _forgotten(client, question.key, home)):
-                answer = _Answer(None, {}, gone, answer.asked, answer.used)
+            # A `forget` that was cut short leaves versions behind its tombstone.
+            if answer.version is not None and (since := forgotten_since(client, question.key.customer)) is not None:
+                answer = _buried(question.key, since, home)
             return _keep(question, answer)
     except RegistryError as error:
         # A server that is away is no reason to take away what customers have; what it says itself is.
@@ -221,9 +221,9 @@ def _what_there_is(client: "MlflowClient", question: _Question, home: Home) -> s
     found = models(client, [key])
     newest = newest_version(client, key.model_name) if found else None
     if newest is None:
-        gone = _forgotten(client, key, home)
-        if gone:
-            return gone
+        since = forgotten_since(client, key.customer)
+        if since is not None:
+            return _buried(key, since, home).missing
         known = client.search_registered_models(f"name LIKE '{MODELS}%'", max_results=_SHOWN_CUSTOMERS + 1)
         named = [str(other) for model in known if (other := key_of(model.name)) is not None]
         shown = ", ".join(named[:_SHOWN_CUSTOMERS]) + (", …" if len(named) > _SHOWN_CUSTOMERS else "")
@@ -243,13 +243,14 @@ def _what_there_is(client: "MlflowClient", question: _Question, home: Home) -> s
     )
 
 
-def _forgotten(client: "MlflowClient", key: CustomerKey, home: Home) -> str:
-    """What is said of a forgotten customer, of whom this machine then keeps nothing; empty for any other."""
-    since = forgotten_since(client, key.customer)
-    if since is None:
-        return ""
-    shutil.rmtree(home.cached_prefixes(key.customer), ignore_errors=True)
-    return sentence(key.customer, since)
+def _buried(key: CustomerKey, since: str, home: Home) -> _Answer:
+    """What is said of a customer who was forgotten, of whom this machine then keeps nothing."""
+    kept = home.cached_prefixes(key.customer)
+    if kept.exists():
+        with lock(home, f"cache.{key.customer}"):
+            shutil.rmtree(kept, ignore_errors=True)
+    now = time.monotonic()
+    return _Answer(None, {}, sentence(key.customer, since), now, now)
 
 
 def _refresh_later(stores: tuple[str, str], home: Home) -> None:
@@ -274,9 +275,12 @@ def _refresh(stores: tuple[str, str], home: Home, due: list[_Question]) -> None:
         with translated("refreshing what was looked up"):
             client = client_of(stores)
             unchanged = _unchanged(client, due) if len(due) > max(_ONE_BY_ONE, _SHARE * _listed) else set()
+            gone = forgotten_among(client, {question.key.customer for question in due})
         for question in due:
             known = _answers.get(question)
-            if known is not None and question in unchanged:
+            if known is not None and question.key.customer in gone:
+                _replace(question, known, _buried(question.key, gone[question.key.customer], home))
+            elif known is not None and question in unchanged:
                 known.asked = time.monotonic()
             elif known is not None:  # else dropped meanwhile, because this process changed it
                 try:
@@ -301,8 +305,13 @@ def _renew(client: "MlflowClient", question: _Question, home: Home) -> None:
             # The one known stays until it is too old to be given; whoever looks up then is told why.
             log.warning("%s", error)
             return
+    _replace(question, before, answer)
+
+
+def _replace(question: _Question, before: _Answer | None, answer: _Answer) -> None:
+    """Know `answer` from now on, unless this process has changed or asked meanwhile what was known `before`."""
     with _guard:
-        if _answers.get(question) is before:  # else this process has changed or asked it meanwhile
+        if _answers.get(question) is before:
             answer.used = before.used if before is not None else answer.used
             _answers[question] = answer
 

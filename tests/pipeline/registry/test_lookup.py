@@ -19,6 +19,7 @@ from pipeline.home import Home
 from pipeline.keys import CustomerKey
 from pipeline.registry import ModelStatus, lookup, promote, register, rollback, status
 
+burying: Any = importlib.import_module("pipeline.registry.tombstones")
 looking: Any = importlib.import_module("pipeline.registry.lookup")  # `pipeline.registry.lookup` is the function
 
 
@@ -204,9 +205,9 @@ def test_warm_lookup_asks_nobody_and_a_promotion_elsewhere_is_noticed_in_the_bac
     clock[0] += looking.FRESH_SECONDS
     assert lookup(customer).version == 1  # at once, while a thread asks
     refreshed()
-    assert asked == ["alias"]
+    assert asked == ["all", "alias"]  # who was forgotten, who is champion
     folder = home.cached_prefix(CustomerKey(customer), lookup(customer).tags["content_digest"])
-    assert lookup(customer).version == 2 and same(folder, new[0]) and asked == ["alias"]  # downloaded by the thread
+    assert lookup(customer).version == 2 and same(folder, new[0]) and len(asked) == 2  # downloaded by the thread
 
 
 def test_an_answer_too_old_is_not_given_before_mlflow_was_asked(sqlite: Home, make, clock: list[float]) -> None:
@@ -264,8 +265,8 @@ def test_many_customers_are_refreshed_by_one_question(sqlite: Home, make, clock:
     clock[0] += looking.FRESH_SECONDS
     lookup("c1")
     refreshed()
-    # One for all; one for each that has changed; of the one that is gone, what there is instead.
-    assert asked.count("all") <= 4 and asked.count("alias") == 2
+    # One for all, one for all who were forgotten; one for each that has changed; of the one that is gone, what there is instead.
+    assert asked.count("all") <= 5 and asked.count("alias") == 2
     assert lookup("c7").version == 2 and {lookup(name).version for name in names if name not in ("c7", "c9")} == {1}
     with pytest.raises(RegistryError, match="customer c9: no prefix is registered"):
         lookup("c9")
@@ -294,6 +295,24 @@ def test_one_customer_that_is_refused_keeps_no_other_from_being_refreshed(
     lookup("b")
     refreshed()
     assert [name for name in "abc" if lookup(name).version == 1] == renewed
+
+
+def test_a_customer_that_is_forgotten_elsewhere_is_answered_no_longer_than_until_the_next_refresh(
+    sqlite: Home, make, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where `forget` died after its tombstone, so that the versions are still there; however the thread asks."""
+    register(*make())
+    for tombstones, one_by_one in ((0, 16), (100, 16), (0, 0)):  # tombstones listed, asked for by name; models listed too
+        monkeypatch.setattr(burying, "_listed", tombstones)
+        monkeypatch.setattr(looking, "_ONE_BY_ONE", one_by_one)
+        assert lookup("acme", fresh=True).version == 1
+        burying.leave_tombstone(MlflowClient(), "acme")
+        clock[0] += looking.FRESH_SECONDS
+        assert lookup("acme").version == 1
+        refreshed()
+        with pytest.raises(RegistryError, match="customer acme: was forgotten on"):
+            lookup("acme")
+        assert not list((sqlite.root / "cache/prefixes").iterdir()) and burying.lift("acme")
 
 
 def test_customers_keep_their_prefix_while_mlflow_is_away(
