@@ -46,6 +46,10 @@ class Home:
         """All that was downloaded from the registry for one customer."""
         return self.root / "cache" / "prefixes" / validate_id(customer)
 
+    def cache_lock(self, customer: str) -> Path:
+        """The file that is locked while one customer's downloads are written or removed."""
+        return self.root / "locks" / f"cache.{validate_id(customer)}.lock"
+
     @property
     def mlflow_database(self) -> Path:
         """The embedded MLflow store, used when no `MLFLOW_TRACKING_URI` is set."""

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from pipeline.errors import ConfigError, StorageError
-from pipeline.files import read_json, write_json, write_text
+from pipeline.files import one_at_a_time, read_json, write_json, write_text
 from pipeline.home import Home
 from pipeline.keys import CustomerKey, validate_id
 
@@ -44,10 +44,12 @@ def remove_leftovers(home: Home, customer: str) -> list[str]:
         StorageError: something cannot be deleted or written; run it again once it can.
     """
     removed = []
-    for folder in _folders(home, validate_id(customer)):
-        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        _delete(folder)
-        removed.append(f"{folder.relative_to(home.root)} ({size:,} bytes)")
+    # A service may be downloading the customer's prefix: it ends first, and the next finds nothing in MLflow.
+    with one_at_a_time(home.cache_lock(customer), "Check PREFIXFLEET_HOME and its permissions."):
+        for folder in _folders(home, validate_id(customer)):
+            size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+            _delete(folder)
+            removed.append(f"{folder.relative_to(home.root)} ({size:,} bytes)")
     for job in sorted(home.root.glob("jobs/*")):
         removed += [f"{customer} in {file.relative_to(home.root)}" for file in _leave_job(job, customer)]
     for page in sorted({place.with_suffix("") for suffix in _PAGES for place in home.root.glob(f"reports/*{suffix}")}):

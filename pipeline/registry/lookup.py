@@ -24,7 +24,7 @@ from pipeline.files import file_digest, whole_folder
 from pipeline.home import Home
 from pipeline.keys import CustomerKey
 from pipeline.registry.package import PREFIX_PATH
-from pipeline.registry.store import client_of, ensure_store, lock, shown_uri, stores_in_use, translated
+from pipeline.registry.store import cache_lock, client_of, ensure_store, shown_uri, stores_in_use, translated
 from pipeline.registry.tombstones import forgotten_among, forgotten_since, sentence
 from pipeline.registry.versions import (
     CHAMPION,
@@ -247,7 +247,7 @@ def _buried(key: CustomerKey, since: str, home: Home) -> _Answer:
     """What is said of a customer who was forgotten, of whom this machine then keeps nothing."""
     kept = home.cached_prefixes(key.customer)
     if kept.exists():
-        with lock(home, f"cache.{key.customer}"):
+        with cache_lock(home, key.customer):
             shutil.rmtree(kept, ignore_errors=True)
     now = time.monotonic()
     return _Answer(None, {}, sentence(key.customer, since), now, now)
@@ -341,7 +341,9 @@ def _cached(home: Home, question: _Question, version: int, tags: dict[str, str])
     folder = home.cached_prefix(question.key, tags["content_digest"])
     if _damage(folder, tags) is None:
         return folder
-    with lock(home, f"{name}.cache"):
+    # Where the files are is asked under this lock, and `forget` removes the model first and then, under the same lock, what is here: whoever
+    # comes after it finds nothing to download.
+    with cache_lock(home, question.key.customer):
         if _damage(folder, tags) is not None:  # else another process was faster
             _download(question, version, tags, folder)
     return folder

@@ -43,6 +43,8 @@ _SETTINGS = {
 # Seconds that the first request, which only asks whether anybody is there, waits for an answer.
 _FIRST_ANSWER = "10"
 
+_REMEDY = "Check PREFIXFLEET_HOME and its permissions."
+
 _uri_set_here: str | None = None
 _ready: set[tuple[str, str]] = set()
 
@@ -212,7 +214,18 @@ def lock(home: Home, name: str) -> Iterator[None]:
     Raises:
         StorageError: the lock cannot be made.
     """
-    with one_at_a_time(home.root / "locks" / f"{name}.lock", "Check PREFIXFLEET_HOME and its permissions."):
+    with one_at_a_time(home.root / "locks" / f"{name}.lock", _REMEDY):
+        yield
+
+
+@contextlib.contextmanager
+def cache_lock(home: Home, customer: str) -> Iterator[None]:
+    """As `lock`, for the downloads of one customer, which `pipeline.leftovers` removes under the same lock.
+
+    Raises:
+        StorageError: the lock cannot be made.
+    """
+    with one_at_a_time(home.cache_lock(customer), _REMEDY):
         yield
 
 

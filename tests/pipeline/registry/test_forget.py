@@ -5,13 +5,18 @@ import json
 import os
 import signal
 import sqlite3
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import mlflow.artifacts
 import pytest
 import yaml
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from pipeline.errors import ConfigError, RegistryError, StorageError
 from pipeline.files import whole_file, write_json
@@ -20,6 +25,7 @@ from pipeline.keys import CustomerKey
 from pipeline.leftovers import remove_leftovers, tasks_on_disk
 from pipeline.registry import forgotten_customers, history, lift, lookup, promote, register
 from pipeline.registry.forget import forget_in_mlflow
+from pipeline.registry.store import stores_in_use
 from pipeline.registry.tombstones import hidden, leave_tombstone
 
 from .traces import SECRET, files_with, registered, rows_with, with_secret
@@ -51,6 +57,35 @@ def test_behind_a_tombstone_nobody_answers_even_if_forgetting_died_before_the_ve
         with pytest.raises(RegistryError, match="customer acme: was forgotten on"):
             lookup("acme", **ask)
     assert not cached.exists() and lift("acme") and lookup("acme", fresh=True).version == 1
+
+
+def test_a_download_under_way_leaves_nothing_behind_a_forget(sqlite: Home, make, monkeypatch: pytest.MonkeyPatch) -> None:
+    register(*make())
+    real, arrived, go_on = mlflow.artifacts.download_artifacts, threading.Event(), threading.Event()
+
+    def slow(*arguments: Any, **named: Any) -> str:
+        place = real(*arguments, **named)
+        arrived.set()
+        assert go_on.wait(60)
+        return place
+
+    monkeypatch.setattr(mlflow.artifacts, "download_artifacts", slow)
+    with ThreadPoolExecutor() as threads:
+        looking = threads.submit(lookup, "acme")  # a service's
+        assert arrived.wait(60)
+        forget_in_mlflow("acme", home=sqlite)
+        removing = threads.submit(remove_leftovers, sqlite, "acme")
+        time.sleep(0.2)
+        assert not removing.done()
+        go_on.set()
+        assert looking.result(60).version == 1 and removing.result(60)[0].startswith("cache/prefixes/acme (")
+    assert not list(sqlite.root.glob("cache/prefixes/*"))
+    # Nor does one that had asked before and comes late.
+    looking_up = importlib.import_module("pipeline.registry.lookup")
+    question = looking_up._Question(stores_in_use(), CustomerKey("acme"), "champion", None)
+    with pytest.raises(MlflowException, match="not found"):
+        looking_up._cached(sqlite, question, 1, looking.result().tags)
+    assert not list(sqlite.root.glob("cache/prefixes/*/*/*"))
 
 
 def test_without_the_database_what_stays_is_named_with_the_command_and_that_command_removes_it(
