@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import __version__
+from pipeline.registry.loaded import CONTENT_DIGEST
 from pipeline.registry.store import quiet
-from pipeline.registry.versions import PREFIX_FILES
+from pipeline.registry.versions import PREFIX_FILES, content_digest
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
@@ -57,6 +58,7 @@ def build(folder: Path, prefix_dir: Path, evaluation_dir: Path | None, run_id: s
             artifacts=artifacts,
             pip_requirements=_requirements(),
             signature=ModelSignature(inputs=Schema([ColSpec("string", "input")]), outputs=Schema([ColSpec("string")])),
+            model_config={CONTENT_DIGEST: content_digest(staged)},
             input_example=pandas.DataFrame({"input": [_example(evaluation_dir)]}),
             mlflow_model=Model(model.artifact_location, run_id, model_uuid=model.model_id, model_id=model.model_id),
         )

@@ -20,11 +20,15 @@ class PrefixModel(PythonModel):
 
         Raises:
             BaseModelError: the base is not found, or not the one that the prefix was trained on.
+            RegistryError: the prefix is not the one that was registered.
         """
         # Imported here, for MLflow also runs this file when a prefix is registered, where no torch is needed.
         from pipeline.registry.base_lookup import open_prefix
+        from pipeline.registry.loaded import check_loaded
 
-        self._answer = open_prefix(Path(context.artifacts["prefix"]))
+        folder = Path(context.artifacts["prefix"])
+        check_loaded(folder, context.model_config)
+        self._answer = open_prefix(folder)
 
     # MLflow reads the type of `model_input`: for any other than a DataFrame it warns, or checks inputs by it and not the signature.
     def predict(

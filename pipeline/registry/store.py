@@ -74,7 +74,7 @@ def ensure_store(home: Home | None = None) -> None:
     if stores[0] != own or stores[1]:
         # Two processes that open a fresh SQLite store at once create the same tables; before a server, nobody need queue.
         waiting = lock(home, "mlflow") if any(uri.startswith("sqlite:") for uri in stores) else contextlib.nullcontext()
-        with waiting, translated("looking for MLflow"), _impatient():
+        with waiting, translated("looking for MLflow"), impatient():
             connect().search_experiments(max_results=1)
             connect().search_registered_models(max_results=1)
     _ready.add(stores)
@@ -305,14 +305,14 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _impatient() -> Iterator[None]:
-    """Requests within wait a few seconds for an answer, not MLflow's 120, unless the user has set the time."""
-    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
-    if name in os.environ:
-        yield
-        return
-    os.environ[name] = _FIRST_ANSWER
+def impatient() -> Iterator[None]:
+    """Requests within wait a few seconds for an answer and are tried again a few times, not as long as MLflow's defaults say (120 s, 246 s),
+    unless the user has set the times."""
+    ours = {"MLFLOW_HTTP_REQUEST_TIMEOUT": _FIRST_ANSWER, **{name: _SETTINGS[name] for name in _SETTINGS if "HTTP_REQUEST" in name}}
+    unset = {name: value for name, value in ours.items() if name not in os.environ}
+    os.environ.update(unset)
     try:
         yield
     finally:
-        os.environ.pop(name, None)
+        for name in unset:
+            os.environ.pop(name, None)
