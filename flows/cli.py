@@ -640,13 +640,13 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _import(arguments: argparse.Namespace) -> int:
+    from flows import locks
     from pipeline.base import resolve_base
     from pipeline.config import EvaluationSettings, PromptSettings, load_fleet
-    from pipeline.errors import BaseModelError, ConfigError
+    from pipeline.errors import BaseModelError, ConfigError, PrefixFleetError
     from pipeline.home import Home
     from pipeline.prefix.peft_format import read_adapter_config
     from pipeline.process import share_cores
-    from pipeline.registry import ensure_store
     from pipeline.registry.exchange import check_named_base, import_adapter
     from pipeline.training.job import JobPrompt
 
@@ -675,19 +675,22 @@ def _import(arguments: argparse.Namespace) -> int:
     base = resolve_base(name, revision, home.root / "cache" / "base_digests.json")
     if arguments.base is None:
         check_named_base(arguments.folder, base, home)
-    ensure_store(home)
-    registered, folder = import_adapter(
-        key,
-        arguments.folder,
-        base,
-        JobPrompt(**settings),
-        dtype=dtype,
-        quantization=quantization,
-        num_beams=evaluation.num_beams,
-        max_new_tokens=evaluation.max_new_tokens,
-        champion=arguments.champion,
-        home=home,
-    )
+    # As a run does: nobody forgets the customer meanwhile, or an import that had begun would write behind it.
+    with locks.holding(home, [key]) as busy:
+        if busy:
+            raise PrefixFleetError(f"customer {key}: another run is at work on it. Wait for it, and run the same command again.")
+        registered, folder = import_adapter(
+            key,
+            arguments.folder,
+            base,
+            JobPrompt(**settings),
+            dtype=dtype,
+            quantization=quantization,
+            num_beams=evaluation.num_beams,
+            max_new_tokens=evaluation.max_new_tokens,
+            champion=arguments.champion,
+            home=home,
+        )
     if arguments.json:
         _print_json({"customer": str(key), "version": registered.version, "alias": registered.alias, "prefix": str(folder)})
     else:

@@ -13,6 +13,8 @@ from pipeline.home import Home
 from pipeline.keys import CustomerKey
 from pipeline.process import code_version
 from pipeline.registry.register import Registration, register_imported
+from pipeline.registry.store import connect, ensure_store, translated
+from pipeline.registry.tombstones import refuse_forgotten
 from pipeline.training.job import JobBase, JobPrompt
 
 
@@ -86,6 +88,7 @@ def import_adapter(
     Raises:
         PrefixError: no adapter that can be imported, or for another base.
         BaseModelError: the base takes no prefix.
+        RegistryError: the customer was forgotten, or MLflow failed.
     """
     from pipeline.prefix import load_base, save_prefix
     from pipeline.prefix.peft_format import import_peft, read_adapter_config
@@ -94,6 +97,9 @@ def import_adapter(
     adapter = read_adapter_config(folder)  # before seconds are spent on loading the base
     kind, name = adapter["peft_type"], adapter.get("base_model_name_or_path")
     home = home or Home.current()
+    ensure_store(home)
+    with translated(f"importing a prefix of customer {key}"):
+        refuse_forgotten(connect(), key.customer)  # before anything of the customer's is written here
     loaded = load_base(JobBase(base.id, str(base.path), base.revision, base.digest, dtype, quantization, "auto"))
     prefix = import_peft(folder, loaded)
     settings = dataclasses.asdict(prompt)

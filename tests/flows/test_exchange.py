@@ -11,7 +11,7 @@ from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from flows import jobs, launch, work
+from flows import jobs, launch, locks, work
 from flows.cli import main
 from pipeline import registry
 from pipeline.errors import RegistryError
@@ -19,6 +19,7 @@ from pipeline.home import Home
 from pipeline.keys import CustomerKey
 from pipeline.prefix import load_prefix
 from pipeline.registry import lookup
+from pipeline.registry.forget import forget_in_mlflow
 
 
 @pytest.fixture
@@ -102,6 +103,24 @@ def test_an_import_without_a_known_base_says_how_to_name_it(
     file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": None}))
     assert main(["import", "--customer", "acme", "--format", "peft", str(adapter)]) == 2
     assert "--base" in capsys.readouterr().err
+
+
+def test_an_import_for_a_forgotten_or_a_busy_customer_leaves_nothing(
+    home: Home, example_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "adapter").mkdir()
+    config = {"peft_type": "PREFIX_TUNING", "base_model_name_or_path": str(example_base)}
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("pipeline.prefix.load_base", lambda *_: pytest.fail("seconds were spent on loading the base"))
+    forget_in_mlflow("acme", home=home)
+    before = sorted(home.root.rglob("*acme*"))
+    for task in ("default", "menu"):
+        assert main(["import", "--customer", "acme", "--task", task, "--format", "peft", str(tmp_path / "adapter")]) == 1
+        assert "customer acme: was forgotten on" in capsys.readouterr().err
+    with locks.holding_all_of(home, "bolt"):
+        assert main(["import", "--customer", "bolt", "--format", "peft", str(tmp_path / "adapter")]) == 1
+    assert "another run is at work" in capsys.readouterr().err
+    assert sorted(home.root.rglob("*acme*")) == before and not (home.root / "prefixes").exists()
 
 
 def test_two_customers_who_import_one_adapter_get_a_version_each(adapter: Path, home: Home, fleet_file: Path) -> None:
