@@ -766,15 +766,20 @@ def _status(arguments: argparse.Namespace) -> int:
     # An id without a task means all tasks of that customer.
     found = status(None)
     if wanted:
-        names = set(arguments.customer)
-        found = [model for model in found if model.key.customer in names or f"{model.key.customer}/{model.key.task}" in names]
-        missing = sorted(str(key) for key in wanted if not any(model.key.customer == key.customer for model in found))
+        names = dict.fromkeys(arguments.customer)
+        of = {name: [m for m in found if name in (m.key.customer, f"{m.key.customer}/{m.key.task}")] for name in names}
+        found = [model for model in found if any(model in models for models in of.values())]
+        missing = [name for name in names if not of[name]]
         if missing:
             from pipeline.errors import RegistryError
+            from pipeline.registry import forgotten_customers
+            from pipeline.registry.tombstones import sentence
 
-            raise RegistryError(
-                f"{', '.join(missing)}: nothing is registered at {shown_uri()}. `prefixfleet run FLEET.yaml` trains and registers."
-            )
+            gone = forgotten_customers()
+            buried = {name: sentence(customer, gone[customer]) for name in missing if (customer := name.partition("/")[0]) in gone}
+            rest = ", ".join(name for name in missing if name not in buried)
+            nothing = f"{rest}: nothing is registered at {shown_uri()}. `prefixfleet run FLEET.yaml` trains and registers."
+            raise RegistryError(" ".join([*dict.fromkeys(buried.values()), *([nothing] if rest else [])]))
     if arguments.json:
         _print_json(
             {"format": 1, "mlflow": shown_uri(), "customers": [{**vars(model), "key": str(model.key)} for model in found]}
@@ -812,7 +817,8 @@ def _diff(arguments: argparse.Namespace) -> int:
     from pipeline.registry import diff, history
 
     key = _key(arguments)
-    named: list[int | str] = [int(name) if name.isdecimal() else name for name in arguments.versions]
+    # Longer ones are no numbers of versions, and Python refuses to read the longest.
+    named: list[int | str] = [int(name) if name.isdecimal() and len(name) < 20 else name for name in arguments.versions]
     if len(named) not in (0, 2):
         raise ConfigError("diff takes two versions or none, such as `prefixfleet diff --customer bistro 2 5`.")
     if not named:
@@ -864,6 +870,12 @@ def _forget(arguments: argparse.Namespace) -> int:
     from pipeline.home import Home
     from pipeline.keys import validate_id
 
+    if "/" in arguments.customer:
+        whole = arguments.customer.partition("/")[0]
+        raise ConfigError(
+            f"forget takes a customer with all its tasks, so {arguments.customer!r} is not valid: name {whole!r}. To retire one task alone, "
+            "take it out of the fleet file and delete its registered model in MLflow."
+        )
     customer, home = validate_id(arguments.customer), Home.current()
     if arguments.lift:
         from pipeline.registry import lift

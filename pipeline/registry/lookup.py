@@ -54,6 +54,10 @@ _SHARE = 1 / 3
 # Answers kept; those that were not asked for longest go. Whoever asks for names at random fills no memory.
 _MOST_ANSWERS = 50_000
 _SHOWN_CUSTOMERS = 20
+# What a column of MLflow's database holds: SQLite and PostgreSQL fail at a larger number, each in its own words.
+_LAST_VERSION = 2**31 - 1
+# MLflow's word for the newest version, whatever the gate said of it. It gives it as if it were an alias.
+_LATEST = "latest"
 
 
 @dataclass(frozen=True)
@@ -201,9 +205,10 @@ def _ask(client: "MlflowClient", question: _Question, home: Home) -> _Answer:
 
     name, now = question.key.model_name, time.monotonic()
     try:
-        if question.version is not None:
+        if question.version is not None and 1 <= question.version <= _LAST_VERSION:
             return _found(client.get_model_version(name, str(question.version)), now)
-        return _found(client.get_model_version_by_alias(name, question.alias), now)
+        if question.version is None and question.alias.lower() != _LATEST:
+            return _found(client.get_model_version_by_alias(name, question.alias), now)
     except MlflowException as error:
         # An unknown alias is RESOURCE_DOES_NOT_EXIST or INVALID_PARAMETER_VALUE, depending on the store (MLflow 3.17).
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
@@ -237,6 +242,11 @@ def _what_there_is(client: "MlflowClient", question: _Question, home: Home) -> s
     held = ", ".join(f"{name} (version {number})" for name, number in sorted(aliases.items())) or "none"
     rejected = newest.tags.get(f"{TAG}decision") == "reject"
     why = f", which the gate rejected: {newest.tags.get(f'{TAG}reasons', '')}" if rejected else "."
+    if alias.lower() == _LATEST:
+        return (
+            f"customer {key}: {alias!r} is no alias: MLflow means the newest version by it, whatever the gate said of that. At {shown_uri()} "
+            f"aliases are: {held}. The newest version is {newest.version}{why} Ask for a version by its number, or for an alias."
+        )
     return (
         f"customer {key}: no version holds the alias {alias!r} at {shown_uri()}. Aliases are: {held}. "
         f"The newest version is {newest.version}{why} Ask for a version by its number, or train a prefix that passes the gate."

@@ -69,14 +69,18 @@ def test_mistakes_get_a_sentence_and_a_status(home: Home, fleet_file: Path, caps
     said = {
         ("promote", "--customer", "bolt"): (1, "there is no challenger"),
         ("promote", "--customer", "bolt", "--version", "9"): (1, "there is no version 9"),
+        ("rollback", "--customer", "bolt", "--version", "9" * 30): (1, f"there is no version {'9' * 30}"),
+        ("generate", "--customer", "bolt", "--alias", "latest", "--input", "x"): (1, "'latest' is no alias"),
         ("rollback", "--customer", "bolt"): (1, "nothing to go back to"),
         ("history", "--customer", "nobody"): (1, "no prefix is registered"),
         ("diff", "--customer", "bolt"): (2, "one version only"),
         ("diff", "--customer", "bolt", "1"): (2, "two versions or none"),
         ("diff", "--customer", "bolt", "1", "best"): (1, "no version holds the alias 'best'"),
+        ("diff", "--customer", "bolt", "1", "9" * 5000): (1, "no version holds the alias '999"),
+        ("status", "--customer", "bolt/menu"): (1, "bolt/menu: nothing is registered"),
         ("forget", "--customer", "bolt"): (2, "Confirm it with --yes"),
         ("forget", "--customer", "../x", "--yes"): (2, "is not valid"),
-        ("forget", "--customer", "bolt/menu", "--yes"): (2, "is not valid"),
+        ("forget", "--customer", "bolt/menu", "--yes"): (2, "takes a customer with all its tasks, so 'bolt/menu' is not valid: name 'bolt'"),
     }
     for command, (status, words) in said.items():
         capsys.readouterr()
@@ -104,6 +108,9 @@ def test_forgotten_customer_is_gone_reported_and_not_trained_until_that_is_lifte
             "crisp": "unchanged",
         }
     assert not list(home.root.glob("*/acme")) and "acme" not in (home.root / "reports" / "fleet.html").read_text()
+    assert cli.main(["status", "--customer", "acme/menu", "--customer", "nobody", "--customer", "bolt"]) == 1
+    said = capsys.readouterr().err
+    assert "customer acme: was forgotten on" in said and "nobody: nothing is registered" in said and "acme: nothing" not in said
     # Asked for by name, it is a failure that says how to lift it.
     assert cli.main(["prepare", str(fleet_file), "--customer", "acme"]) == 1
     assert "acme failed: customer acme: was forgotten on" in capsys.readouterr().out
