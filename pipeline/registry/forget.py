@@ -10,14 +10,16 @@ import sqlite3
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.errors import RegistryError
 from pipeline.home import Home
 from pipeline.keys import validate_id
 from pipeline.registry import tombstones
 from pipeline.registry.erase import database_of, erase_model, erase_run
 from pipeline.registry.lookup import outdated
-from pipeline.registry.store import connect, ensure_store, redact, shown_uri, stores_in_use, translated
+from pipeline.registry.store import connect, database_engine, ensure_store, redact, shown_uri, stores_in_use, translated
 from pipeline.registry.versions import MODELS, TAG, key_of, pages, versions_of
 
 if TYPE_CHECKING:
@@ -52,17 +54,22 @@ def forget_in_mlflow(
     Args:
         customer: all its tasks.
         backend_store_uri: the database behind the MLflow server, where this process can reach it. Over HTTP MLflow deletes softly:
-            entries are hidden, their files removed, and the rest is `left`.
+            entries are hidden, their files removed, and the rest is `left`. Not looked at where there is no server.
         home: where the embedded store is.
         count: told how many entries are done, of how many.
 
     Raises:
-        RegistryError: MLflow does not answer, or refuses. What is removed stays removed: run it again.
+        RegistryError: MLflow does not answer, or refuses. What is removed stays removed: run it again. Or `backend_store_uri` is not the
+            server's database: then nothing was removed.
     """
     validate_id(customer)
     ensure_store(home)
     with translated(f"forgetting customer {customer}"):
         client = connect()
+        if database_of(client) is not None:
+            backend_store_uri = None  # the client speaks to its database itself
+        if backend_store_uri is not None:
+            _refuse_another_database(client, backend_store_uri)
         database = database_of(client, backend_store_uri)
         done = Forgotten(customer, tombstones.leave_tombstone(client, customer))
         names = _models_of(client, customer)
@@ -87,6 +94,43 @@ def forget_in_mlflow(
         else:
             done.left += _compact([*stores_in_use(), backend_store_uri or ""])
     return done
+
+
+def _refuse_another_database(client: "MlflowClient", uri: str) -> None:
+    """Raise a `RegistryError` unless the database at `uri` is the one behind the server, as far as its experiments and its newest run tell.
+
+    Asked in plain SQL: MLflow would make its tables wherever it is pointed to.
+    """
+    import sqlalchemy
+    from mlflow.entities import ViewType
+
+    def refused(why: str) -> RegistryError:
+        return RegistryError(
+            f"MLFLOW_BACKEND_STORE_URI={redact(uri)}: {why}. Nothing was removed. Set it to what the MLflow server at {shown_uri()} was started "
+            "with as --backend-store-uri, or unset it: what only its database can remove is then named at the end."
+        )
+
+    experiments = client.search_experiments(ViewType.ALL, max_results=1000)
+    newest = client.search_runs(
+        [one.experiment_id for one in experiments[:100]], "", ViewType.ALL, max_results=1, order_by=["attributes.start_time DESC"]
+    )
+    try:
+        url = sqlalchemy.make_url(uri)
+        if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
+            raise refused("there is no such file")
+        with database_engine(uri).connect() as connection:
+            rows = connection.execute(sqlalchemy.text("SELECT experiment_id, name, creation_time FROM experiments"))
+            known = {str(row[0]): (row[1], row[2]) for row in rows}
+            runs = [
+                connection.execute(sqlalchemy.text("SELECT 1 FROM runs WHERE run_uuid = :id"), {"id": run.info.run_id}).first()
+                for run in newest
+            ]
+    except ModuleNotFoundError as error:
+        raise refused(f"needs the Python module {error.name!r}, which is not installed (prefixfleet[postgresql] has psycopg2)") from error
+    except sqlalchemy.exc.SQLAlchemyError as error:
+        raise refused(f"cannot be read as MLflow's database ({redact(str(error)).strip()[:300]})") from error
+    if None in runs or any(known.get(one.experiment_id) != (one.name, one.creation_time) for one in experiments):
+        raise refused("is another database: it does not know the experiments and the newest run of the server, or is an old copy")
 
 
 def _models_of(client: "MlflowClient", customer: str) -> list[str]:

@@ -22,6 +22,7 @@ from pipeline.home import Home
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from sqlalchemy import Engine
 
 EXPERIMENT = "prefixfleet"
 
@@ -43,6 +44,13 @@ _SETTINGS = {
 # Seconds that the first request, which only asks whether anybody is there, waits for an answer.
 _FIRST_ANSWER = "10"
 
+# Addresses of databases on a server, where somebody may be away.
+_SERVED = re.compile(r"(postgresql|mysql|mssql)(\+\w+)?://")
+_BOUNDED_DRIVERS = ("psycopg2", "psycopg", "pymysql", "mysqldb")
+_AWAY = (
+    "{doing}: MLflow at {where} does not answer. Start it, or correct MLFLOW_TRACKING_URI and MLFLOW_REGISTRY_URI; with both unset an embedded "
+    "store is used. What is trained stays on disk: run the same command again. ({reason})"
+)
 _REMEDY = "Check PREFIXFLEET_HOME and its permissions."
 
 _uri_set_here: str | None = None
@@ -75,9 +83,42 @@ def ensure_store(home: Home | None = None) -> None:
         # Two processes that open a fresh SQLite store at once create the same tables; before a server, nobody need queue.
         waiting = lock(home, "mlflow") if any(uri.startswith("sqlite:") for uri in stores) else contextlib.nullcontext()
         with waiting, translated("looking for MLflow"), impatient():
+            for uri in filter(_SERVED.match, stores):
+                _reach(uri)
             connect().search_experiments(max_results=1)
             connect().search_registered_models(max_results=1)
     _ready.add(stores)
+
+
+def database_engine(uri: str) -> "Engine":
+    """SQLAlchemy's engine of a database, for a question or two: it keeps no connection, and waits some seconds for an answer, not for ever.
+
+    Raises:
+        SQLAlchemyError: `uri` is no address of a database.
+        ModuleNotFoundError: its driver is not installed.
+    """
+    import sqlalchemy
+
+    url = sqlalchemy.make_url(uri)
+    engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool)
+    if engine.dialect.driver in _BOUNDED_DRIVERS and "connect_timeout" not in url.query:
+        arguments = {"connect_timeout": int(_FIRST_ANSWER)}
+        engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, connect_args=arguments)
+    return engine
+
+
+def _reach(uri: str) -> None:
+    """Connect to a database server once. MLflow (3.17) tries for an hour, each time as long as the system waits (create_sqlalchemy_engine_with_retry)."""
+    from sqlalchemy.exc import OperationalError
+
+    try:
+        with database_engine(uri).connect():
+            pass
+    except OperationalError as error:
+        reason = redact(str(error)).strip()
+        if "FATAL" in reason:  # which is an answer: a wrong password, no such database
+            raise
+        raise RegistryError(_AWAY.format(doing="looking for MLflow", where=shown_uri(), reason=reason[:300])) from error
 
 
 def set_environment() -> None:
@@ -179,11 +220,7 @@ def translated(doing: str) -> Iterator[None]:
         reason = redact(str(error)).strip()
         # MLflow 3.17 has no class of its own for a server that does not answer (rest_utils.http_request).
         if isinstance(error, RequestException) or "API request to" in reason or "Could not connect to the endpoint" in reason:
-            raise RegistryError(
-                f"{doing}: MLflow at {shown_uri()} does not answer. Start it, or correct MLFLOW_TRACKING_URI and "
-                "MLFLOW_REGISTRY_URI; with both unset an embedded store is used. What is trained stays on disk: run the same "
-                f"command again. ({reason[:300]})"
-            ) from error
+            raise RegistryError(_AWAY.format(doing=doing, where=shown_uri(), reason=reason[:300])) from error
         raise RegistryError(f"{doing}: MLflow at {shown_uri()} refused: {reason[:500]}") from error
 
 

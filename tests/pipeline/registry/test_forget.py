@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,37 @@ def test_without_the_database_what_stays_is_named_with_the_command_and_that_comm
         lift(customer)
     assert forget_in_mlflow(customer, sqlite_server.backend, server).left == []
     assert rows_with(SECRET, sqlite_server.backend) == [] and lift(customer)
+
+
+def test_a_wrong_database_is_refused_before_anything_is_removed(
+    server: Home, sqlite_server: Any, fresh_home: Path, make, customer: str, tmp_path: Path
+) -> None:
+    register(*make(customer=customer))
+    for name, source in {"other": fresh_home / "mlflow.db", "backup": sqlite_server.root / "mlflow.db"}.items():
+        with closing(sqlite3.connect(source)) as old, closing(sqlite3.connect(tmp_path / name)) as new:
+            old.backup(new)
+    (tmp_path / "empty").touch()
+    register(*make(customer=customer, task="menu"))  # which the backup does not know
+    wrong = {
+        f"sqlite:///{tmp_path}/other": "is another database",
+        f"sqlite:///{tmp_path}/backup": "or is an old copy",
+        f"sqlite:///{tmp_path}/empty": "cannot be read as MLflow's database .*no such table",
+        f"sqlite:///{tmp_path}/missing": "there is no such file",
+        "postgresql://me:secret@127.0.0.1:9/mlflow": "127.0.0.1:9/mlflow: cannot be read as MLflow's database .*refused",
+        sqlite_server.uri: "cannot be read as MLflow's database",
+        "/srv/mlflow": "cannot be read as MLflow's database",
+    }
+    for uri, reason in wrong.items():
+        with pytest.raises(RegistryError, match=rf"MLFLOW_BACKEND_STORE_URI=.*{reason}") as caught:
+            forget_in_mlflow(customer, uri, server)
+        assert "secret" not in str(caught.value) and "Nothing was removed" in str(caught.value)
+    assert customer not in forgotten_customers() and lookup(f"{customer}/menu", fresh=True).version == 1
+    assert (tmp_path / "empty").stat().st_size == 0 and not (tmp_path / "missing").exists()
+    assert forget_in_mlflow(customer, sqlite_server.backend, server).left == []
+
+
+def test_the_embedded_store_needs_no_address_of_its_database(sqlite: Home) -> None:
+    assert forget_in_mlflow("acme", "postgresql://127.0.0.1:9/mlflow", sqlite).left == []
 
 
 def test_a_customer_that_is_forgotten_while_it_is_registered_elsewhere_is_forgotten_all_the_same(

@@ -174,6 +174,20 @@ def test_database_without_its_driver_is_an_error_that_names_the_driver(bare: Hom
     assert "secret" not in str(caught.value)
 
 
+def test_a_database_server_that_is_away_or_silent_is_waited_for_seconds(bare: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "_FIRST_ANSWER", "2")
+    with socket.socket() as silent, socket.socket() as closed:
+        for one in (silent, closed):
+            one.bind(("127.0.0.1", 0))
+        silent.listen()  # takes the connection and says nothing
+        for port, reason in ((silent.getsockname()[1], "timeout expired"), (closed.getsockname()[1], "refused")):
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", f"postgresql://me:secret@127.0.0.1:{port}/mlflow")
+            start = time.monotonic()
+            with pytest.raises(RegistryError, match=rf"postgresql://127.0.0.1:{port}/mlflow does not answer.*{reason}") as caught:
+                ensure_store(bare)
+            assert time.monotonic() - start < 20 and "secret" not in str(caught.value)
+
+
 def test_errors_of_the_database_are_translated() -> None:
     with pytest.raises(RegistryError, match=r"counting: MLflow at .* refused: .*no such table"), translated("counting"):
         sqlalchemy.create_engine("sqlite://").connect().execute(sqlalchemy.text("SELECT * FROM nowhere"))
