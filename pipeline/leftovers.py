@@ -5,6 +5,7 @@ list of stages. What customers share is written again without the one: job files
 """
 
 import contextlib
+import re
 import shutil
 import time
 from pathlib import Path
@@ -136,7 +137,7 @@ def _leave_report(file: Path, customer: str) -> bool:
             raise _damaged(file, error) from error
         if others and len(others) == len(rows):
             return False
-    elif not any(customer in page.read_text(encoding="utf-8", errors="replace") for page in _written(file)):
+    elif not any(_names(page.read_text(encoding="utf-8", errors="replace"), customer) for page in _written(file)):
         return False  # of a process that was killed before it wrote the JSON, or is at it
     if others:
         fleet_report(others, file.with_suffix(".html"))
@@ -144,6 +145,12 @@ def _leave_report(file: Path, customer: str) -> bool:
         for suffix in _PAGES:
             _delete(file.with_suffix(suffix))
     return True
+
+
+def _names(page: str, customer: str) -> bool:
+    """Whether the id stands on a page by itself or before a task: neither as a part of a longer id nor as another's task."""
+    plain = page.replace("\\", "")  # Markdown has them before underscores
+    return re.search(rf"(?<![a-z0-9_/-]){customer}(?![a-z0-9_-])", plain) is not None
 
 
 def _written(file: Path) -> list[Path]:

@@ -211,6 +211,18 @@ def test_what_a_killed_process_left_of_pages_and_jobs_is_removed_by_the_next(
     assert (lived_in.root / "jobs/fleet-1").exists() == (dies_before != "fleet-1")
 
 
+def test_a_page_without_json_goes_only_if_it_names_the_customer_and_not_one_whose_id_holds_it(tmp_path: Path) -> None:
+    from pipeline.evaluation.report import fleet_report
+
+    home = Home(tmp_path)
+    pages = {"acme2": ["acme2", "my-acme", "acme_x/menu", "x/acme"], "acme": ["bistro", "acme"], "menu": ["acme2", "acme/menu"]}
+    for name, keys in pages.items():
+        fleet_report([{"key": key, "status": "done"} for key in keys], tmp_path / f"reports/page-{name}.html")
+        (tmp_path / f"reports/page-{name}.json").unlink()
+    assert remove_leftovers(home, "acme") == ["acme in reports/page-acme.html", "acme in reports/page-menu.html"]
+    assert sorted(file.name for file in (tmp_path / "reports").iterdir()) == ["page-acme2.html", "page-acme2.md"]
+
+
 def test_a_page_that_another_run_is_writing_is_left_alone(lived_in: Home) -> None:
     with whole_file(lived_in.root / "reports/other.html") as begun:
         begun.write_text("of others")
