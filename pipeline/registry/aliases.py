@@ -88,15 +88,19 @@ def promote(key: CustomerKey, version: int | None = None, *, force: bool = False
             raise RegistryError(f"customer {key}: there is no challenger at {shown_uri()}. {_choice(client, name)}")
         chosen = held[CHALLENGER] if version is None else version
         found = lookup(key, version=chosen, home=home, fresh=True)
-        if found.tags.get("decision") == "reject" and not force:
+        rejected = found.tags.get("decision") == "reject"
+        if rejected and not force:
             raise RegistryError(
                 f"customer {key}: the gate rejected version {chosen} ({found.tags.get('reasons', '')}). `--force` promotes it nevertheless."
             )
         before = held.get(CHAMPION)
         if before != chosen:
-            _crown(client, name, chosen, held, "hand")
-        elif held.get(CHALLENGER) == chosen:  # all that a promotion that was killed had left to do
-            client.delete_registered_model_alias(name, CHALLENGER)
+            _crown(client, name, chosen, held, "hand", rejected)
+        else:  # what a promotion that was killed had left to do
+            if rejected and "promoted" not in found.tags:
+                _note(client, name, chosen, "hand")
+            if held.get(CHALLENGER) == chosen:
+                client.delete_registered_model_alias(name, CHALLENGER)
         outdated(name)
         return Moved(name, chosen, before, aliases_of(client, name).get(PREVIOUS))
 
@@ -156,13 +160,16 @@ def _finish_rollback(client: "MlflowClient", key: CustomerKey, champion: int) ->
     return Moved(name, champion, before, before)
 
 
-def _crown(client: "MlflowClient", name: str, version: int, held: dict[str, int], by: str) -> None:
+def _crown(client: "MlflowClient", name: str, version: int, held: dict[str, int], by: str, rejected: bool = False) -> None:
     """Make `version` champion. Whoever is it is noted as previous first, and the challenger goes last: whenever a process dies, the same call again
-    finds who was meant and who answered before."""
-    _note(client, name, version, by)
+    finds who was meant and who answered before. A `rejected` version is noted as promoted only once it is: that lets `rollback` pass it."""
+    if not rejected:
+        _note(client, name, version, by)
     if held.get(CHAMPION) is not None:
         written(client.set_registered_model_alias, name, PREVIOUS, str(held[CHAMPION]))
     written(client.set_registered_model_alias, name, CHAMPION, str(version))
+    if rejected:
+        _note(client, name, version, by)
     if CHALLENGER in held:
         client.delete_registered_model_alias(name, CHALLENGER)
 

@@ -74,6 +74,10 @@ def test_a_damaged_version_becomes_no_champion(sqlite: Home, make) -> None:
     assert held() == {"champion": 1, "challenger": 2}
 
 
+def _force(key: CustomerKey) -> None:
+    promote(key, 2, force=True)
+
+
 def _die_moving(what: Callable[..., object], key: CustomerKey, step: int) -> None:
     calls = []
 
@@ -86,7 +90,7 @@ def _die_moving(what: Callable[..., object], key: CustomerKey, step: int) -> Non
 
         return killed
 
-    for name in ("set_registered_model_alias", "delete_registered_model_alias"):
+    for name in ("set_model_version_tag", "set_registered_model_alias", "delete_registered_model_alias"):
         setattr(MlflowClient, name, dying(getattr(MlflowClient, name)))
     what(key)
 
@@ -97,16 +101,16 @@ def test_a_promotion_that_dies_between_two_aliases_is_repeated_and_a_rollback_lo
     for seed, decision in enumerate(("promote", "promote", "keep")):
         register(*make(seed=seed, decision=decision))
     assert held() == {"champion": 2, "previous": 1, "challenger": 3}
-    assert in_child(_die_moving, promote, ACME, 2).wait() == -signal.SIGKILL
+    assert in_child(_die_moving, promote, ACME, 3).wait() == -signal.SIGKILL
     assert held() == {"champion": 2, "previous": 2, "challenger": 3}  # nobody answers but a champion, and the challenger is known
     with pytest.raises(
         RegistryError, match=r"a promotion was interrupted .* version 2 still is. Promote again, or name the version"
     ):
         rollback(ACME)
-    assert in_child(_die_moving, promote, ACME, 3).wait() == -signal.SIGKILL
+    assert in_child(_die_moving, promote, ACME, 4).wait() == -signal.SIGKILL
     assert held() == {"champion": 3, "previous": 2, "challenger": 3}
     assert promote(ACME).previous == 2 and held() == {"champion": 3, "previous": 2}
-    assert in_child(_die_moving, rollback, ACME, 2).wait() == -signal.SIGKILL
+    assert in_child(_die_moving, rollback, ACME, 3).wait() == -signal.SIGKILL
     assert held() == {"champion": 2, "previous": 2}  # gone back already
     assert rollback(ACME).before == 3 and held() == {"champion": 2, "previous": 3}  # the same call finishes
     assert rollback(ACME).champion == 3 and held() == {"champion": 3, "previous": 2}
@@ -125,6 +129,19 @@ def test_a_rollback_passes_no_version_that_the_gate_rejected_and_leaves_no_champ
     promote(ACME, 2, force=True)
     rollback(ACME)
     assert rollback(ACME, 2).champion == 2  # it was champion before, for somebody had forced it
+
+
+def test_a_forced_promotion_that_dies_opens_no_way_round_the_gate(sqlite: Home, make, in_child: Callable[..., Any]) -> None:
+    for seed, decision in enumerate(("promote", "reject")):
+        register(*make(seed=seed, decision=decision))
+    assert in_child(_die_moving, _force, ACME, 2).wait() == -signal.SIGKILL  # all is noted, but the champion is still the old one
+    assert held() == {"champion": 1, "previous": 1}
+    with pytest.raises(RegistryError, match="rejected version 2 .* never was champion"):
+        rollback(ACME, 2)
+    assert in_child(_die_moving, _force, ACME, 3).wait() == -signal.SIGKILL  # it is champion, but not noted
+    assert held() == {"champion": 2, "previous": 1} and history(ACME)[0].promoted == ""
+    assert promote(ACME, 2, force=True).previous == 1 and history(ACME)[0].promoted.endswith("by hand")
+    assert rollback(ACME).champion == 1 and rollback(ACME).champion == 2  # it was, for somebody had forced it
 
 
 def test_versions_say_what_they_started_from_and_who_was_champion(sqlite: Home, make) -> None:
