@@ -16,7 +16,7 @@ from flows.prefect_api import prefect_api
 from pipeline.errors import ConfigError, PrefixFleetError
 from pipeline.home import Home
 from pipeline.keys import DEFAULT_TASK, CustomerKey, validate_id
-from pipeline.leftovers import remove_leftovers, tasks_on_disk
+from pipeline.leftovers import give_up_free_pages, remove_leftovers, tasks_on_disk
 from pipeline.registry.forget import Forgotten, forget_in_mlflow
 
 _PAGE = 200
@@ -51,12 +51,15 @@ def forget(customer: str, home: Home, backend_store_uri: str | None = None) -> F
         done = forget_in_mlflow(customer, backend_store_uri, home, count)
         done.removed += remove_leftovers(home, customer)
         # Where there never was a Prefect, none is started.
-        if os.environ.get("PREFECT_API_URL") or (home.prefect / "prefect.db").exists():
+        database = home.prefect / "prefect.db"
+        if os.environ.get("PREFECT_API_URL") or database.exists():
             with prefect_api(home):
                 from prefect.client.orchestration import get_client
 
                 with get_client(sync_client=True) as client:
                     done.removed += forget_in_prefect(client, customer)
+            if not os.environ.get("PREFECT_API_URL"):  # our own Prefect, which has ended
+                done.left += filter(None, [give_up_free_pages(database)])
     return done
 
 

@@ -7,6 +7,7 @@ list of stages. What customers share is written again without the one: job files
 import contextlib
 import re
 import shutil
+import sqlite3
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from pipeline.keys import CustomerKey, validate_id
 _PAGES = (".html", ".md", ".json")
 # A page is written within a second; a temporary file as old as this was left by a process that was killed.
 _ABANDONED_SECONDS = 3600
+# How long a database is waited for that another process is writing to.
+_BUSY_SECONDS = 20.0
 # Below the home, but not by customer: MLflow's and Prefect's own, locks, and what is treated apart.
 _NOT_BY_CUSTOMER = ("mlartifacts", "prefect", "locks", "reports", "jobs", "cache")
 
@@ -61,6 +64,28 @@ def remove_leftovers(home: Home, customer: str) -> list[str]:
             if time.time() - begun.stat().st_mtime > _ABANDONED_SECONDS:
                 _delete(begun)
     return removed
+
+
+def give_up_free_pages(database: Path) -> str | None:
+    """Have SQLite write a database anew without the pages that deleted rows lay on, where they can still be read, and empty its log.
+
+    Returns:
+        what could not be done and how to do it, or None. A database that somebody is at work on stays as it is.
+    """
+    try:
+        with contextlib.closing(sqlite3.connect(database, timeout=_BUSY_SECONDS)) as connection:
+            connection.execute("VACUUM")
+            # In the log (WAL) old pages outlive a VACUUM, and the new ones may still lie there alone.
+            (busy, *_) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        reason = "somebody is reading it" if busy else None
+    except sqlite3.Error as error:
+        reason = str(error)
+    if reason is None:
+        return None
+    return (
+        f"{database}: free pages may hold traces of deleted rows ({reason}). Run the same command again when no run is under way and no "
+        f"server has it open, or `sqlite3 '{database}' VACUUM`."
+    )
 
 
 def _folders(home: Home, customer: str) -> list[Path]:

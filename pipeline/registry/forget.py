@@ -1,14 +1,12 @@
 """Remove from MLflow what was made from a customer's data: versions, models, runs and their files, for good where MLflow's database can be reached.
 
 In: a customer's id. Out: what was removed, and what only an administrator can remove. The tombstone comes first, so nothing appears again
-meanwhile; everything is found by the tags of the customer, so a process that is killed is simply run again. Knows nothing of files on this
-machine (`pipeline.leftovers`) nor of Prefect.
+meanwhile; everything is found by the tags of the customer, so a process that is killed is simply run again. Knows nothing of a customer's files
+on this machine (`pipeline.leftovers`) nor of Prefect.
 """
 
 import functools
-import sqlite3
 from collections.abc import Callable, Iterable
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import RegistryError
 from pipeline.home import Home
 from pipeline.keys import validate_id
+from pipeline.leftovers import give_up_free_pages
 from pipeline.registry import tombstones
 from pipeline.registry.erase import database_of, erase_model, erase_run
 from pipeline.registry.lookup import outdated
@@ -232,17 +231,8 @@ def _for_an_administrator(customer: str, hidden: dict[str, str]) -> list[str]:
 
 
 def _compact(uris: list[str]) -> list[str]:
-    """Have SQLite give up the pages that deleted rows lay on, where they can still be read. Returns what could not be done."""
+    """Leave no deleted rows readable in the files of SQLite databases. Returns what could not be done."""
     from sqlalchemy import make_url
 
-    left = []
-    for uri in dict.fromkeys(uri for uri in uris if uri.startswith("sqlite:")):
-        file = make_url(uri).database
-        try:
-            with closing(sqlite3.connect(str(file), timeout=20)) as connection:
-                connection.execute("VACUUM")
-        except sqlite3.Error as error:
-            left.append(
-                f"{file}: free pages may hold traces of deleted rows ({error}). Run `sqlite3 '{file}' VACUUM` when nobody uses it."
-            )
-    return left
+    files = dict.fromkeys(make_url(uri).database for uri in uris if uri.startswith("sqlite:"))
+    return [said for file in files if file and (said := give_up_free_pages(Path(file))) is not None]

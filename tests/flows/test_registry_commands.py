@@ -1,6 +1,8 @@
 """The registry's commands: what they move and show, and that a forgotten customer is gone from everywhere and not trained again."""
 
+import contextlib
 import json
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,31 @@ def test_forgotten_customer_is_gone_reported_and_not_trained_until_that_is_lifte
     assert answer(capsys, "forget", "--customer", "acme", "--lift")["lifted"] is True
     through(fleet_file)
     assert answer(capsys, "status", "--customer", "acme")["customers"][0]["version"] == 1
+
+
+def test_prefect_s_own_database_keeps_no_deleted_rows_in_free_pages(
+    home: Home, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What Prefect itself deletes is tested in test_fleet.py.
+    for name in ("flows.forget.prefect_api", "prefect.client.orchestration.get_client"):
+        monkeypatch.setattr(name, lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr("flows.forget.forget_in_prefect", lambda *_: [])
+    monkeypatch.setattr("pipeline.leftovers._BUSY_SECONDS", 0.05)
+    home.prefect.mkdir()
+    file = home.prefect / "prefect.db"
+    with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as database:
+        database.executescript("PRAGMA secure_delete = OFF; CREATE TABLE flow_run (parameters TEXT)")
+        database.execute("INSERT INTO flow_run VALUES (?)", ("about acme " * 1000,))
+        database.execute("DELETE FROM flow_run")
+        assert b"about acme" in file.read_bytes()
+        database.execute("BEGIN EXCLUSIVE")  # a run is at work
+        assert cli.main(["forget", "--customer", "acme", "--yes"]) == 1
+        assert "prefect.db: free pages may hold traces of deleted rows (database is locked)" in capsys.readouterr().err
+        database.execute("ROLLBACK")
+        monkeypatch.setenv("PREFECT_API_URL", "http://prefect.invalid/api")
+        assert cli.main(["forget", "--customer", "acme", "--yes"]) == 0 and b"about acme" in file.read_bytes()
+        monkeypatch.delenv("PREFECT_API_URL")
+        assert cli.main(["forget", "--customer", "acme", "--yes"]) == 0 and b"about acme" not in file.read_bytes()
 
 
 def test_customer_that_a_run_is_at_work_on_is_not_forgotten_under_it(

@@ -23,7 +23,7 @@ from pipeline.errors import ConfigError, RegistryError, StorageError
 from pipeline.files import whole_file, write_json
 from pipeline.home import Home
 from pipeline.keys import CustomerKey
-from pipeline.leftovers import remove_leftovers, tasks_on_disk
+from pipeline.leftovers import give_up_free_pages, remove_leftovers, tasks_on_disk
 from pipeline.registry import forgotten_customers, history, lift, lookup, promote, register
 from pipeline.registry.forget import forget_in_mlflow
 from pipeline.registry.store import stores_in_use
@@ -342,6 +342,25 @@ def test_files_of_one_customer_go_and_those_of_others_stay(lived_in: Home) -> No
     assert remove_leftovers(lived_in, "acme") == []
     remove_leftovers(lived_in, "bistro")
     assert files_with("secret", lived_in.root) == [] and not (lived_in.root / "jobs/fleet-1").exists()
+
+
+def test_a_database_with_a_log_gives_up_its_pages_or_says_that_somebody_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.leftovers._BUSY_SECONDS", 0.05)
+    file = tmp_path / "prefect.db"
+    with closing(sqlite3.connect(file, isolation_level=None)) as database, closing(sqlite3.connect(file)) as reader:
+        database.executescript("PRAGMA secure_delete = OFF; PRAGMA journal_mode = WAL; CREATE TABLE runs (name TEXT)")
+        database.execute("INSERT INTO runs VALUES (?)", (SECRET * 1000,))
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        database.execute("DELETE FROM runs")
+        assert files_with(SECRET, tmp_path)
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM runs").fetchall()
+        said = give_up_free_pages(file)
+        assert said is not None and "prefect.db: free pages may hold traces" in said and "no run is under way" in said
+        reader.rollback()
+        assert give_up_free_pages(file) is None and files_with(SECRET, tmp_path) == []
 
 
 def test_sqlite_gives_up_the_pages_that_deleted_rows_lay_on(sqlite: Home, make) -> None:
