@@ -776,7 +776,9 @@ def _status(arguments: argparse.Namespace) -> int:
             from pipeline.registry.tombstones import sentence
 
             gone = forgotten_customers()
-            buried = {name: sentence(customer, gone[customer]) for name in missing if (customer := name.partition("/")[0]) in gone}
+            buried = {
+                name: sentence(customer, gone[customer]) for name in missing if (customer := name.partition("/")[0]) in gone
+            }
             rest = ", ".join(name for name in missing if name not in buried)
             nothing = f"{rest}: nothing is registered at {shown_uri()}. `prefixfleet run FLEET.yaml` trains and registers."
             raise RegistryError(" ".join([*dict.fromkeys(buried.values()), *([nothing] if rest else [])]))

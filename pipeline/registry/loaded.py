@@ -67,7 +67,9 @@ def _tag(name: str, version: str) -> str | None:
     from mlflow.exceptions import MlflowException
 
     if not mlflow.is_tracking_uri_set():
-        log.warning("%s version %s: no MLFLOW_TRACKING_URI is set, so its prefix is compared with its own MLmodel only.", name, version)
+        log.warning(
+            "%s version %s: no MLFLOW_TRACKING_URI is set, so its prefix is compared with its own MLmodel only.", name, version
+        )
         return None
     try:
         with translated(f"comparing {name} version {version} with its tags"), impatient():

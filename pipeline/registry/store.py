@@ -108,7 +108,7 @@ def database_engine(uri: str) -> "Engine":
 
 
 def _reach(uri: str) -> None:
-    """Connect to a database server once. MLflow (3.17) tries for an hour, each time as long as the system waits (create_sqlalchemy_engine_with_retry)."""
+    """Connect to a database server once: MLflow (3.17) tries ten times, over 100 s, and each time as long as the system waits."""
     from sqlalchemy.exc import OperationalError
 
     try:
@@ -345,7 +345,10 @@ def quiet() -> Iterator[None]:
 def impatient() -> Iterator[None]:
     """Requests within wait a few seconds for an answer and are tried again a few times, not as long as MLflow's defaults say (120 s, 246 s),
     unless the user has set the times."""
-    ours = {"MLFLOW_HTTP_REQUEST_TIMEOUT": _FIRST_ANSWER, **{name: _SETTINGS[name] for name in _SETTINGS if "HTTP_REQUEST" in name}}
+    ours = {
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": _FIRST_ANSWER,
+        **{name: _SETTINGS[name] for name in _SETTINGS if "HTTP_REQUEST" in name},
+    }
     unset = {name: value for name, value in ours.items() if name not in os.environ}
     os.environ.update(unset)
     try:

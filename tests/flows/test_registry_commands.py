@@ -82,7 +82,10 @@ def test_mistakes_get_a_sentence_and_a_status(home: Home, fleet_file: Path, caps
         ("status", "--customer", "bolt/menu"): (1, "bolt/menu: nothing is registered"),
         ("forget", "--customer", "bolt"): (2, "Confirm it with --yes"),
         ("forget", "--customer", "../x", "--yes"): (2, "is not valid"),
-        ("forget", "--customer", "bolt/menu", "--yes"): (2, "takes a customer with all its tasks, so 'bolt/menu' is not valid: name 'bolt'"),
+        ("forget", "--customer", "bolt/menu", "--yes"): (
+            2,
+            "takes a customer with all its tasks, so 'bolt/menu' is not valid: name 'bolt'",
+        ),
     }
     for command, (status, words) in said.items():
         capsys.readouterr()

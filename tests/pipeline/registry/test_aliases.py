@@ -136,7 +136,7 @@ def test_a_forced_promotion_that_dies_opens_no_way_round_the_gate(sqlite: Home, 
         register(*make(seed=seed, decision=decision))
     assert in_child(_die_moving, _force, ACME, 2).wait() == -signal.SIGKILL  # all is noted, but the champion is still the old one
     assert held() == {"champion": 1, "previous": 1}
-    with pytest.raises(RegistryError, match="rejected version 2 .* never was champion"):
+    with pytest.raises(RegistryError, match=r"rejected version 2 .* never was champion"):
         rollback(ACME, 2)
     assert in_child(_die_moving, _force, ACME, 3).wait() == -signal.SIGKILL  # it is champion, but not noted
     assert held() == {"champion": 2, "previous": 1} and history(ACME)[0].promoted == ""

@@ -91,7 +91,9 @@ def test_mlflow_loads_no_prefix_whose_files_were_all_rewritten(
     for version in (folder.parents[1], baked):
         (version / "MLmodel").write_text((version / "MLmodel").read_text().replace(true, content_digest(folder)))
     for place in (champion, str(baked)):
-        with pytest.raises(RegistryError, match=f"prefixfleet.acme version 1 at sqlite:.* says {true[:16]}. It was damaged or tampered"):
+        with pytest.raises(
+            RegistryError, match=f"prefixfleet.acme version 1 at sqlite:.* says {true[:16]}. It was damaged or tampered"
+        ):
             mlflow.pyfunc.load_model(place)
     # Whoever knows the digest needs no registry.
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
@@ -110,7 +112,7 @@ def test_mlflow_loads_no_copy_of_a_version_that_is_registered_no_more(
     mlflow.artifacts.download_artifacts("models:/prefixfleet.acme/1", dst_path=str(tmp_path / "copy"))
     mlflow.pyfunc.load_model(str(tmp_path / "copy"))
     forget_in_mlflow("acme", home=sqlite)
-    with pytest.raises(RegistryError, match="prefixfleet.acme version 1 is not registered at sqlite:.* any more"):
+    with pytest.raises(RegistryError, match=r"prefixfleet.acme version 1 is not registered at sqlite:.* any more"):
         mlflow.pyfunc.load_model(str(tmp_path / "copy"))
 
 

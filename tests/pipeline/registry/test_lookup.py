@@ -118,7 +118,9 @@ def test_missing_alias_is_told_which_exist_and_why_the_gate_said_no(home: Home, 
         with pytest.raises(RegistryError, match=rf"no version {number} .*newest is version 2"):
             lookup(key, version=number)
     for alias in ("latest", "Latest"):  # MLflow would answer with version 2, which might as well be a rejected one
-        with pytest.raises(RegistryError, match=rf"'{alias}' is no alias.*aliases are: champion \(version 2\).*newest version is 2"):
+        with pytest.raises(
+            RegistryError, match=rf"'{alias}' is no alias.*aliases are: champion \(version 2\).*newest version is 2"
+        ):
             lookup(key, alias=alias)
 
 
