@@ -129,7 +129,9 @@ def _refuse_another_database(client: "MlflowClient", uri: str) -> None:
             f"needs the Python module {error.name!r}, which is not installed (prefixfleet[postgresql] has psycopg2)"
         ) from error
     except sqlalchemy.exc.SQLAlchemyError as error:
-        raise refused(f"cannot be read as MLflow's database ({redact(str(error)).strip()[:300]})") from error
+        raise refused(
+            f"cannot be read as MLflow's database ({redact(str(getattr(error, 'orig', error))).strip()[:300]})"
+        ) from error
     if None in runs or any(known.get(one.experiment_id) != (one.name, one.creation_time) for one in experiments):
         raise refused("is another database: it does not know the experiments and the newest run of the server, or is an old copy")
 

@@ -115,7 +115,7 @@ def _reach(uri: str) -> None:
         with database_engine(uri).connect():
             pass
     except OperationalError as error:
-        reason = redact(str(error)).strip()
+        reason = redact(str(error.orig)).strip()  # without SQLAlchemy's own words around it
         if "FATAL" in reason:  # which is an answer: a wrong password, no such database
             raise
         raise RegistryError(_AWAY.format(doing="looking for MLflow", where=shown_uri(), reason=reason[:300])) from error
