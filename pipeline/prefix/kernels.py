@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -48,7 +49,65 @@ def sdpa(
     """
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         return eager(module, query, key, value, mask, kwargs)
+    learns = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    plain = (
+        value.shape[-1] == query.shape[-1]
+        and kwargs.get("position_bias") is None
+        and not kwargs.get("dropout")
+        and (mask is not None or not is_causal(module, kwargs))
+    )
+    if learns and plain and query.device.type == "cpu" and query.dtype in FLASH_DTYPES:
+        scale: float | None = kwargs.get("scaling")
+        output: torch.Tensor = _ByProducts.apply(query, key, value, mask, query.shape[-1] ** -0.5 if scale is None else scale)
+        return output.transpose(1, 2).contiguous(), None
     return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+
+class _ByProducts(torch.autograd.Function):
+    """SDPA on a processor in 16 bit, with a backward pass of batched matrix products.
+
+    PyTorch's own (2.13) makes no use of the processor's 16-bit matrix unit: at 32 rows of 128 tokens it takes three times as long, which was a
+    third of a training step. The scores are computed again, so no more is kept between the passes than SDPA keeps.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
+    ) -> torch.Tensor:
+        """Attention [B, heads, T, head_dim] of query [B, heads, T, head_dim] over key and value [B, heads_kv, K, head_dim]; `mask` as for `sdpa`."""
+        ctx.save_for_backward(query, key, value, mask)
+        ctx.scale = scale
+        return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of what `forward` takes, from that of what it gives."""
+        query, key, value, mask = ctx.saved_tensors
+        batch, heads, length, size = query.shape
+        kv, columns = key.shape[1:3]
+        # The heads of a group share their keys: one behind the other they make one matrix [batch * kv, heads / kv * T, head_dim].
+        rows = (batch * kv, heads // kv * length, size)
+        of_output = gradients[0]
+        if mask is not None:
+            # Who sees nothing has an output of zeros, which depends on nothing.
+            of_output = of_output.masked_fill(~mask.any(-1, keepdim=True), 0)
+        queries, of_output = (query * ctx.scale).reshape(rows), of_output.reshape(rows)
+        keys, values = key.reshape(batch * kv, columns, size), value.reshape(batch * kv, columns, size)
+        scores = torch.bmm(queries, keys.transpose(1, 2))
+        if mask is not None:
+            hidden = torch.zeros(mask.shape, dtype=scores.dtype).masked_fill_(~mask, torch.finfo(scores.dtype).min)
+            scores.view(batch, kv, heads // kv, length, columns).add_(hidden[:, :, None])
+        shares = torch.softmax(scores, dim=-1)
+        of_query = of_key = of_value = None
+        if ctx.needs_input_grad[2]:
+            of_value = torch.bmm(shares.transpose(1, 2), of_output).view(value.shape)
+        of_scores = torch._softmax_backward_data(torch.bmm(of_output, values.transpose(1, 2)), shares, -1, shares.dtype)
+        if ctx.needs_input_grad[0]:
+            of_query = torch.bmm(of_scores, keys).mul_(ctx.scale).view(query.shape)
+        if ctx.needs_input_grad[1]:
+            of_key = torch.bmm(of_scores.transpose(1, 2), queries).view(key.shape)
+        return of_query, of_key, of_value, None, None
 
 
 def eager(

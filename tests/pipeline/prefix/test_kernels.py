@@ -249,3 +249,57 @@ def test_a_kernel_that_fails_is_a_refusal_with_a_remedy(
     monkeypatch.setattr(kernels, "flash" if name == "flash_attention_2" else "flex", broken)
     with pytest.raises(BaseModelError, match=rf"{name} cannot compute.*no kernel image.*attention: sdpa"):
         attach(tiny_double("llama"), attention=name)
+
+
+def _attention(dtype: torch.dtype, heads: int, kv: int, length: int, keys: int) -> tuple[torch.Tensor, ...]:
+    """Query, key, value and a gradient of the output, of three rows, rounded to bfloat16 first so that all types see the same numbers."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, heads, length, 16), (3, kv, keys, 16), (3, kv, keys, 16), (3, length, heads, 16)]
+    made = [torch.randn(shape, generator=generator).bfloat16().to(dtype) for shape in shapes]
+    return (*(tensor.requires_grad_(True) for tensor in made[:3]), made[3])
+
+
+def _masked(length: int, keys: int) -> torch.Tensor:
+    """A triangle behind a prefix that all see, two rows padded in front, one query of the last row seeing nothing: bool [3, 1, T, K]."""
+    prefix = keys - length
+    mask = torch.ones(length, keys, dtype=torch.bool).tril(prefix).expand(3, 1, length, keys).clone()
+    mask[1, :, :, prefix : prefix + 4] = False
+    mask[2, :, 2] = False
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv", "length", "keys", "masked"), [(6, 2, 24, 30, True), (4, 4, 9, 9, True), (4, 2, 5, 12, False)]
+)
+def test_the_16_bit_backward_pass_on_a_processor_is_as_near_to_float64_as_pytorchs_own(
+    heads: int, kv: int, length: int, keys: int, masked: bool
+) -> None:
+    mask = _masked(length, keys) if masked else None
+    module = torch.nn.Identity()
+    module.num_key_value_groups = heads // kv
+    exact = _gradients(_attention(torch.float64, heads, kv, length, keys), module, mask)
+    ours = _gradients(_attention(torch.bfloat16, heads, kv, length, keys), module, mask)
+    query, key, value, of_output = _attention(torch.bfloat16, heads, kv, length, keys)
+    output = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+    torchs = torch.autograd.grad(output.transpose(1, 2), [query, key, value], of_output)
+    for name, true, own, other in zip(
+        ("output", "query", "key", "value"), exact, ours, (output.transpose(1, 2), *torchs), strict=True
+    ):
+        assert own.isfinite().all(), name
+        allowed = 2 * (other.double() - true).norm() + 1e-12
+        assert (own.double() - true).norm() <= allowed, name
+
+
+def _gradients(given: tuple[torch.Tensor, ...], module: torch.nn.Module, mask: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    *inputs, of_output = given
+    output, _ = kernels.sdpa(module, *inputs, mask, {"is_causal": False})  # type: ignore[arg-type]  # three of them
+    return (output, *torch.autograd.grad(output, inputs, of_output))
+
+
+def test_what_learns_nothing_gets_no_gradient_in_16_bit() -> None:
+    query, key, value, of_output = _attention(torch.bfloat16, 4, 2, 8, 12)
+    query.requires_grad_(False)
+    output, _ = kernels.sdpa(torch.nn.Identity(), query, key, value, _masked(8, 12), {})
+    output.backward(of_output)
+    assert query.grad is None
+    assert key.grad is not None and value.grad is not None
