@@ -31,6 +31,12 @@ class ApiError(Exception):
         super().__init__(message)
         self.status, self.code, self.param, self.retry_after = status, code, param, retry_after
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """Of the answer."""
+        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        return headers if self.status != 401 else {**headers, "WWW-Authenticate": "Bearer"}
+
     def body(self) -> dict[str, Any]:
         """OpenAI's form of an error."""
         kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}

@@ -1,5 +1,7 @@
 """The HTTP service with real clients on loopback: the official `openai` client, and hostile ones."""
 
+import asyncio
+import contextlib
 import json
 import logging
 import socket
@@ -16,6 +18,8 @@ import openai
 import pytest
 
 from pipeline.errors import ConfigError
+from pipeline.inference.service.app import Service
+from pipeline.inference.service.connection import ImpatientProtocol
 from pipeline.inference.service.protocol import ApiError, ChatBody, CompletionBody, parse_body
 from pipeline.inference.service.run import check_binding
 
@@ -39,6 +43,28 @@ def customer_key(customer: str) -> Any:
     from pipeline.keys import CustomerKey
 
     return CustomerKey(customer)
+
+
+def connected(running: Running, sent: bytes) -> socket.socket:
+    host, port = running.url.removeprefix("http://").split(":")
+    opened = socket.create_connection((host, int(port)), timeout=10)
+    opened.sendall(sent)
+    return opened
+
+
+def all_of(opened: socket.socket) -> bytes:
+    """What comes until the server closes."""
+    got = b""
+    with contextlib.suppress(ConnectionResetError):
+        while more := opened.recv(4096):
+            got += more
+    return got
+
+
+def posted(body: dict[str, Any], announced: int = 0) -> bytes:
+    content = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {announced or len(content)}"
+    return head.encode() + b"\r\n\r\n" + content
 
 
 def until(true: Callable[[], bool]) -> None:
@@ -253,6 +279,111 @@ def test_log_probabilities_are_worded_while_a_long_text_is_tokenized(fleet: Flee
             "/v1/completions", json={"model": "acme", "prompt": prompt, "logprobs": 1, "max_tokens": 2}, timeout=5
         )
     assert len(answer.json()["choices"][0]["logprobs"]["tokens"]) == 2
+
+
+WHOLE = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+def test_connections_that_send_no_whole_request_are_closed(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImpatientProtocol, "head_seconds", 0.3)
+    monkeypatch.setattr(ImpatientProtocol, "body_seconds", 0.3)
+    running = serving()
+    lacking = {
+        b"": b"",
+        WHOLE[:30]: b"",
+        WHOLE + WHOLE[:30]: b"200 OK",
+        WHOLE.replace(b"\r\n\r\n", b"\r\nContent-Length: 99\r\n\r\n"): b"200 OK",  # answered, and the body is still owed
+        posted({"model": "acme"}, announced=99): b"",
+    }
+    opened = {connected(running, sent): answered for sent, answered in lacking.items()}
+    started, stop = time.monotonic(), threading.Event()
+
+    def trickle() -> None:
+        while not stop.wait(0.05):
+            for one in opened:
+                with contextlib.suppress(OSError):
+                    one.send(b"x")
+
+    thread = threading.Thread(target=trickle)
+    thread.start()
+    try:
+        for one, answered in opened.items():
+            got = all_of(one)
+            assert answered in got and got.count(b"HTTP/1.1") == bool(answered)
+    finally:
+        stop.set()
+        thread.join()
+        for one in opened:
+            one.close()
+    assert time.monotonic() - started < 3
+    until(lambda: not running.server.server_state.connections and running.service.idle)
+
+
+def test_silent_connections_give_way_and_others_are_told_to_come_back(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImpatientProtocol, "most", 3)
+    running = serving()
+    slowed(running, 0.05, endless=True)
+    busy = posted({"model": "acme", "prompt": TEXT, "max_tokens": 40, "temperature": 1.0, "stream": True})
+    silent = [connected(running, b"") for _ in range(3)]
+    streams = [connected(running, busy) for _ in range(3)]  # each takes the place of a silent one
+    try:
+        assert [all_of(one) for one in silent] == [b""] * 3
+        until(lambda: running.service.loop.decoder.rows == 3)
+        with connected(running, WHOLE) as late:
+            refused = all_of(late)
+        assert b" 503 " in refused and b"too_many_connections" in refused and b"retry-after: 1" in refused.lower()
+        streams[0].close()
+        until(lambda: len(running.server.server_state.connections) == 2)
+        with running.client() as client:
+            assert client.get("/v1/models").status_code == 200
+    finally:
+        for one in (*silent, *streams):
+            one.close()
+
+
+def test_a_stream_that_nobody_reads_is_ended_and_does_not_hold_up_the_stop(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ImpatientProtocol, "write_seconds", 0.3)
+    running = serving()
+    slowed(running, 0.05, endless=True)
+    given = 0
+
+    async def flood(self: Service, body: Any, under_way: Any, *_: Any) -> Any:
+        nonlocal given
+        try:
+            while True:
+                given += 1
+                await asyncio.sleep(0)
+                yield b"data: " + b"x" * 100_000 + b"\n\n"
+        finally:
+            self._cancel(under_way)
+
+    monkeypatch.setattr(Service, "_events", flood)  # a model would take long to fill the buffers of the kernel
+    body = {"model": "acme", "prompt": TEXT, "max_tokens": 50, "temperature": 1.0, "stream": True}
+    with connected(running, posted(body)):
+        until(lambda: given > 1 and running.service.loop.decoder.rows == 1)
+        running.server.handle_exit(15, None)
+        until(lambda: running.server.should_exit)
+    assert running.service.idle and running.service.loop.decoder.rows == 0
+    assert given < 1000 and running.service.loop.decoder.steps < 45
+
+
+def test_what_is_not_through_when_the_grace_is_over_ends_with_an_error(
+    serving: Serving, caplog: pytest.LogCaptureFixture
+) -> None:
+    running = serving()
+    slowed(running, 0.1, endless=True)
+    running.server.grace_seconds = 0.1
+    body = {"model": "acme", "prompt": TEXT, "max_tokens": 50, "temperature": 1.0}
+    with ThreadPoolExecutor() as pool, running.client() as client:
+        whole = pool.submit(client.post, "/v1/completions", json=body)
+        stream = pool.submit(client.post, "/v1/completions", json={**body, "stream": True})
+        until(lambda: running.service.loop.decoder.rows == 2)
+        running.server.handle_exit(15, None)
+        assert "was stopped" in whole.result().text and "was stopped" in stream.result().text
+    until(lambda: running.server.should_exit)
+    assert not any(record.exc_info for record in caplog.records)
 
 
 def test_nobody_else_is_listened_to_without_a_key() -> None:
