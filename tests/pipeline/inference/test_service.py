@@ -269,6 +269,10 @@ def test_a_refusal_names_the_whole_place_and_nothing_is_dropped_silently() -> No
     assert place(CompletionBody, prompt="a", stream_options={"stop": 1}) == "stream_options.stop"
     assert place(CompletionBody, prompt="a", logit_bias={"chosen": "much"}) == "logit_bias"
     parse_body(ChatBody, json.dumps({"model": "a", "messages": [said], "logprobs": True, "top_logprobs": 2}).encode())
+    with pytest.raises(ApiError, match="include_usage stands twice"):
+        parse_body(
+            CompletionBody, b'{"model": "a", "prompt": "a", "stream_options": {"include_usage": true, "include_usage": false}}'
+        )
 
 
 def test_log_probabilities_are_worded_while_a_long_text_is_tokenized(fleet: Fleet, serving: Serving) -> None:
@@ -419,6 +423,8 @@ HOSTILE = [
     (b'{"model": "acme", "prompt": "a", "secret \\u0000 name": 1}', 400),
     (b'{"model": 7, "prompt": "a"}', 400),
     (b"null", 400),
+    (b'{"model": "bistro", "prompt": "a", "model": "acme"}', 400),
+    (b'{"model": "acme", "prompt": "a", "logit_bias": {"7": 0, "7": 0}}', 400),
     (b'{"model": "acme", "prompt": "' + b"a" * 70_000 + b'"}', 413),
 ]
 
