@@ -180,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--prefix-memory", default="1GiB", metavar="SIZE", help=text)
     text = "answers under way and waiting; more get 429 (default: 256)"
     serve.add_argument("--queue", type=_count, default=256, metavar="N", help=text)
-    serve.add_argument("--rate", type=_count, metavar="N", help="requests a minute of each key (default: any number)")
+    serve.add_argument("--rate", type=_count, metavar="N", help="answers a minute of each key (default: any number)")
     serve.add_argument("--max-body", default="1MiB", metavar="SIZE", help="of one request (default: 1MiB)")
     serve.add_argument("--timeout", type=_count, default=120, metavar="S", help="seconds for one answer (default: 120)")
     text = "seconds to finish what is under way when asked to stop (default: 60)"

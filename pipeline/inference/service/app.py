@@ -11,6 +11,7 @@ import logging
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -64,8 +65,8 @@ class Limits:
         cache_tokens: prompt and answer tokens of all rows together, as far as they may come.
         prompt_tokens: of one prompt; its attention grows with their square.
         prefix_bytes: of all prefixes in memory.
-        queue: answers under way, waiting ones included; further requests get 429.
-        per_minute: requests of one key; None for no limit.
+        queue: answers under way, waiting ones included; further requests get 429. Of several keys none may have all of it.
+        per_minute: answers that one key asks for, a request for none being one; None for no limit.
         body_bytes: of one request.
         body_seconds: in which it must have come.
         request_seconds: in which the answer must be through.
@@ -121,6 +122,7 @@ class Service:
         self.metrics = Metrics(self.loop, self.memory)
         self.draining = False
         self.answers = 0  # under way
+        self._held: Counter[str] = Counter()  # of these, of each key
         self._connections = 0  # requests under way, to the last byte of their answers
         self._rate = RateLimit(limits.per_minute)
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="service")
@@ -213,13 +215,9 @@ class Service:
         body = parse_body(kind, await self._body(request))
         name = self._name(body.model, key)
         count = len(body.inputs) * body.choices
-        if count > self.limits.queue:
-            raise ApiError(
-                400, f"{count} answers are asked for, and one request may ask for {self.limits.queue} here", "too_many_answers"
-            )
-        if self.answers + count > self.limits.queue:
-            raise ApiError(429, "too many requests are waiting", "queue_full", retry_after=1)
-        self.answers += count
+        holder = "" if key is None else key.id
+        self._check_count(holder, count)
+        self._take(holder, count)
         kept = False  # whether the answers have begun, and give back themselves what they hold
         try:
             async with asyncio.timeout_at(asyncio.get_running_loop().time() + self.limits.request_seconds):
@@ -229,7 +227,7 @@ class Service:
                 except BaseException:
                     served.release()
                     raise
-                under_way = self._begin(body, requests, served, count)
+                under_way = self._begin(body, requests, served, lambda: self._take(holder, -count))
                 kept = True
                 wording = Wording(isinstance(body, ChatBody), body.model, self._token_text, body.top_logprobs_wanted is not None)
                 if body.stream:
@@ -241,7 +239,33 @@ class Service:
             raise ApiError(504, "the answer took too long", "timeout") from error
         finally:
             if not kept:
-                self.answers -= count
+                self._take(holder, -count)
+
+    def _check_count(self, holder: str, count: int) -> None:
+        """Whether so many further answers of a key may begin.
+
+        With several keys none may have more than are then left for the others, so one alone gets half of the queue, the next half of the rest, and
+        there is a place for whoever comes, however many keys there are. The last place is anybody's who has none.
+        """
+        queue, alone = self.limits.queue, len(self.keys) < 2
+        most = min(queue if alone else max(1, queue // 2), self.limits.per_minute or queue)
+        if count > most:
+            raise ApiError(400, f"{count} answers are asked for, and one request may ask for {most} here", "too_many_answers")
+        left = queue - self.answers - count
+        if left < 0:
+            raise ApiError(429, "too many requests are waiting", "queue_full", retry_after=1)
+        if not alone and self._held[holder] + count > max(1, left):
+            raise ApiError(429, "too many requests of this key are waiting", "queue_full", retry_after=1)
+        wait = self._rate.take(holder, count, counted=1)
+        if wait:
+            raise ApiError(429, "too many answers in a minute", "rate_limit_exceeded", retry_after=wait)
+
+    def _take(self, holder: str, count: int) -> None:
+        """Count answers of a key as under way; a negative number gives them back."""
+        self.answers += count
+        self._held[holder] += count
+        if not self._held[holder]:
+            del self._held[holder]
 
     def _enter(self, request: Request) -> ApiKey | None:
         """Who asks, if keys are wanted; and whether they may ask now."""
@@ -396,12 +420,8 @@ class Service:
             raise ApiError(400, "the prompt has no tokens", "invalid_value", "prompt")
         return prompts
 
-    def _begin(self, body: Body, requests: list[asked.Request], served: Served, count: int) -> _UnderWay:
+    def _begin(self, body: Body, requests: list[asked.Request], served: Served, give_back: Callable[[], None]) -> _UnderWay:
         loop = asyncio.get_running_loop()
-
-        def give_back() -> None:
-            self.answers -= count
-
         under_way = _UnderWay(requests, served, lambda: _tell(loop, give_back), len(requests))
         if self.log_texts:
             log.info("asked %s version %d: %s", served.key, served.version, body.inputs)

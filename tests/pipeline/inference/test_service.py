@@ -20,6 +20,7 @@ import pytest
 from pipeline.errors import ConfigError
 from pipeline.inference.service.app import Service
 from pipeline.inference.service.connection import ImpatientProtocol
+from pipeline.inference.service.limits import RateLimit
 from pipeline.inference.service.protocol import ApiError, ChatBody, CompletionBody, parse_body
 from pipeline.inference.service.run import check_binding
 
@@ -268,11 +269,11 @@ def test_a_refusal_names_the_whole_place_and_nothing_is_dropped_silently() -> No
     assert place(CompletionBody, prompt=["a", 7]) in ("prompt", "prompt.1")
     assert place(CompletionBody, prompt="a", stream_options={"stop": 1}) == "stream_options.stop"
     assert place(CompletionBody, prompt="a", logit_bias={"chosen": "much"}) == "logit_bias"
-    parse_body(ChatBody, json.dumps({"model": "a", "messages": [said], "logprobs": True, "top_logprobs": 2}).encode())
     with pytest.raises(ApiError, match="include_usage stands twice"):
         parse_body(
             CompletionBody, b'{"model": "a", "prompt": "a", "stream_options": {"include_usage": true, "include_usage": false}}'
         )
+    parse_body(ChatBody, json.dumps({"model": "a", "messages": [said], "logprobs": True, "top_logprobs": 2}).encode())
 
 
 def test_log_probabilities_are_worded_while_a_long_text_is_tokenized(fleet: Fleet, serving: Serving) -> None:
@@ -422,9 +423,9 @@ HOSTILE = [
     (b'{"model": "acme", "prompt": "a", "presence_penalty": 0.5}', 400),
     (b'{"model": "acme", "prompt": "a", "secret \\u0000 name": 1}', 400),
     (b'{"model": 7, "prompt": "a"}', 400),
-    (b"null", 400),
     (b'{"model": "bistro", "prompt": "a", "model": "acme"}', 400),
     (b'{"model": "acme", "prompt": "a", "logit_bias": {"7": 0, "7": 0}}', 400),
+    (b"null", 400),
     (b'{"model": "acme", "prompt": "' + b"a" * 70_000 + b'"}', 413),
 ]
 
@@ -469,6 +470,49 @@ def test_requests_beyond_rate_and_queue_get_429_and_when_to_come_back(serving: S
         codes = [client.get("/v1/models") for _ in range(3)]
     assert [answer.status_code for answer in codes] == [200, 200, 429]
     assert 1 <= int(codes[-1].headers["Retry-After"]) <= 30
+
+
+def test_one_key_leaves_places_in_the_queue_for_others(serving: Serving) -> None:
+    running, greedy, second, third = serving([["*"], ["*"], ["*"]], queue=4)
+    slowed(running, 0.05, endless=True)
+    body = {"model": "acme", "prompt": TEXT, "temperature": 1.0}
+    with ThreadPoolExecutor() as pool, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(running.client(key)) for key in (greedy, second, third)]
+
+        def ask(client: httpx.Client, **more: Any) -> Any:
+            return pool.submit(client.post, "/v1/completions", json={**body, **more})
+
+        assert ask(clients[0], n=3, max_tokens=1).result().status_code == 400  # for good
+        first = ask(clients[0], n=2, max_tokens=20)
+        until(lambda: running.service.answers == 2)
+        refused = ask(clients[0]).result()
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full") and refused.headers[
+            "Retry-After"
+        ] == "1"
+        more = ask(clients[1], max_tokens=20)
+        until(lambda: running.service.answers == 3)
+        assert ask(clients[1]).result().status_code == 429
+        assert ask(clients[2], max_tokens=1).result().status_code == 200
+        assert first.result().status_code == more.result().status_code == 200
+    until(lambda: running.service.answers == 0 and not running.service._held)
+
+
+def test_the_rate_counts_answers(serving: Serving) -> None:
+    now = 0.0
+    rate = RateLimit(60, lambda: now)
+    assert rate.take("a") == 0 and rate.take("a", 41, counted=1) == 0  # 41 of 60
+    assert rate.take("a") == 0
+    assert rate.take("a", 30, counted=1) == 12  # for 18 are left
+    now += 12
+    assert rate.take("a") == 0 and rate.take("a", 30, counted=1) == 0
+    assert rate.take("b") == 0
+    limited, key = serving([["acme"]], per_minute=6)
+    with limited.client(key) as client:
+        body = {"model": "acme", "max_tokens": 1, "temperature": 1.0}
+        assert client.post("/v1/completions", json={**body, "prompt": TEXT, "n": 7}).json()["error"]["code"] == "too_many_answers"
+        assert client.post("/v1/completions", json={**body, "prompt": [TEXT] * 2, "n": 2}).status_code == 200  # 5 of 6
+        refused = client.post("/v1/completions", json={**body, "prompt": TEXT, "n": 2})
+        assert (refused.status_code, refused.headers["Retry-After"]) == (429, "20")
 
 
 def test_a_full_queue_is_told_and_the_official_client_understands(serving: Serving) -> None:
