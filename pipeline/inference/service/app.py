@@ -270,7 +270,7 @@ class Service:
     def _enter(self, request: Request) -> ApiKey | None:
         """Who asks, if keys are wanted; and whether they may ask now."""
         key = None
-        if not self._open or len(self.keys):
+        if not self._open or self.keys.wanted:
             scheme, _, secret = request.headers.get("authorization", "").partition(" ")
             key = self.keys.find(secret.strip()) if scheme.lower() == "bearer" else None
             if key is None:

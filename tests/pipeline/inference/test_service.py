@@ -109,7 +109,7 @@ def test_the_official_client_gets_what_each_customers_prefix_says(fleet: Fleet, 
     assert [choice.index for choice in both.choices] == [0, 1, 2, 3]
     assert both.choices[0].text == both.choices[1].text == " ".join(expected["acme"].split()[:2])
     assert {choice.finish_reason for choice in both.choices} <= {"length", "stop"}
-    assert {model.id for model in client.models.list()} == {"acme", "bistro", "harbour", "chatty"}
+    assert {model.id for model in client.models.list()} >= {"acme", "bistro", "harbour", "chatty"}
     assert client.models.retrieve("acme").id == "acme"
 
 
@@ -165,7 +165,7 @@ def test_a_key_opens_its_own_customers_and_tells_nothing_of_others(fleet: Fleet,
             assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
     with running.client(acme) as client:
         assert client.post("/v1/completions", json={"model": "acme", **body}).status_code == 200
-        assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["acme"]
+        assert {model["id"].split(".")[0] for model in client.get("/v1/models").json()["data"]} == {"acme"}
         answers = [
             client.post("/v1/completions", json={"model": name, **body})
             for name in (
@@ -173,7 +173,7 @@ def test_a_key_opens_its_own_customers_and_tells_nothing_of_others(fleet: Fleet,
                 "nobody",
                 "acme@nothing",
                 "acme:77",
-                "acme.menu",
+                "acme.lunch",
                 "../acme",
                 "acme/menu",
                 "ACME",
@@ -201,6 +201,84 @@ def test_a_revoked_key_is_refused_at_the_next_request(serving: Serving) -> None:
         assert client.get("/v1/models").status_code == 401
         revoke_key(file, read_keys(file)[0].id)
         assert client.get("/v1/models").status_code == 401  # the last key is gone, and the door is not open
+
+
+def test_a_damaged_key_file_is_logged_once_and_its_keys_end_after_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from pipeline.inference.service.keys import KeyRing, create_key, read_keys, revoke_key
+
+    file, other, now = tmp_path / "keys.json", tmp_path / "other.json", 0.0
+    fixed = create_key(other, ["harbour"])[1]
+    monkeypatch.setenv("PREFIXFLEET_API_KEYS", other.read_text())
+    kept, revoked = (create_key(file, [name])[1] for name in ("acme", "bistro"))
+    ring = KeyRing(file, lambda: now)
+    whole = file.read_text()
+
+    def valid() -> list[bool]:
+        return [ring.find(secret) is not None for secret in (fixed, kept, revoked)]
+
+    assert valid() == [True] * 3 and len(ring) == 3
+    for damaged in ("{", '{"format": 1, "keys": [{}]}', "\udcff"):
+        file.write_bytes(damaged.encode("utf-8", "surrogateescape"))
+        now += 10
+        assert valid() == valid() == [True] * 3
+    assert [record.levelname for record in caplog.records] == ["ERROR"] * 3
+    now += 39  # counted from the first damage on
+    assert valid() == [True] * 3
+    now += 1
+    assert valid() == [True, False, False] and ring.wanted
+    assert len(caplog.records) == 4 and "refused until" in caplog.messages[-1]
+    file.write_text(whole)
+    assert valid() == [True] * 3
+    revoke_key(file, read_keys(file)[1].id)
+    assert valid() == [True, True, False]
+    file.unlink()
+    assert valid() == [True, False, False]
+
+
+def test_a_key_file_that_appears_damaged_closes_an_open_service(serving: Serving) -> None:
+    running = serving()
+    with running.client() as client:
+        assert client.get("/v1/models").status_code == 200
+        running.service.keys.file.write_text("{")
+        assert client.get("/v1/models").status_code == 401
+        running.service.keys.file.unlink()
+        assert client.get("/v1/models").status_code == 200
+
+
+def test_keys_from_the_environment_open_the_service(serving: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.inference.service.keys import KeyRing, create_key
+
+    _, secret = create_key(tmp_path / "elsewhere.json", ["acme"])
+    monkeypatch.setenv("PREFIXFLEET_API_KEYS", (tmp_path / "elsewhere.json").read_text())
+    running, of_file = serving([["bistro"]])
+    asked = {"prompt": TEXT, "max_tokens": 1}
+    for key, opened, closed in ((secret, "acme", "bistro"), (of_file, "bistro", "acme")):
+        with running.client(key) as client:
+            assert client.post("/v1/completions", json={"model": opened, **asked}).status_code == 200
+            assert client.post("/v1/completions", json={"model": closed, **asked}).status_code == 404
+    with running.client() as client:
+        assert client.get("/v1/models").status_code == 401
+    for wrong, said in (("pf-secret", "is not JSON"), ('{"keys": [{"id": 1}]}', "is no list of API keys")):
+        monkeypatch.setenv("PREFIXFLEET_API_KEYS", wrong)
+        with pytest.raises(ConfigError, match=f"PREFIXFLEET_API_KEYS: {said}") as told:
+            KeyRing(tmp_path / "none.json")
+        assert "pf-secret" not in str(told.value)
+
+
+def test_a_second_task_of_a_customer_is_served_under_its_own_name(fleet: Fleet, serving: Serving) -> None:
+    _, folder = fleet.register("acme", 31, task="menu", length=4)
+    expected = fleet.answer(folder, TEXT)
+    assert expected != fleet.answer(newest(fleet, "acme"), TEXT)
+    running, key, stranger = serving([["acme"], ["bistro"]])
+    client = official(running, key)
+    for name in ("acme.menu", "acme.menu@champion", "acme.menu:1"):
+        assert client.completions.create(model=name, prompt=TEXT).choices[0].text == expected
+    assert client.completions.create(model="acme", prompt=TEXT).choices[0].text == fleet.answer(newest(fleet, "acme"), TEXT)
+    assert {model.id for model in client.models.list()} == {"acme", "acme.menu"}
+    with pytest.raises(openai.NotFoundError):
+        official(running, stranger).completions.create(model="acme.menu", prompt=TEXT)
 
 
 def test_keys_made_and_revoked_at_once_are_neither_lost_nor_brought_back_and_the_file_is_private(tmp_path: Path) -> None:
