@@ -444,6 +444,9 @@ class Service:
             on_end()
 
     def _note(self, request: asked.Request, served: Served) -> None:
+        if request.cause is not None:
+            log.error("an answer could not begin and ended with an error", exc_info=request.cause)
+            request.cause = None  # whose frames hold tensors
         self.metrics.answers.labels(request.finish_reason).inc()
         self.metrics.tokens.labels("prompt").inc(len(request.prompt_ids))
         self.metrics.tokens.labels("completion").inc(len(request.tokens))

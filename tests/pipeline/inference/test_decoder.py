@@ -317,31 +317,41 @@ def test_a_seed_and_its_negative_draw_different_tokens() -> None:
     assert asked[0].tokens == asked[2].tokens != asked[1].tokens
 
 
-def test_requests_that_cannot_be_taken_in_end_with_an_error_instead_of_never() -> None:
-    base = attach(tiny_model("gpt2"), max_positions=64)
-    decoder = Decoder(base, Tokens(), max_rows=4, max_tokens=999)
+@pytest.mark.parametrize("where", ["its settings", "its prefix", "its prompt"])
+def test_a_request_that_cannot_begin_ends_alone(where: str) -> None:
+    base = attach(tiny_double("gpt2"), max_positions=64)
+    prefixes = strong_prefixes(base, 4)
+    broken = Loaded({site: (key[:, :, :-1], value) for site, (key, value) in prefixes[2].prefix.items()})
+    members = [prefixes[0], prefixes[1], broken if where == "its prefix" else prefixes[2], prefixes[3]]
     ended: list[int] = []
     asked = [
-        Request([11, 12], Members((NO_PREFIX,)), Decoding(2), on_end=lambda number=number: ended.append(number))
-        for number in range(3)
+        Request([11, 12 + number], Members((member,)), Decoding(6), on_end=lambda number=number: ended.append(number))
+        for number, member in enumerate(members)
     ]
-    lane = decoder._lane
+    decoder = Decoder(base, Tokens(), max_rows=9, max_tokens=999)
+    decoder.ends = []
+    lane, prompts = decoder._lane, decoder._run_prompts
 
-    def failing(request: Request, columns: int) -> Any:
-        if request is asked[1]:
-            raise RuntimeError("a broken setting")
-        return lane(request, columns)
+    def failing_lane(request: Request, columns: int) -> Any:
+        return 1 / 0 if where == "its settings" and request is asked[2] else lane(request, columns)
 
-    decoder._lane = failing  # type: ignore[method-assign]
-    for request in asked:
+    def failing_prompts(ids: list[list[int]], slots: torch.Tensor) -> Any:
+        return 1 / 0 if where == "its prompt" and [11, 14] in ids else prompts(ids, slots)
+
+    decoder._lane, decoder._run_prompts = failing_lane, failing_prompts  # type: ignore[method-assign]
+    decoder.submit(asked[0])
+    decoder.step()  # one runs when the others come
+    for request in asked[1:]:
         decoder.submit(request)
-    with pytest.raises(RuntimeError):
-        decoder.step()
-    assert ended == [0, 1]
-    assert [request.finish_reason for request in asked] == ["error", "error", None]
+    decoder.step()
+    assert ended == [2] and asked[2].finish_reason == "error" and "was to begin" in str(asked[2].error)
     while decoder.busy:
         decoder.step()
-    assert asked[2].finish_reason == "length" and ended == [0, 1, 2]
+    assert decoder.failures == 1 and isinstance(asked[2].cause, PrefixError if where == "its prefix" else ZeroDivisionError)
+    assert not decoder._in_bank and decoder.rows == 0
+    for request, member in zip(asked, members, strict=True):
+        if request is not asked[2]:
+            assert request.tokens == by_transformers(base, list(request.prompt_ids), member, request.decoding)
 
 
 def test_settings_that_make_no_sense_are_refused_in_words() -> None:

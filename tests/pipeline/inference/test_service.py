@@ -653,13 +653,28 @@ def test_stopping_finishes_what_runs_refuses_what_comes_and_says_so(serving: Ser
     until(lambda: running.server.should_exit)
 
 
-def test_a_step_that_fails_ends_its_answers_with_an_error_and_the_service_goes_on(
+def test_a_prefix_that_cannot_begin_fails_alone_and_is_logged(
     serving: Serving, fleet: Fleet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     running = serving()
     client = official(running)
     with monkeypatch.context() as patch:
         patch.setattr(running.service.loop.decoder, "_run_prompts", lambda *_: 1 / 0)
+        with pytest.raises(openai.InternalServerError, match="the service failed"):
+            client.completions.create(model="acme", prompt=TEXT)
+    assert running.service.loop.failures == 1
+    assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [ZeroDivisionError]  # type: ignore[index]
+    assert client.completions.create(model="acme", prompt=TEXT).choices[0].text == fleet.answer(newest(fleet, "acme"), TEXT)
+    assert running.service.answers == 0
+
+
+def test_a_step_that_fails_ends_its_answers_with_an_error_and_the_service_goes_on(
+    serving: Serving, fleet: Fleet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    running = serving()
+    client = official(running)
+    with monkeypatch.context() as patch:
+        patch.setattr(running.service.loop.decoder, "_choose", lambda *_: 1 / 0)
         with pytest.raises(openai.InternalServerError, match="the service failed"):
             client.completions.create(model="acme", prompt=TEXT)
     assert running.service.loop.failures == 1
