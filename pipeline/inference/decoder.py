@@ -95,7 +95,7 @@ class Decoder:
         self._next: list[int] = []  # the last token of each row, which the next step reads
         self._cache = RowCache()
         self._cross = RowCache()  # of encoder-decoders: keys and values of the prompt
-        self._bank = PrefixBank(self.base.sites, 1, 0, self.base.device, prefix_dtype(self.base))
+        self._bank = self._empty_bank()
         self._in_bank: dict[Loaded, tuple[int, int]] = {}  # slot, and how many lanes use it
         self._row_slots: torch.Tensor | None = None
 
@@ -343,8 +343,10 @@ class Decoder:
         length = max((member.length for member in used), default=0)
         slots = len(self._bank.shifts)
         # Anew if something is too large, or if most of every row's columns would be for nobody.
-        if length > self._bank.length or 2 * length < self._bank.length or len(used) + 1 > slots:
-            slots = slots if len(used) + 1 <= slots else max(2 * slots, len(used) + 1)
+        needed = len(used) + 1
+        if length > self._bank.length or 2 * length < self._bank.length or not needed <= slots <= max(2, 2 * needed):
+            # By doubling, but no further than there can be prefixes.
+            slots = max(needed, min(2 * slots, self.max_rows + 1)) if needed > slots else min(slots, 2 * needed)
             bank = PrefixBank(self.base.sites, slots, length, self.base.device, self._bank_dtype())
             for member, (slot, _) in self._in_bank.items():
                 bank.put(slot, member.prefix, member.infix)
@@ -363,6 +365,15 @@ class Decoder:
                 slot, users = self._in_bank[member]
                 self._in_bank[member] = (slot, users + 1)
                 lane.slots.append(slot)
+
+    def bank_bytes(self, prefixes: Sequence[Loaded]) -> int:
+        """What the bank takes at most when rows of all these prefixes run: a place for each, as wide as the longest, and as many spare ones."""
+        column = sum(2 * site.heads * site.head_dim for site in self.base.sites.values()) * self._bank_dtype().itemsize
+        distinct = set(prefixes)
+        return (min(2 * len(distinct), self.max_rows) + 1) * max(prefix.length for prefix in distinct) * column
+
+    def _empty_bank(self) -> PrefixBank:
+        return PrefixBank(self.base.sites, 1, 0, self.base.device, prefix_dtype(self.base))
 
     def _count_users(self) -> None:
         """Free the places in the bank that no running lane uses."""
@@ -539,6 +550,8 @@ class Decoder:
                 self._in_bank[member] = (slot, users - 1)
                 if users == 1:
                     del self._in_bank[member]
+        if not self._in_bank:
+            self._bank = self._empty_bank()  # or its memory would be kept for nobody
         if lane.beams is not None and reason == "stop":
             best = list(lane.beams.best)
             ended = bool(best) and best[-1] in self.ends

@@ -64,7 +64,7 @@ class Limits:
         rows: of a batch; a beam, or a member of an ensemble, is a row.
         cache_tokens: prompt and answer tokens of all rows together, as far as they may come.
         prompt_tokens: of one prompt; its attention grows with their square.
-        prefix_bytes: of all prefixes in memory.
+        prefix_bytes: of all prefixes in memory, with the copies that running rows read.
         queue: answers under way, waiting ones included; further requests get 429. Of several keys none may have all of it.
         per_minute: answers that one key asks for, a request for none being one; None for no limit.
         body_bytes: of one request.
@@ -117,8 +117,8 @@ class Service:
 
     def __init__(self, engine: PrefixEngine, keys: KeyRing, limits: Limits, *, log_texts: bool = False) -> None:
         self.engine, self.keys, self.limits, self.log_texts = engine, keys, limits, log_texts
-        self.memory = PrefixMemory(engine.load, limits.prefix_bytes)
         self.loop = DecodingLoop(engine.decoder(limits.rows, limits.cache_tokens))
+        self.memory = PrefixMemory(engine.load, limits.prefix_bytes, self.loop.decoder.bank_bytes)
         self.metrics = Metrics(self.loop, self.memory)
         self.draining = False
         self.answers = 0  # under way

@@ -259,6 +259,27 @@ def test_a_prefix_is_held_once_for_all_rows_of_its_customer_and_in_no_rows_cache
     assert sizes([prefixes[1]] * 4 + [prefixes[0]] * 4)[0] == 3 * prefixes[1].bytes
 
 
+def test_the_bank_takes_what_is_foretold_and_nothing_when_nobody_runs() -> None:
+    base = attach(tiny_model("llama"), max_positions=64)
+    prefixes = strong_prefixes(base, 9)
+    numbers = random.Random(4)
+    decoder = Decoder(base, Tokens(), max_rows=6, max_tokens=9999)
+    running: list[Request] = []
+    for _ in range(60):
+        comes = numbers.random() < 0.5 and len(running) < 6
+        if comes:
+            running.append(Request([11, 12], Members((numbers.choice(prefixes),)), Decoding(numbers.randint(1, 9))))
+            decoder.submit(running[-1])
+        foretold = decoder.bank_bytes([request.members.prefixes[0] for request in running]) if running else 0
+        decoder.step()
+        running = [request for request in running if request.finish_reason is None]
+        taken = sum(tensor.nbytes for tensor in decoder._bank.tensors.values())
+        if not running:
+            assert taken == 0
+        elif comes:  # which is when it is laid out anew, unless that would save less than half of its width
+            assert taken <= 2 * foretold
+
+
 def test_rows_that_would_change_one_another_run_alone() -> None:
     base = attach(tiny_double("llama"), max_positions=64)
     base.model.is_loaded_in_8bit = True

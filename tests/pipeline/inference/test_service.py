@@ -717,7 +717,7 @@ def test_metrics_count_what_happened_and_name_no_customer(serving: Serving) -> N
 
 
 def test_no_row_gets_another_customers_prefix_under_load_promotion_and_eviction(fleet: Fleet, serving: Serving) -> None:
-    """Six clients at once, memory for three of eight prefixes, and champions that change meanwhile."""
+    """Six clients at once, memory for four of eight prefixes, or for two in use, and champions that change meanwhile."""
     texts = [f"colour : red w{i} w{i + 1}" for i in range(3)]
     allowed: dict[str, list[dict[str, str]]] = {}
     later = {}
@@ -732,7 +732,7 @@ def test_no_row_gets_another_customers_prefix_under_load_promotion_and_eviction(
     every = [answers[texts[0]] for versions in allowed.values() for answers in versions]
     assert len(set(every)) == len(every)
     size = (later["load0"] / "prefix.safetensors").stat().st_size
-    running = serving(prefix_bytes=3 * size, patience_seconds=20)
+    running = serving(prefix_bytes=7 * size, patience_seconds=20)
     wrong: list[Any] = []
     stop = threading.Event()
     seen: dict[str, set[int]] = {name: set() for name in allowed}
@@ -767,7 +767,7 @@ def test_no_row_gets_another_customers_prefix_under_load_promotion_and_eviction(
             thread.join()
     assert not wrong
     assert running.service.memory.evictions > 0
-    assert running.service.memory.bytes <= 3 * size
+    assert running.service.memory.bytes <= 7 * size
 
 
 def test_a_running_answer_keeps_the_version_that_it_began_with(fleet: Fleet, serving: Serving) -> None:
