@@ -75,7 +75,8 @@ class ImpatientProtocol(H11Protocol):
         if owed == self._owed:
             return
         self._owed = owed
-        self._read = _stop(self._read)
+        _stop(self._read)
+        self._read = None
         if owed is not None:
             seconds = self.head_seconds if state is h11.IDLE else self.body_seconds
             self._read = self.loop.call_later(seconds, self.transport.abort)
@@ -88,11 +89,12 @@ class ImpatientProtocol(H11Protocol):
     def resume_writing(self) -> None:
         """See uvicorn."""
         super().resume_writing()
-        self._write = _stop(self._write)
+        _stop(self._write)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See uvicorn."""
-        self._read, self._write = _stop(self._read), _stop(self._write)
+        _stop(self._read)
+        _stop(self._write)
         super().connection_lost(exc)
 
 

@@ -85,7 +85,7 @@ class Server(uvicorn.Server):
     def _hang_up(self) -> None:
         """End whatever is still open, so that nothing has to be torn from its task."""
         for connection in list(self.server_state.connections):
-            connection.transport.abort()  # type: ignore[union-attr]  # of `ImpatientProtocol`
+            connection.transport.abort()
 
 
 def make_server(service: Service, host: str, port: int, grace_seconds: float) -> tuple[Server, socket.socket]:
