@@ -286,8 +286,13 @@ class Decoder:
             begun = False
         if not begun:
             # One by one: the others can begin, also where memory did not suffice for all at once. Not above, where the error holds that memory.
-            for lane in lanes:
-                self._prefill([lane])
+            rest = deque(lanes)
+            try:
+                while rest:
+                    self._prefill([rest.popleft()])
+            finally:
+                with self._guard:  # whatever else goes wrong, those that had no turn yet wait again
+                    self._waiting.extendleft(lane.request for lane in reversed(rest))
             return
         self.prefills += 1
         self._lanes += lanes  # whatever goes wrong from here on is theirs too

@@ -375,6 +375,28 @@ def test_a_request_that_cannot_begin_ends_alone(where: str) -> None:
             assert request.tokens == by_transformers(base, list(request.prompt_ids), member, request.decoding)
 
 
+def test_requests_that_had_no_turn_when_a_step_failed_wait_again() -> None:
+    base = attach(tiny_double("gpt2"), max_positions=64)
+    prefixes = strong_prefixes(base, 3)
+    asked = [Request([11, 12 + number], Members((prefix,)), Decoding(3)) for number, prefix in enumerate(prefixes)]
+    decoder = Decoder(base, Tokens(), max_rows=9, max_tokens=999)
+    decoder.ends = []
+    prompts = decoder._run_prompts
+    for request in asked:
+        decoder.submit(request)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder, "_run_prompts", lambda ids, slots: 1 / 0 if len(ids) > 1 else prompts(ids, slots))
+        patch.setattr(decoder, "_choose", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            decoder.step()
+    decoder.fail("a step failed")
+    assert [request.finish_reason for request in asked] == ["error", None, None] and decoder.waiting == 2
+    while decoder.busy:
+        decoder.step()
+    for request, prefix in zip(asked[1:], prefixes[1:], strict=True):
+        assert request.tokens == by_transformers(base, list(request.prompt_ids), prefix, request.decoding)
+
+
 def test_settings_that_make_no_sense_are_refused_in_words() -> None:
     for wrong in (
         {"num_beams": 2, "temperature": 1.0},
