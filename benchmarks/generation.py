@@ -140,7 +140,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         base_named = {"id": str(arguments.base), "revision": None, "digest": "", "is_encoder_decoder": False}
-        config: dict[str, Any] = {"base": base_named, "prefix": {}}
+        config: dict[str, Any] = {"base": base_named, "prefix": {"placement": "prefix"}}
         model: Any = None
         for i, prefix in enumerate(made):
             save_prefix(folder / f"p{i}", prefix, config)

@@ -176,11 +176,11 @@ def _parser() -> argparse.ArgumentParser:
     text = "prompt and answer tokens of all rows together (default: 65536)"
     serve.add_argument("--cache-tokens", type=_count, default=65536, metavar="N", help=text)
     serve.add_argument("--max-prompt", type=_count, default=8192, metavar="N", help="tokens of one prompt (default: 8192)")
-    text = "memory for prefixes (default: 1GiB)"
+    text = "memory for prefixes, with the copies that running rows read (default: 1GiB)"
     serve.add_argument("--prefix-memory", default="1GiB", metavar="SIZE", help=text)
-    text = "answers under way and waiting; more get 429 (default: 256)"
+    text = "answers under way and waiting; more get 429, and one key gets half at most if there are several (default: 256)"
     serve.add_argument("--queue", type=_count, default=256, metavar="N", help=text)
-    serve.add_argument("--rate", type=_count, metavar="N", help="requests a minute of each key (default: any number)")
+    serve.add_argument("--rate", type=_count, metavar="N", help="answers a minute of each key (default: any number)")
     serve.add_argument("--max-body", default="1MiB", metavar="SIZE", help="of one request (default: 1MiB)")
     serve.add_argument("--timeout", type=_count, default=120, metavar="S", help="seconds for one answer (default: 120)")
     text = "seconds to finish what is under way when asked to stop (default: 60)"

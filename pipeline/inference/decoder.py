@@ -9,7 +9,7 @@ Knows nothing of customers, files, the registry, threads or HTTP.
 import random
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -75,12 +75,13 @@ class Decoder:
         steps: forward passes over running rows so far.
         prefills: forward passes over prompts so far.
         row_steps: rows of all those steps together.
+        failures: requests that could not begin.
     """
 
     def __init__(self, base: FrozenBase, tokenizer: Any, *, max_rows: int, max_tokens: int) -> None:
         self.base, self.tokenizer, self.max_rows, self.max_tokens = base, tokenizer, max_rows, max_tokens
         self.ends = _end_tokens(base, tokenizer)
-        self.steps = self.prefills = self.row_steps = 0
+        self.steps = self.prefills = self.row_steps = self.failures = 0
         self._waiting: deque[Request] = deque()
         self._cancelled: list[Request] = []
         self._guard = threading.Lock()  # of these two
@@ -94,7 +95,7 @@ class Decoder:
         self._next: list[int] = []  # the last token of each row, which the next step reads
         self._cache = RowCache()
         self._cross = RowCache()  # of encoder-decoders: keys and values of the prompt
-        self._bank = PrefixBank(self.base.sites, 1, 0, self.base.device, prefix_dtype(self.base))
+        self._bank = self._empty_bank()
         self._in_bank: dict[Loaded, tuple[int, int]] = {}  # slot, and how many lanes use it
         self._row_slots: torch.Tensor | None = None
 
@@ -201,13 +202,15 @@ class Decoder:
             self._waiting.popleft()
             try:
                 lanes.append(self._lane(request, own))
-            except Exception:
-                # They neither wait nor run any more, so nobody else would ever end them.
-                for failed in [*(lane.request for lane in lanes), request]:
-                    failed.error = "the service failed when this was to begin"
-                    _end(failed, "", "", "error")
-                raise
+            except Exception as error:
+                self._refuse(request, error)
         return lanes
+
+    def _refuse(self, request: Request, cause: Exception) -> None:
+        """End a request that could not begin."""
+        self.failures += 1
+        request.error, request.cause = "the service failed when this was to begin", cause
+        _end(request, "", "", "error")
 
     @property
     def _shares(self) -> bool:
@@ -262,24 +265,47 @@ class Decoder:
         return made or None
 
     def _prefill(self, lanes: Sequence[_Lane]) -> None:
-        """Run the prompts through the base, let their rows join, and choose everybody's first token."""
-        self._lanes += lanes  # first of all: whatever goes wrong from here on is theirs too
-        self._place(lanes)
-        ids: list[list[int]] = []
-        slots: list[int] = []
+        """Run the prompts through the base, let their rows join, and choose everybody's first token.
+
+        Where that fails, whoever it is that cannot begin ends with an error, and nobody else.
+        """
+        ids = [list(lane.request.prompt_ids) for lane in lanes for _ in lane.request.members.prefixes]
+        try:
+            self._place(lanes)
+            slots = [slot for lane in lanes for slot in lane.slots]
+            prefilled, cross, logits = self._run_prompts(ids, torch.tensor(slots, device=self.base.device))
+            begun = True
+        except Exception as error:
+            # Nothing of them has joined those that run.
+            for lane in lanes:
+                lane.slots.clear()
+            self._count_users()
+            if len(lanes) == 1:
+                self._refuse(lanes[0].request, error)
+                return
+            begun = False
+        if not begun:
+            # One by one: the others can begin, also where memory did not suffice for all at once. Not above, where the error holds that memory.
+            rest = deque(lanes)
+            try:
+                while rest:
+                    self._prefill([rest.popleft()])
+            finally:
+                with self._guard:  # whatever else goes wrong, those that had no turn yet wait again
+                    self._waiting.extendleft(lane.request for lane in reversed(rest))
+            return
+        self.prefills += 1
+        self._lanes += lanes  # whatever goes wrong from here on is theirs too
         sources: list[int] = []
-        first = self.rows
+        first, at = self.rows, 0
         for lane in lanes:
-            for member, slot in enumerate(lane.slots):
+            for member in range(len(lane.slots)):
                 # Beams begin alike: a member's are one row of the prefill, and rows of their own from then on.
                 for beam in range(lane.beam_count):
                     lane.rows.append(len(self._owners))
                     self._owners.append((lane, member * lane.beam_count + beam))
-                    sources.append(len(ids))
-                ids.append(list(lane.request.prompt_ids))
-                slots.append(slot)
-        prefilled, cross, logits = self._run_prompts(ids, torch.tensor(slots, device=self.base.device))
-        self.prefills += 1
+                    sources.append(at)
+                at += 1
         lengths = [len(ids[source]) for source in sources]
         self._cache.join(prefilled, sources, [1] * len(sources) if self.base.is_encoder_decoder else lengths)
         if cross is not None:
@@ -322,11 +348,14 @@ class Decoder:
         length = max((member.length for member in used), default=0)
         slots = len(self._bank.shifts)
         # Anew if something is too large, or if most of every row's columns would be for nobody.
-        if length > self._bank.length or 2 * length < self._bank.length or len(used) + 1 > slots:
-            slots = slots if len(used) + 1 <= slots else max(2 * slots, len(used) + 1)
-            self._bank = PrefixBank(self.base.sites, slots, length, self.base.device, self._bank_dtype())
+        needed = len(used) + 1
+        if length > self._bank.length or 2 * length < self._bank.length or not needed <= slots <= max(2, 2 * needed):
+            # By doubling, but no further than there can be prefixes.
+            slots = max(needed, min(2 * slots, self.max_rows + 1)) if needed > slots else min(slots, 2 * needed)
+            bank = PrefixBank(self.base.sites, slots, length, self.base.device, self._bank_dtype())
             for member, (slot, _) in self._in_bank.items():
-                self._bank.put(slot, member.prefix, member.infix)
+                bank.put(slot, member.prefix, member.infix)
+            self._bank = bank  # when it is whole: running rows read it
         free = iter(sorted(set(range(1, len(self._bank.shifts))) - {slot for slot, _ in self._in_bank.values()}))
         for member in wanted:
             if member not in self._in_bank:
@@ -341,6 +370,20 @@ class Decoder:
                 slot, users = self._in_bank[member]
                 self._in_bank[member] = (slot, users + 1)
                 lane.slots.append(slot)
+
+    def bank_bytes(self, prefixes: Sequence[Loaded]) -> int:
+        """What the bank takes at most when rows of all these prefixes run: a place for each, as wide as the longest, and as many spare ones."""
+        column = sum(2 * site.heads * site.head_dim for site in self.base.sites.values()) * self._bank_dtype().itemsize
+        distinct = set(prefixes)
+        return (min(2 * len(distinct), self.max_rows) + 1) * max(prefix.length for prefix in distinct) * column
+
+    def _empty_bank(self) -> PrefixBank:
+        return PrefixBank(self.base.sites, 1, 0, self.base.device, prefix_dtype(self.base))
+
+    def _count_users(self) -> None:
+        """Free the places in the bank that no running lane uses."""
+        users = Counter(member for lane in self._lanes for member in lane.request.members.prefixes)
+        self._in_bank = {member: (slot, users[member]) for member, (slot, _) in self._in_bank.items() if users[member]}
 
     def _bank_dtype(self) -> torch.dtype:
         return next(iter(self._bank.tensors.values())).dtype
@@ -512,6 +555,8 @@ class Decoder:
                 self._in_bank[member] = (slot, users - 1)
                 if users == 1:
                     del self._in_bank[member]
+        if not self._in_bank:
+            self._bank = self._empty_bank()  # or its memory would be kept for nobody
         if lane.beams is not None and reason == "stop":
             best = list(lane.beams.best)
             ended = bool(best) and best[-1] in self.ends

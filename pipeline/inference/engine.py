@@ -147,7 +147,7 @@ class PrefixEngine:
             if through:
                 broken = next((requests[i] for i in through if requests[i].finish_reason == "error"), None)
                 if broken is not None:
-                    raise PrefixError(f"{broken.error}.")
+                    raise broken.cause or PrefixError(f"{broken.error}.")
                 if finished is not None:
                     finished(list(through), [requests[i].text for i in through])
                 through.clear()

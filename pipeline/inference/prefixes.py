@@ -6,13 +6,13 @@ In: folders of prefixes. Out: leases; what is leased stays. Thread-safe. Knows n
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import BusyError, PrefixError
-from pipeline.inference.request import Members
+from pipeline.inference.request import Loaded, Members
 
 
 @dataclass(eq=False)
@@ -51,13 +51,18 @@ class _Entry:
     content: tuple[Members, dict[str, Any]] | None = None  # None while it is loaded
 
 
+def _no_copies(prefixes: Sequence[Loaded]) -> int:
+    return 0
+
+
 @dataclass
 class PrefixMemory:
     """Prefixes in memory.
 
     Args:
         load: reads a folder, as `PrefixEngine.load` does.
-        budget: bytes that all prefixes may take together.
+        budget: bytes that all prefixes may take together, with the copies that running rows read.
+        copies: bytes of the copies of the prefixes that are in use, such as `Decoder.bank_bytes`.
 
     Attributes:
         loads, evictions: how often a prefix was read, and let go to make room.
@@ -65,6 +70,7 @@ class PrefixMemory:
 
     load: Callable[[Path], tuple[Members, dict[str, Any]]]
     budget: int
+    copies: Callable[[Sequence[Loaded]], int] = _no_copies
     loads: int = 0
     evictions: int = 0
     _entries: OrderedDict[Path, _Entry] = field(default_factory=OrderedDict)  # the least recently used first
@@ -72,9 +78,9 @@ class PrefixMemory:
 
     @property
     def bytes(self) -> int:
-        """What the prefixes in memory take."""
+        """What the prefixes in memory take, with the copies of those in use."""
         with self._changed:
-            return self._bytes()
+            return self._held() + self._copies([entry for entry in self._entries.values() if entry.users])
 
     @property
     def count(self) -> int:
@@ -98,40 +104,50 @@ class PrefixMemory:
         with self._changed:
             while True:
                 entry = self._entries.get(folder)
-                if entry is not None and entry.content is None:
+                if entry is None:
+                    needed = _size(folder)
+                    self._check_size(folder, needed)
+                    if self._make_room(needed, None):
+                        entry = self._entries[folder] = _Entry(needed, users=1)
+                        self._load(folder, entry)
+                        continue
+                elif entry.content is None:
                     self._changed.wait()  # another thread is reading it, which does not take long
                     continue
-                if entry is not None:
-                    entry.users += 1
-                    self._entries.move_to_end(folder)
-                    return self._leased(entry)
-                needed = _size(folder)
-                if needed > self.budget:
-                    raise PrefixError(
-                        f"{folder}: the prefix takes {needed:,} bytes and all prefixes together may take {self.budget:,}. "
-                        "Give the service more memory for prefixes."
-                    )
-                if self._make_room(needed):
-                    entry = self._entries[folder] = _Entry(needed, users=1)
-                    break
+                else:
+                    self._check_size(folder, entry.bytes + self._copies([entry]))
+                    if self._make_room(0, entry):
+                        entry.users += 1
+                        self._entries.move_to_end(folder)
+                        return self._leased(entry)
                 left = deadline - time.monotonic()
                 if left <= 0 or not self._changed.wait(left):
                     raise BusyError(
                         f"all {self.budget:,} bytes for prefixes are in use by answers under way. Try again, or give the service more "
                         "memory for prefixes."
                     )
+
+    def _load(self, folder: Path, entry: _Entry) -> None:
+        """Read a prefix, without holding the lock meanwhile; then it is in memory, and nobody uses it."""
+        self._changed.release()
+        content = None
         try:
             content = self.load(folder)
-        except BaseException:
-            with self._changed:
+        finally:
+            self._changed.acquire()
+            if content is None:
                 del self._entries[folder]
-                self._changed.notify_all()
-            raise
-        with self._changed:
-            entry.content, entry.bytes = content, content[0].bytes
-            self.loads += 1
+            else:
+                entry.content, entry.bytes, entry.users = content, content[0].bytes, 0
+                self.loads += 1
             self._changed.notify_all()
-            return self._leased(entry)
+
+    def _check_size(self, folder: Path, needed: int) -> None:
+        if needed > self.budget:
+            raise PrefixError(
+                f"{folder}: the prefix takes {needed:,} bytes in use and all prefixes together may take {self.budget:,}. "
+                "Give the service more memory for prefixes."
+            )
 
     def _leased(self, entry: _Entry) -> Lease:
         assert entry.content is not None
@@ -143,20 +159,28 @@ class PrefixMemory:
 
         return Lease(*entry.content, release)
 
-    def _make_room(self, needed: int) -> bool:
-        """Let go what nobody uses, the least recently used first, if that makes room."""
-        idle = [(folder, entry) for folder, entry in self._entries.items() if not entry.users]
-        if self._bytes() - sum(entry.bytes for _, entry in idle) + needed > self.budget:
+    def _make_room(self, needed: int, joining: _Entry | None) -> bool:
+        """Let go what nobody uses, the least recently used first, if that makes room for `needed` bytes and one more prefix in use."""
+        idle = [(folder, entry) for folder, entry in self._entries.items() if not entry.users and entry is not joining]
+        using = [entry for entry in self._entries.values() if entry.users]
+        if joining is not None and not joining.users:
+            using.append(joining)
+        needed += self._copies(using)
+        if self._held() - sum(entry.bytes for _, entry in idle) + needed > self.budget:
             return False
         for folder, _ in idle:
-            if self._bytes() + needed <= self.budget:
+            if self._held() + needed <= self.budget:
                 break
             del self._entries[folder]
             self.evictions += 1
         return True
 
-    def _bytes(self) -> int:
+    def _held(self) -> int:
         return sum(entry.bytes for entry in self._entries.values())
+
+    def _copies(self, using: Sequence[_Entry]) -> int:
+        prefixes = [prefix for entry in using if entry.content is not None for prefix in entry.content[0].prefixes]
+        return self.copies(prefixes) if prefixes else 0
 
 
 def _size(folder: Path) -> int:

@@ -151,6 +151,7 @@ class Request:
         logprobs: one for each token, if asked for.
         first_token_at: `time.monotonic()` of it; None before, and for beams, whose first token is known with the last.
         error: in words, for `finish_reason` error.
+        cause: the exception behind it, where the answer could not begin.
     """
 
     prompt_ids: Sequence[int]
@@ -164,6 +165,7 @@ class Request:
     finish_reason: FinishReason | None = None
     first_token_at: float | None = None
     error: str | None = None
+    cause: Exception | None = None
     number: int = field(default_factory=lambda: next(_numbers))
 
     @property

@@ -30,7 +30,8 @@ SITES = {f"decoder.self.{layer}": Site(2, 64) for layer in range(10)}
 @pytest.fixture
 def fleet(tmp_path: Path, fleet_file: Path) -> Path:
     """Answers of five tokens, and nothing that takes long."""
-    fast = "defaults:\n  evaluation: {prompt_baseline: false, max_new_tokens: 5, bootstrap_resamples: 1000}\ncustomers:"
+    fast = "prompt_baseline: false, max_new_tokens: 5, bootstrap_resamples: 1000"
+    fast = f"defaults:\n  evaluation: {{metrics: [bleu, rougeL, chrf, perplexity], {fast}}}\ncustomers:"
     fleet_file.write_text(fleet_file.read_text().replace("customers:", fast))
     return fleet_file
 
@@ -106,8 +107,12 @@ def test_versions_become_an_ensemble_that_is_judged_registered_and_answers(
         assert torch.allclose(keys, (first[site][0] + second[site][0]) / 2)
         assert torch.allclose(values, (first[site][1] + second[site][1]) / 2)
 
-    metrics = read_json(next(home.root.glob("evaluations/bolt/default/*/metrics.json")), 1)
-    assert metrics["scores"]["prefix"].keys() == metrics["scores"]["base"].keys()
+    judged = [read_json(file, 1)["scores"] for file in home.root.glob("evaluations/bolt/default/*/metrics.json")]
+    assert all(scores["prefix"].keys() == scores["base"].keys() for scores in judged)
+    perplexities = {system: {str(scores[system]["perplexity"]) for scores in judged} for system in ("base", "prefix")}
+    assert (
+        len(perplexities["base"]) == 1 and len(perplexities["prefix"]) == 2
+    )  # of averaged predictions, and of averaged parameters
     assert main(["generate", "--customer", "bolt", "--version", "4", "--input", "name : bolt 3 | food : soup"]) == 0
     with pytest.raises(PrefixError, match="ensemble of 3"):
         load_prefix(found.prefix_dir)

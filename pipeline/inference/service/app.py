@@ -11,6 +11,7 @@ import logging
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -63,9 +64,9 @@ class Limits:
         rows: of a batch; a beam, or a member of an ensemble, is a row.
         cache_tokens: prompt and answer tokens of all rows together, as far as they may come.
         prompt_tokens: of one prompt; its attention grows with their square.
-        prefix_bytes: of all prefixes in memory.
-        queue: answers under way, waiting ones included; further requests get 429.
-        per_minute: requests of one key; None for no limit.
+        prefix_bytes: of all prefixes in memory, with the copies that running rows read.
+        queue: answers under way, waiting ones included; further requests get 429. Of several keys none may have all of it.
+        per_minute: answers that one key asks for, a request for none being one; None for no limit.
         body_bytes: of one request.
         body_seconds: in which it must have come.
         request_seconds: in which the answer must be through.
@@ -116,11 +117,12 @@ class Service:
 
     def __init__(self, engine: PrefixEngine, keys: KeyRing, limits: Limits, *, log_texts: bool = False) -> None:
         self.engine, self.keys, self.limits, self.log_texts = engine, keys, limits, log_texts
-        self.memory = PrefixMemory(engine.load, limits.prefix_bytes)
         self.loop = DecodingLoop(engine.decoder(limits.rows, limits.cache_tokens))
+        self.memory = PrefixMemory(engine.load, limits.prefix_bytes, self.loop.decoder.bank_bytes)
         self.metrics = Metrics(self.loop, self.memory)
         self.draining = False
         self.answers = 0  # under way
+        self._held: Counter[str] = Counter()  # of these, of each key
         self._connections = 0  # requests under way, to the last byte of their answers
         self._rate = RateLimit(limits.per_minute)
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="service")
@@ -213,13 +215,9 @@ class Service:
         body = parse_body(kind, await self._body(request))
         name = self._name(body.model, key)
         count = len(body.inputs) * body.choices
-        if count > self.limits.queue:
-            raise ApiError(
-                400, f"{count} answers are asked for, and one request may ask for {self.limits.queue} here", "too_many_answers"
-            )
-        if self.answers + count > self.limits.queue:
-            raise ApiError(429, "too many requests are waiting", "queue_full", retry_after=1)
-        self.answers += count
+        holder = "" if key is None else key.id
+        self._check_count(holder, count)
+        self._take(holder, count)
         kept = False  # whether the answers have begun, and give back themselves what they hold
         try:
             async with asyncio.timeout_at(asyncio.get_running_loop().time() + self.limits.request_seconds):
@@ -229,7 +227,7 @@ class Service:
                 except BaseException:
                     served.release()
                     raise
-                under_way = self._begin(body, requests, served, count)
+                under_way = self._begin(body, requests, served, lambda: self._take(holder, -count))
                 kept = True
                 wording = Wording(isinstance(body, ChatBody), body.model, self._token_text, body.top_logprobs_wanted is not None)
                 if body.stream:
@@ -241,12 +239,38 @@ class Service:
             raise ApiError(504, "the answer took too long", "timeout") from error
         finally:
             if not kept:
-                self.answers -= count
+                self._take(holder, -count)
+
+    def _check_count(self, holder: str, count: int) -> None:
+        """Whether so many further answers of a key may begin.
+
+        With several keys none may have more than are then left for the others, so one alone gets half of the queue, the next half of the rest, and
+        there is a place for whoever comes, however many keys there are. The last place is anybody's who has none.
+        """
+        queue, alone = self.limits.queue, len(self.keys) < 2
+        most = min(queue if alone else max(1, queue // 2), self.limits.per_minute or queue)
+        if count > most:
+            raise ApiError(400, f"{count} answers are asked for, and one request may ask for {most} here", "too_many_answers")
+        left = queue - self.answers - count
+        if left < 0:
+            raise ApiError(429, "too many requests are waiting", "queue_full", retry_after=1)
+        if not alone and self._held[holder] + count > max(1, left):
+            raise ApiError(429, "too many requests of this key are waiting", "queue_full", retry_after=1)
+        wait = self._rate.take(holder, count, counted=1)
+        if wait:
+            raise ApiError(429, "too many answers in a minute", "rate_limit_exceeded", retry_after=wait)
+
+    def _take(self, holder: str, count: int) -> None:
+        """Count answers of a key as under way; a negative number gives them back."""
+        self.answers += count
+        self._held[holder] += count
+        if not self._held[holder]:
+            del self._held[holder]
 
     def _enter(self, request: Request) -> ApiKey | None:
         """Who asks, if keys are wanted; and whether they may ask now."""
         key = None
-        if not self._open or len(self.keys):
+        if not self._open or self.keys.wanted:
             scheme, _, secret = request.headers.get("authorization", "").partition(" ")
             key = self.keys.find(secret.strip()) if scheme.lower() == "bearer" else None
             if key is None:
@@ -396,12 +420,8 @@ class Service:
             raise ApiError(400, "the prompt has no tokens", "invalid_value", "prompt")
         return prompts
 
-    def _begin(self, body: Body, requests: list[asked.Request], served: Served, count: int) -> _UnderWay:
+    def _begin(self, body: Body, requests: list[asked.Request], served: Served, give_back: Callable[[], None]) -> _UnderWay:
         loop = asyncio.get_running_loop()
-
-        def give_back() -> None:
-            self.answers -= count
-
         under_way = _UnderWay(requests, served, lambda: _tell(loop, give_back), len(requests))
         if self.log_texts:
             log.info("asked %s version %d: %s", served.key, served.version, body.inputs)
@@ -424,6 +444,9 @@ class Service:
             on_end()
 
     def _note(self, request: asked.Request, served: Served) -> None:
+        if request.cause is not None:
+            log.error("an answer could not begin and ended with an error", exc_info=request.cause)
+            request.cause = None  # whose frames hold tensors
         self.metrics.answers.labels(request.finish_reason).inc()
         self.metrics.tokens.labels("prompt").inc(len(request.prompt_ids))
         self.metrics.tokens.labels("completion").inc(len(request.tokens))
@@ -496,6 +519,10 @@ class Service:
         left = len(requests)
         try:
             while left:
+                if (
+                    time.monotonic() >= deadline
+                ):  # pieces that wait for a client who reads slowly give the timeout below no occasion
+                    raise TimeoutError
                 async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
                     place, piece = await pieces.get()
                 request = requests[place]
@@ -607,10 +634,7 @@ async def _left(request: Request) -> None:
 
 async def _told(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-    if error.status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(error.body(), error.status, headers)
+    return JSONResponse(error.body(), error.status, error.headers)
 
 
 async def _no_route(request: Request, error: Exception) -> Response:

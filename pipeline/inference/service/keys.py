@@ -13,11 +13,12 @@ import os
 import re
 import secrets
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pipeline.errors import ConfigError, StorageError
 from pipeline.files import one_at_a_time, read_json, write_json
@@ -66,7 +67,17 @@ def read_keys(file: Path) -> list[ApiKey]:
     Raises:
         StorageError, ConfigError: it is damaged.
     """
-    return _parse(read_json(file, FORMAT), str(file)) if file.exists() else []
+    try:
+        file.stat()
+        content = read_json(file, FORMAT)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except (OSError, StorageError) as error:
+        raise StorageError(
+            f"{file}: cannot be read as API keys ({error.__cause__ or error}). Restore it, or delete it and make keys anew with "
+            "`prefixfleet keys create`."
+        ) from error
+    return _parse(content, str(file))
 
 
 def create_key(file: Path, customers: list[str], note: str = "") -> tuple[ApiKey, str]:
@@ -124,17 +135,26 @@ def _changing(file: Path) -> Iterator[None]:
 class KeyRing:
     """The keys that a service accepts, read again when their file changes.
 
+    A file that cannot be read any more is an error in the log, once for each change, and is tried again until it can. What it held stays
+    in force for `grace_seconds`, as whoever changes it by hand may need; then its keys are refused, for one that was revoked must not live
+    on in a damaged file. Keys of the environment stay. A file that is gone has no keys.
+
     Args:
         file: need not exist.
+        clock: seconds.
 
     Raises:
         StorageError, ConfigError: the file or the environment variable is damaged.
     """
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    grace_seconds: ClassVar[float] = 60.0
+    _retry_seconds: ClassVar[float] = 1.0
+
+    def __init__(self, file: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self.file, self._clock = file, clock
         self._fixed = self._of_environment()
-        self._stamp: tuple[int, int] | None = None
+        self._damaged: float | None = None  # since when
+        self._tried = 0.0
         self._guard = threading.Lock()
         self._stamp = self._now()  # before it is read: what changes meanwhile is read again
         self._keys = [*self._fixed, *read_keys(file)]
@@ -152,25 +172,44 @@ class KeyRing:
             ) from None
         return _parse(content, ENVIRONMENT)
 
-    def _now(self) -> tuple[int, int] | None:
+    def _now(self) -> tuple[int, ...] | None:
         with contextlib.suppress(OSError):
             found = self.file.stat()
-            return found.st_mtime_ns, found.st_ino
+            return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
         return None
 
     def __len__(self) -> int:
         return len(self._current())
 
+    @property
+    def wanted(self) -> bool:
+        """Whether nobody may ask without a key: there is one, or it is not known whether there is."""
+        return bool(self._current()) or self._damaged is not None
+
     def _current(self) -> list[ApiKey]:
         stamp = self._now()
         with self._guard:
-            if stamp != self._stamp:
-                try:
-                    self._keys = [*self._fixed, *read_keys(self.file)]
-                except (StorageError, ConfigError) as error:
-                    log.error("%s The keys of before stay in force.", error)
-                self._stamp = stamp
+            now = self._clock()
+            changed = stamp != self._stamp
+            if changed or (self._damaged is not None and now - self._tried >= self._retry_seconds):
+                self._stamp, self._tried = stamp, now
+                self._read_again(now, changed)
+            if self._damaged is not None and now - self._damaged >= self.grace_seconds and len(self._keys) > len(self._fixed):
+                log.error("%s: could not be read for %g s; its keys are refused until it can.", self.file, self.grace_seconds)
+                self._keys = self._fixed
             return self._keys
+
+    def _read_again(self, now: float, changed: bool) -> None:
+        try:
+            self._keys = [*self._fixed, *read_keys(self.file)]
+        except (StorageError, ConfigError) as error:
+            self._damaged = now if self._damaged is None else self._damaged
+            if changed:
+                log.error("%s Keys that were read before are refused after %g s.", error, self.grace_seconds)
+            return
+        if self._damaged is not None:
+            log.warning("%s: can be read again, and holds %d keys.", self.file, len(self._keys) - len(self._fixed))
+        self._damaged = None
 
     def find(self, secret: str) -> ApiKey | None:
         """The key that this is, or None. Takes as long whatever is given: digests are compared in constant time, and all of them."""

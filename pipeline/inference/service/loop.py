@@ -14,11 +14,10 @@ class DecodingLoop:
 
     Attributes:
         decoder: read its counters freely; only the thread runs it.
-        failures: steps that raised; each ended the answers under way with an error.
     """
 
     def __init__(self, decoder: Decoder) -> None:
-        self.decoder, self.failures = decoder, 0
+        self.decoder, self._failures = decoder, 0
         self._changed = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
@@ -31,6 +30,11 @@ class DecodingLoop:
     def alive(self) -> bool:
         """Whether requests will be answered."""
         return self._thread.is_alive() and not self._stopping
+
+    @property
+    def failures(self) -> int:
+        """Steps that raised, each of which ended all answers under way with an error, and answers that could not begin."""
+        return self._failures + self.decoder.failures
 
     def submit(self, request: Request) -> None:
         """Queue a request.
@@ -68,6 +72,6 @@ class DecodingLoop:
             except Exception:
                 # Whose fault it is nobody knows: all that run end with an error, and the service goes on.
                 log.exception("a decoding step failed; the %d answers under way end with an error", self.decoder.running)
-                self.failures += 1
+                self._failures += 1
                 self.decoder.fail("the service failed while this was answered")
         self.decoder.fail("the service was stopped while this was answered", waiting=True)

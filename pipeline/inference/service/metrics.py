@@ -62,6 +62,6 @@ class _State:
             ("steps", "Passes over running rows.", decoder.steps),
             ("row_steps", "Rows of all passes together; divided by steps, the mean batch.", decoder.row_steps),
             ("prefills", "Passes over prompts.", decoder.prefills),
-            ("failed_steps", "Passes that failed.", self.loop.failures),
+            ("failed_steps", "Passes, and beginnings of answers, that failed.", self.loop.failures),
         ):
             yield CounterMetricFamily(f"prefixfleet_{name}", text, value=value)

@@ -3,6 +3,7 @@
 What is not supported is refused by name, for an option that is ignored changes answers silently.
 """
 
+import json
 import time
 import uuid
 from collections.abc import Sequence
@@ -30,6 +31,12 @@ class ApiError(Exception):
     def __init__(self, status: int, message: str, code: str, param: str | None = None, retry_after: int | None = None) -> None:
         super().__init__(message)
         self.status, self.code, self.param, self.retry_after = status, code, param, retry_after
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Of the answer."""
+        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        return headers if self.status != 401 else {**headers, "WWW-Authenticate": "Bearer"}
 
     def body(self) -> dict[str, Any]:
         """OpenAI's form of an error."""
@@ -208,7 +215,9 @@ def parse_body(kind: type[CompletionBody] | type[ChatBody], raw: bytes) -> Body:
         ApiError: it is not JSON, or not such a request. The message has nothing of its content.
     """
     try:
-        return kind.model_validate_json(raw)
+        body = kind.model_validate_json(raw)
+        json.loads(raw, object_pairs_hook=_each_once)  # valid, so neither too deep nor of another encoding
+        return body
     except ValidationError as error:
         # A union complains once for each of its kinds.
         first = error.errors(include_input=False, include_url=False, include_context=False)[0]
@@ -224,6 +233,15 @@ def parse_body(kind: type[CompletionBody] | type[ChatBody], raw: bytes) -> Body:
         place = ".".join(parts) or None
         text = str(first["msg"]).removeprefix("Value error, ")
         raise ApiError(400, f"{place or 'the body'}: {text[:1].lower() + text[1:]}", "invalid_value", place) from None
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> None:
+    """Of a name that stands twice programs take the first or the last, and not all the same: a proxy may have checked the other one."""
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        place = twice if twice in _PARAMETERS else None  # the others are the client's own
+        raise ApiError(400, f"{place or 'a name'} stands twice in one object", "duplicate_name", place)
 
 
 @dataclass

@@ -14,12 +14,10 @@ import uvicorn
 
 from pipeline.errors import ConfigError, ServiceError
 from pipeline.inference.service.app import Service
+from pipeline.inference.service.connection import ImpatientProtocol
 from pipeline.inference.service.hosts import is_loopback
 
 log = logging.getLogger(__name__)
-
-# Connections at a time; more get 503 from the server itself.
-_CONNECTIONS = 1000
 
 
 def check_binding(host: str, keys: int) -> None:
@@ -59,6 +57,8 @@ class Server(uvicorn.Server):
         """Asked to stop: at the second time, or before it has begun, at once."""
         if self.service.draining or self._loop is None:
             self.should_exit = self.force_exit = True
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._hang_up)
             return
         self._loop.call_soon_threadsafe(self.drain)
 
@@ -73,7 +73,19 @@ class Server(uvicorn.Server):
         end = asyncio.get_running_loop().time() + self.grace_seconds
         while not self.service.idle and asyncio.get_running_loop().time() < end:
             await asyncio.sleep(0.02)
+        if not self.service.idle:
+            log.warning(
+                "stopping: %d answers are not through after %g s and end with an error", self.service.answers, self.grace_seconds
+            )
+            await asyncio.to_thread(self.service.loop.stop)
+            await asyncio.sleep(0.2)  # in which the errors go out
+            self._hang_up()
         self.should_exit = True
+
+    def _hang_up(self) -> None:
+        """End whatever is still open, so that nothing has to be torn from its task."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 def make_server(service: Service, host: str, port: int, grace_seconds: float) -> tuple[Server, socket.socket]:
@@ -99,8 +111,9 @@ def make_server(service: Service, host: str, port: int, grace_seconds: float) ->
         access_log=False,
         lifespan="off",
         server_header=False,
-        limit_concurrency=_CONNECTIONS,
-        timeout_keep_alive=15,
+        http=ImpatientProtocol,
+        ws="none",
+        timeout_keep_alive=10,
         timeout_graceful_shutdown=5,
     )
     return Server(config, service, grace_seconds), listening

@@ -33,14 +33,15 @@ def write_prefix(
     *,
     length: int = 3,
     chat: bool = False,
+    task: str = "default",
     **generation: int,
 ) -> Path:
     """A strong random prefix, as training would have left one."""
     prefix = {site: (key * 100, value * 100) for site, (key, value) in from_random(base.sites, length, seed).items()}
     config = {
         "customer": customer,
-        "task": "default",
-        "digest": digest_of([customer, seed, length, chat]),
+        "task": task,
+        "digest": digest_of([customer, task, seed, length, chat]),
         "prefix": {
             "length": length,
             "sites": {name: vars(site) for name, site in base.sites.items()},

@@ -259,6 +259,27 @@ def test_a_prefix_is_held_once_for_all_rows_of_its_customer_and_in_no_rows_cache
     assert sizes([prefixes[1]] * 4 + [prefixes[0]] * 4)[0] == 3 * prefixes[1].bytes
 
 
+def test_the_bank_takes_what_is_foretold_and_nothing_when_nobody_runs() -> None:
+    base = attach(tiny_model("llama"), max_positions=64)
+    prefixes = strong_prefixes(base, 9)
+    numbers = random.Random(4)
+    decoder = Decoder(base, Tokens(), max_rows=6, max_tokens=9999)
+    running: list[Request] = []
+    for _ in range(60):
+        comes = numbers.random() < 0.5 and len(running) < 6
+        if comes:
+            running.append(Request([11, 12], Members((numbers.choice(prefixes),)), Decoding(numbers.randint(1, 9))))
+            decoder.submit(running[-1])
+        foretold = decoder.bank_bytes([request.members.prefixes[0] for request in running]) if running else 0
+        decoder.step()
+        running = [request for request in running if request.finish_reason is None]
+        taken = sum(tensor.nbytes for tensor in decoder._bank.tensors.values())
+        if not running:
+            assert taken == 0
+        elif comes:  # which is when it is laid out anew, unless that would save less than half of its width
+            assert taken <= 2 * foretold
+
+
 def test_rows_that_would_change_one_another_run_alone() -> None:
     base = attach(tiny_double("llama"), max_positions=64)
     base.model.is_loaded_in_8bit = True
@@ -317,31 +338,63 @@ def test_a_seed_and_its_negative_draw_different_tokens() -> None:
     assert asked[0].tokens == asked[2].tokens != asked[1].tokens
 
 
-def test_requests_that_cannot_be_taken_in_end_with_an_error_instead_of_never() -> None:
-    base = attach(tiny_model("gpt2"), max_positions=64)
-    decoder = Decoder(base, Tokens(), max_rows=4, max_tokens=999)
+@pytest.mark.parametrize("where", ["its settings", "its prefix", "its prompt"])
+def test_a_request_that_cannot_begin_ends_alone(where: str) -> None:
+    base = attach(tiny_double("gpt2"), max_positions=64)
+    prefixes = strong_prefixes(base, 4)
+    broken = Loaded({site: (key[:, :, :-1], value) for site, (key, value) in prefixes[2].prefix.items()})
+    members = [prefixes[0], prefixes[1], broken if where == "its prefix" else prefixes[2], prefixes[3]]
     ended: list[int] = []
     asked = [
-        Request([11, 12], Members((NO_PREFIX,)), Decoding(2), on_end=lambda number=number: ended.append(number))
-        for number in range(3)
+        Request([11, 12 + number], Members((member,)), Decoding(6), on_end=lambda number=number: ended.append(number))
+        for number, member in enumerate(members)
     ]
-    lane = decoder._lane
+    decoder = Decoder(base, Tokens(), max_rows=9, max_tokens=999)
+    decoder.ends = []
+    lane, prompts = decoder._lane, decoder._run_prompts
 
-    def failing(request: Request, columns: int) -> Any:
-        if request is asked[1]:
-            raise RuntimeError("a broken setting")
-        return lane(request, columns)
+    def failing_lane(request: Request, columns: int) -> Any:
+        return 1 / 0 if where == "its settings" and request is asked[2] else lane(request, columns)
 
-    decoder._lane = failing  # type: ignore[method-assign]
-    for request in asked:
+    def failing_prompts(ids: list[list[int]], slots: torch.Tensor) -> Any:
+        return 1 / 0 if where == "its prompt" and [11, 14] in ids else prompts(ids, slots)
+
+    decoder._lane, decoder._run_prompts = failing_lane, failing_prompts  # type: ignore[method-assign]
+    decoder.submit(asked[0])
+    decoder.step()  # one runs when the others come
+    for request in asked[1:]:
         decoder.submit(request)
-    with pytest.raises(RuntimeError):
-        decoder.step()
-    assert ended == [0, 1]
-    assert [request.finish_reason for request in asked] == ["error", "error", None]
+    decoder.step()
+    assert ended == [2] and asked[2].finish_reason == "error" and "was to begin" in str(asked[2].error)
     while decoder.busy:
         decoder.step()
-    assert asked[2].finish_reason == "length" and ended == [0, 1, 2]
+    assert decoder.failures == 1 and isinstance(asked[2].cause, PrefixError if where == "its prefix" else ZeroDivisionError)
+    assert not decoder._in_bank and decoder.rows == 0
+    for request, member in zip(asked, members, strict=True):
+        if request is not asked[2]:
+            assert request.tokens == by_transformers(base, list(request.prompt_ids), member, request.decoding)
+
+
+def test_requests_that_had_no_turn_when_a_step_failed_wait_again() -> None:
+    base = attach(tiny_double("gpt2"), max_positions=64)
+    prefixes = strong_prefixes(base, 3)
+    asked = [Request([11, 12 + number], Members((prefix,)), Decoding(3)) for number, prefix in enumerate(prefixes)]
+    decoder = Decoder(base, Tokens(), max_rows=9, max_tokens=999)
+    decoder.ends = []
+    prompts = decoder._run_prompts
+    for request in asked:
+        decoder.submit(request)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder, "_run_prompts", lambda ids, slots: 1 / 0 if len(ids) > 1 else prompts(ids, slots))
+        patch.setattr(decoder, "_choose", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            decoder.step()
+    decoder.fail("a step failed")
+    assert [request.finish_reason for request in asked] == ["error", None, None] and decoder.waiting == 2
+    while decoder.busy:
+        decoder.step()
+    for request, prefix in zip(asked[1:], prefixes[1:], strict=True):
+        assert request.tokens == by_transformers(base, list(request.prompt_ids), prefix, request.decoding)
 
 
 def test_settings_that_make_no_sense_are_refused_in_words() -> None:

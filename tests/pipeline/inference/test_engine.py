@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from pipeline.data import read_split
 from pipeline.errors import BaseModelError, PrefixError, StorageError
 from pipeline.inference import load_engine
-from pipeline.prefix import load_base, save_prefix
+from pipeline.prefix import load_base, load_prefix, save_prefix
 from pipeline.prefix.initialise import from_random
 from pipeline.training.job import Job
 
@@ -105,6 +105,37 @@ def test_losses_are_those_of_the_plain_model_and_of_each_row_alone(trained: Job,
     assert found[0] == pytest.approx(-float(chosen.sum()), abs=1e-3)
     with pytest.raises(PrefixError, match="64 positions"):
         engine.losses([[5] * 60], [[6] * 3], [slots[1]])
+
+
+@pytest.mark.parametrize("average", ["probabilities", "log_probabilities"])
+def test_losses_of_an_ensemble_are_those_of_the_averaged_predictions(
+    trained: Job, tiny_base: Path, tmp_path: Path, average: str
+) -> None:
+    """Against the plain model with each member's keys and values as its past."""
+    engine = load_engine(trained.base)
+    records = read_split(Path(trained.customers[0].prepared), "test")[:3]
+    members = [load_prefix(Path(customer.prefix_dir)) for customer in trained.customers[:2]]
+    config = {**members[0][1], "ensemble": {"average": average, "members": [config for _, config in members]}}
+    together = {f"{i}.{site}": pair for i, (prefix, _) in enumerate(members) for site, pair in prefix.items()}
+    save_prefix(tmp_path / "ensemble", together, config)
+    slots = [engine.add(tmp_path / "ensemble"), engine.add(Path(trained.customers[2].prefix_dir)), 0]
+    # Beside rows of a single prefix and of none.
+    rows = [(record.prompt_ids, record.target_ids, slot) for record in records for slot in slots]
+    found = engine.losses(*map(list, zip(*rows, strict=True)))
+    plain = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float64)
+    for record, loss in zip(records, found[::3], strict=True):
+        ids = torch.tensor([record.prompt_ids + record.target_ids])
+        each = []
+        for prefix, _ in members:
+            past = DynamicCache()
+            for layer in range(plain.config.num_hidden_layers):
+                past.update(*(tensor.double()[None] for tensor in prefix[f"decoder.self.{layer}"]), layer)
+            with torch.no_grad():
+                each.append(plain(ids, past_key_values=past).logits[0, len(record.prompt_ids) - 1 : -1].softmax(-1))
+        mean = (each[0] + each[1]) / 2 if average == "probabilities" else (each[0] * each[1]).sqrt()
+        mean = mean / mean.sum(-1, keepdim=True)
+        assert loss == pytest.approx(-float(mean.gather(-1, torch.tensor(record.target_ids)[:, None]).log().sum()), rel=1e-4)
+    assert len({round(loss, 3) for loss in found[:3]}) == 3
 
 
 def test_in_bfloat16_log_probabilities_are_those_of_each_row_alone_up_to_rounding(trained: Job) -> None:

@@ -92,3 +92,23 @@ def test_what_can_never_fit_is_refused_at_once(folders: list[Path]) -> None:
         PrefixMemory(members, SIZE - 1).lease(folders[0], patience=60)
     with pytest.raises(PrefixError, match="cannot be read"):
         PrefixMemory(members, SIZE).lease(folders[0] / "nowhere")
+
+
+def test_the_copies_of_what_is_in_use_count(folders: list[Path]) -> None:
+    """As if there were a copy of each, as wide as the widest."""
+    memory = PrefixMemory(members, 5 * SIZE, lambda prefixes: SIZE * len(prefixes))
+    for folder in folders:
+        memory.lease(folder).release()
+    assert (memory.count, memory.bytes, memory.evictions) == (4, 4 * SIZE, 1)  # four, and the copy of the one in use
+    first = memory.lease(folders[4])
+    assert memory.bytes == 5 * SIZE
+    second = memory.lease(folders[3])  # in memory already, and its copy takes the place of an idle one
+    assert (memory.count, memory.bytes, memory.evictions) == (3, 5 * SIZE, 2)
+    with pytest.raises(BusyError):
+        memory.lease(folders[0])
+    again = memory.lease(folders[4])
+    for lease in (first, second, again):
+        lease.release()
+    assert memory.bytes == memory.count * SIZE
+    with pytest.raises(PrefixError, match=f"takes {2 * SIZE:,} bytes in use"):
+        PrefixMemory(members, 2 * SIZE - 1, lambda prefixes: SIZE * len(prefixes)).lease(folders[0], patience=60)

@@ -1,5 +1,7 @@
 """The HTTP service with real clients on loopback: the official `openai` client, and hostile ones."""
 
+import asyncio
+import contextlib
 import json
 import logging
 import socket
@@ -16,6 +18,9 @@ import openai
 import pytest
 
 from pipeline.errors import ConfigError
+from pipeline.inference.service.app import Service
+from pipeline.inference.service.connection import ImpatientProtocol
+from pipeline.inference.service.limits import RateLimit
 from pipeline.inference.service.protocol import ApiError, ChatBody, CompletionBody, parse_body
 from pipeline.inference.service.run import check_binding
 
@@ -39,6 +44,28 @@ def customer_key(customer: str) -> Any:
     from pipeline.keys import CustomerKey
 
     return CustomerKey(customer)
+
+
+def connected(running: Running, sent: bytes) -> socket.socket:
+    host, port = running.url.removeprefix("http://").split(":")
+    opened = socket.create_connection((host, int(port)), timeout=10)
+    opened.sendall(sent)
+    return opened
+
+
+def all_of(opened: socket.socket) -> bytes:
+    """What comes until the server closes."""
+    got = b""
+    with contextlib.suppress(ConnectionResetError):
+        while more := opened.recv(4096):
+            got += more
+    return got
+
+
+def posted(body: dict[str, Any], announced: int = 0) -> bytes:
+    content = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {announced or len(content)}"
+    return head.encode() + b"\r\n\r\n" + content
 
 
 def until(true: Callable[[], bool]) -> None:
@@ -82,7 +109,7 @@ def test_the_official_client_gets_what_each_customers_prefix_says(fleet: Fleet, 
     assert [choice.index for choice in both.choices] == [0, 1, 2, 3]
     assert both.choices[0].text == both.choices[1].text == " ".join(expected["acme"].split()[:2])
     assert {choice.finish_reason for choice in both.choices} <= {"length", "stop"}
-    assert {model.id for model in client.models.list()} == {"acme", "bistro", "harbour", "chatty"}
+    assert {model.id for model in client.models.list()} >= {"acme", "bistro", "harbour", "chatty"}
     assert client.models.retrieve("acme").id == "acme"
 
 
@@ -138,7 +165,7 @@ def test_a_key_opens_its_own_customers_and_tells_nothing_of_others(fleet: Fleet,
             assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
     with running.client(acme) as client:
         assert client.post("/v1/completions", json={"model": "acme", **body}).status_code == 200
-        assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["acme"]
+        assert {model["id"].split(".")[0] for model in client.get("/v1/models").json()["data"]} == {"acme"}
         answers = [
             client.post("/v1/completions", json={"model": name, **body})
             for name in (
@@ -146,7 +173,7 @@ def test_a_key_opens_its_own_customers_and_tells_nothing_of_others(fleet: Fleet,
                 "nobody",
                 "acme@nothing",
                 "acme:77",
-                "acme.menu",
+                "acme.lunch",
                 "../acme",
                 "acme/menu",
                 "ACME",
@@ -174,6 +201,84 @@ def test_a_revoked_key_is_refused_at_the_next_request(serving: Serving) -> None:
         assert client.get("/v1/models").status_code == 401
         revoke_key(file, read_keys(file)[0].id)
         assert client.get("/v1/models").status_code == 401  # the last key is gone, and the door is not open
+
+
+def test_a_damaged_key_file_is_logged_once_and_its_keys_end_after_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from pipeline.inference.service.keys import KeyRing, create_key, read_keys, revoke_key
+
+    file, other, now = tmp_path / "keys.json", tmp_path / "other.json", 0.0
+    fixed = create_key(other, ["harbour"])[1]
+    monkeypatch.setenv("PREFIXFLEET_API_KEYS", other.read_text())
+    kept, revoked = (create_key(file, [name])[1] for name in ("acme", "bistro"))
+    ring = KeyRing(file, lambda: now)
+    whole = file.read_text()
+
+    def valid() -> list[bool]:
+        return [ring.find(secret) is not None for secret in (fixed, kept, revoked)]
+
+    assert valid() == [True] * 3 and len(ring) == 3
+    for damaged in ("{", '{"format": 1, "keys": [{}]}', "\udcff"):
+        file.write_bytes(damaged.encode("utf-8", "surrogateescape"))
+        now += 10
+        assert valid() == valid() == [True] * 3
+    assert [record.levelname for record in caplog.records] == ["ERROR"] * 3
+    now += 39  # counted from the first damage on
+    assert valid() == [True] * 3
+    now += 1
+    assert valid() == [True, False, False] and ring.wanted
+    assert len(caplog.records) == 4 and "refused until" in caplog.messages[-1]
+    file.write_text(whole)
+    assert valid() == [True] * 3
+    revoke_key(file, read_keys(file)[1].id)
+    assert valid() == [True, True, False]
+    file.unlink()
+    assert valid() == [True, False, False]
+
+
+def test_a_key_file_that_appears_damaged_closes_an_open_service(serving: Serving) -> None:
+    running = serving()
+    with running.client() as client:
+        assert client.get("/v1/models").status_code == 200
+        running.service.keys.file.write_text("{")
+        assert client.get("/v1/models").status_code == 401
+        running.service.keys.file.unlink()
+        assert client.get("/v1/models").status_code == 200
+
+
+def test_keys_from_the_environment_open_the_service(serving: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.inference.service.keys import KeyRing, create_key
+
+    _, secret = create_key(tmp_path / "elsewhere.json", ["acme"])
+    monkeypatch.setenv("PREFIXFLEET_API_KEYS", (tmp_path / "elsewhere.json").read_text())
+    running, of_file = serving([["bistro"]])
+    asked = {"prompt": TEXT, "max_tokens": 1}
+    for key, opened, closed in ((secret, "acme", "bistro"), (of_file, "bistro", "acme")):
+        with running.client(key) as client:
+            assert client.post("/v1/completions", json={"model": opened, **asked}).status_code == 200
+            assert client.post("/v1/completions", json={"model": closed, **asked}).status_code == 404
+    with running.client() as client:
+        assert client.get("/v1/models").status_code == 401
+    for wrong, said in (("pf-secret", "is not JSON"), ('{"keys": [{"id": 1}]}', "is no list of API keys")):
+        monkeypatch.setenv("PREFIXFLEET_API_KEYS", wrong)
+        with pytest.raises(ConfigError, match=f"PREFIXFLEET_API_KEYS: {said}") as told:
+            KeyRing(tmp_path / "none.json")
+        assert "pf-secret" not in str(told.value)
+
+
+def test_a_second_task_of_a_customer_is_served_under_its_own_name(fleet: Fleet, serving: Serving) -> None:
+    _, folder = fleet.register("acme", 31, task="menu", length=4)
+    expected = fleet.answer(folder, TEXT)
+    assert expected != fleet.answer(newest(fleet, "acme"), TEXT)
+    running, key, stranger = serving([["acme"], ["bistro"]])
+    client = official(running, key)
+    for name in ("acme.menu", "acme.menu@champion", "acme.menu:1"):
+        assert client.completions.create(model=name, prompt=TEXT).choices[0].text == expected
+    assert client.completions.create(model="acme", prompt=TEXT).choices[0].text == fleet.answer(newest(fleet, "acme"), TEXT)
+    assert {model.id for model in client.models.list()} == {"acme", "acme.menu"}
+    with pytest.raises(openai.NotFoundError):
+        official(running, stranger).completions.create(model="acme.menu", prompt=TEXT)
 
 
 def test_keys_made_and_revoked_at_once_are_neither_lost_nor_brought_back_and_the_file_is_private(tmp_path: Path) -> None:
@@ -242,6 +347,10 @@ def test_a_refusal_names_the_whole_place_and_nothing_is_dropped_silently() -> No
     assert place(CompletionBody, prompt=["a", 7]) in ("prompt", "prompt.1")
     assert place(CompletionBody, prompt="a", stream_options={"stop": 1}) == "stream_options.stop"
     assert place(CompletionBody, prompt="a", logit_bias={"chosen": "much"}) == "logit_bias"
+    with pytest.raises(ApiError, match="include_usage stands twice"):
+        parse_body(
+            CompletionBody, b'{"model": "a", "prompt": "a", "stream_options": {"include_usage": true, "include_usage": false}}'
+        )
     parse_body(ChatBody, json.dumps({"model": "a", "messages": [said], "logprobs": True, "top_logprobs": 2}).encode())
 
 
@@ -253,6 +362,111 @@ def test_log_probabilities_are_worded_while_a_long_text_is_tokenized(fleet: Flee
             "/v1/completions", json={"model": "acme", "prompt": prompt, "logprobs": 1, "max_tokens": 2}, timeout=5
         )
     assert len(answer.json()["choices"][0]["logprobs"]["tokens"]) == 2
+
+
+WHOLE = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+def test_connections_that_send_no_whole_request_are_closed(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImpatientProtocol, "head_seconds", 0.3)
+    monkeypatch.setattr(ImpatientProtocol, "body_seconds", 0.3)
+    running = serving()
+    lacking = {
+        b"": b"",
+        WHOLE[:30]: b"",
+        WHOLE + WHOLE[:30]: b"200 OK",
+        WHOLE.replace(b"\r\n\r\n", b"\r\nContent-Length: 99\r\n\r\n"): b"200 OK",  # answered, and the body is still owed
+        posted({"model": "acme"}, announced=99): b"",
+    }
+    opened = {connected(running, sent): answered for sent, answered in lacking.items()}
+    started, stop = time.monotonic(), threading.Event()
+
+    def trickle() -> None:
+        while not stop.wait(0.05):
+            for one in opened:
+                with contextlib.suppress(OSError):
+                    one.send(b"x")
+
+    thread = threading.Thread(target=trickle)
+    thread.start()
+    try:
+        for one, answered in opened.items():
+            got = all_of(one)
+            assert answered in got and got.count(b"HTTP/1.1") == bool(answered)
+    finally:
+        stop.set()
+        thread.join()
+        for one in opened:
+            one.close()
+    assert time.monotonic() - started < 3
+    until(lambda: not running.server.server_state.connections and running.service.idle)
+
+
+def test_silent_connections_give_way_and_others_are_told_to_come_back(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImpatientProtocol, "most", 3)
+    running = serving()
+    slowed(running, 0.05, endless=True)
+    busy = posted({"model": "acme", "prompt": TEXT, "max_tokens": 40, "temperature": 1.0, "stream": True})
+    silent = [connected(running, b"") for _ in range(3)]
+    streams = [connected(running, busy) for _ in range(3)]  # each takes the place of a silent one
+    try:
+        assert [all_of(one) for one in silent] == [b""] * 3
+        until(lambda: running.service.loop.decoder.rows == 3)
+        with connected(running, WHOLE) as late:
+            refused = all_of(late)
+        assert b" 503 " in refused and b"too_many_connections" in refused and b"retry-after: 1" in refused.lower()
+        streams[0].close()
+        until(lambda: len(running.server.server_state.connections) == 2)
+        with running.client() as client:
+            assert client.get("/v1/models").status_code == 200
+    finally:
+        for one in (*silent, *streams):
+            one.close()
+
+
+def test_a_stream_that_nobody_reads_is_ended_and_does_not_hold_up_the_stop(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ImpatientProtocol, "write_seconds", 0.3)
+    running = serving()
+    slowed(running, 0.05, endless=True)
+    given = 0
+
+    async def flood(self: Service, body: Any, under_way: Any, *_: Any) -> Any:
+        nonlocal given
+        try:
+            while True:
+                given += 1
+                await asyncio.sleep(0)
+                yield b"data: " + b"x" * 100_000 + b"\n\n"
+        finally:
+            self._cancel(under_way)
+
+    monkeypatch.setattr(Service, "_events", flood)  # a model would take long to fill the buffers of the kernel
+    body = {"model": "acme", "prompt": TEXT, "max_tokens": 50, "temperature": 1.0, "stream": True}
+    with connected(running, posted(body)):
+        until(lambda: given > 1 and running.service.loop.decoder.rows == 1)
+        running.server.handle_exit(15, None)
+        until(lambda: running.server.should_exit)
+    assert running.service.idle and running.service.loop.decoder.rows == 0
+    assert given < 1000 and running.service.loop.decoder.steps < 45
+
+
+def test_what_is_not_through_when_the_grace_is_over_ends_with_an_error(
+    serving: Serving, caplog: pytest.LogCaptureFixture
+) -> None:
+    running = serving()
+    slowed(running, 0.1, endless=True)
+    running.server.grace_seconds = 0.1
+    body = {"model": "acme", "prompt": TEXT, "max_tokens": 50, "temperature": 1.0}
+    with ThreadPoolExecutor() as pool, running.client() as client:
+        whole = pool.submit(client.post, "/v1/completions", json=body)
+        stream = pool.submit(client.post, "/v1/completions", json={**body, "stream": True})
+        until(lambda: running.service.loop.decoder.rows == 2)
+        running.server.handle_exit(15, None)
+        assert "was stopped" in whole.result().text and "was stopped" in stream.result().text
+    until(lambda: running.server.should_exit)
+    assert not any(record.exc_info for record in caplog.records)
 
 
 def test_nobody_else_is_listened_to_without_a_key() -> None:
@@ -287,6 +501,8 @@ HOSTILE = [
     (b'{"model": "acme", "prompt": "a", "presence_penalty": 0.5}', 400),
     (b'{"model": "acme", "prompt": "a", "secret \\u0000 name": 1}', 400),
     (b'{"model": 7, "prompt": "a"}', 400),
+    (b'{"model": "bistro", "prompt": "a", "model": "acme"}', 400),
+    (b'{"model": "acme", "prompt": "a", "logit_bias": {"7": 0, "7": 0}}', 400),
     (b"null", 400),
     (b'{"model": "acme", "prompt": "' + b"a" * 70_000 + b'"}', 413),
 ]
@@ -332,6 +548,49 @@ def test_requests_beyond_rate_and_queue_get_429_and_when_to_come_back(serving: S
         codes = [client.get("/v1/models") for _ in range(3)]
     assert [answer.status_code for answer in codes] == [200, 200, 429]
     assert 1 <= int(codes[-1].headers["Retry-After"]) <= 30
+
+
+def test_one_key_leaves_places_in_the_queue_for_others(serving: Serving) -> None:
+    running, greedy, second, third = serving([["*"], ["*"], ["*"]], queue=4)
+    slowed(running, 0.05, endless=True)
+    body = {"model": "acme", "prompt": TEXT, "temperature": 1.0}
+    with ThreadPoolExecutor() as pool, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(running.client(key)) for key in (greedy, second, third)]
+
+        def ask(client: httpx.Client, **more: Any) -> Any:
+            return pool.submit(client.post, "/v1/completions", json={**body, **more})
+
+        assert ask(clients[0], n=3, max_tokens=1).result().status_code == 400  # for good
+        first = ask(clients[0], n=2, max_tokens=20)
+        until(lambda: running.service.answers == 2)
+        refused = ask(clients[0]).result()
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full") and refused.headers[
+            "Retry-After"
+        ] == "1"
+        more = ask(clients[1], max_tokens=20)
+        until(lambda: running.service.answers == 3)
+        assert ask(clients[1]).result().status_code == 429
+        assert ask(clients[2], max_tokens=1).result().status_code == 200
+        assert first.result().status_code == more.result().status_code == 200
+    until(lambda: running.service.answers == 0 and not running.service._held)
+
+
+def test_the_rate_counts_answers(serving: Serving) -> None:
+    now = 0.0
+    rate = RateLimit(60, lambda: now)
+    assert rate.take("a") == 0 and rate.take("a", 41, counted=1) == 0  # 41 of 60
+    assert rate.take("a") == 0
+    assert rate.take("a", 30, counted=1) == 12  # for 18 are left
+    now += 12
+    assert rate.take("a") == 0 and rate.take("a", 30, counted=1) == 0
+    assert rate.take("b") == 0
+    limited, key = serving([["acme"]], per_minute=6)
+    with limited.client(key) as client:
+        body = {"model": "acme", "max_tokens": 1, "temperature": 1.0}
+        assert client.post("/v1/completions", json={**body, "prompt": TEXT, "n": 7}).json()["error"]["code"] == "too_many_answers"
+        assert client.post("/v1/completions", json={**body, "prompt": [TEXT] * 2, "n": 2}).status_code == 200  # 5 of 6
+        refused = client.post("/v1/completions", json={**body, "prompt": TEXT, "n": 2})
+        assert (refused.status_code, refused.headers["Retry-After"]) == (429, "20")
 
 
 def test_a_full_queue_is_told_and_the_official_client_understands(serving: Serving) -> None:
@@ -394,13 +653,28 @@ def test_stopping_finishes_what_runs_refuses_what_comes_and_says_so(serving: Ser
     until(lambda: running.server.should_exit)
 
 
-def test_a_step_that_fails_ends_its_answers_with_an_error_and_the_service_goes_on(
+def test_a_prefix_that_cannot_begin_fails_alone_and_is_logged(
     serving: Serving, fleet: Fleet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     running = serving()
     client = official(running)
     with monkeypatch.context() as patch:
         patch.setattr(running.service.loop.decoder, "_run_prompts", lambda *_: 1 / 0)
+        with pytest.raises(openai.InternalServerError, match="the service failed"):
+            client.completions.create(model="acme", prompt=TEXT)
+    assert running.service.loop.failures == 1
+    assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [ZeroDivisionError]  # type: ignore[index]
+    assert client.completions.create(model="acme", prompt=TEXT).choices[0].text == fleet.answer(newest(fleet, "acme"), TEXT)
+    assert running.service.answers == 0
+
+
+def test_a_step_that_fails_ends_its_answers_with_an_error_and_the_service_goes_on(
+    serving: Serving, fleet: Fleet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    running = serving()
+    client = official(running)
+    with monkeypatch.context() as patch:
+        patch.setattr(running.service.loop.decoder, "_choose", lambda *_: 1 / 0)
         with pytest.raises(openai.InternalServerError, match="the service failed"):
             client.completions.create(model="acme", prompt=TEXT)
     assert running.service.loop.failures == 1
@@ -443,7 +717,7 @@ def test_metrics_count_what_happened_and_name_no_customer(serving: Serving) -> N
 
 
 def test_no_row_gets_another_customers_prefix_under_load_promotion_and_eviction(fleet: Fleet, serving: Serving) -> None:
-    """Six clients at once, memory for three of eight prefixes, and champions that change meanwhile."""
+    """Six clients at once, memory for four of eight prefixes, or for two in use, and champions that change meanwhile."""
     texts = [f"colour : red w{i} w{i + 1}" for i in range(3)]
     allowed: dict[str, list[dict[str, str]]] = {}
     later = {}
@@ -458,7 +732,7 @@ def test_no_row_gets_another_customers_prefix_under_load_promotion_and_eviction(
     every = [answers[texts[0]] for versions in allowed.values() for answers in versions]
     assert len(set(every)) == len(every)
     size = (later["load0"] / "prefix.safetensors").stat().st_size
-    running = serving(prefix_bytes=3 * size, patience_seconds=20)
+    running = serving(prefix_bytes=7 * size, patience_seconds=20)
     wrong: list[Any] = []
     stop = threading.Event()
     seen: dict[str, set[int]] = {name: set() for name in allowed}
@@ -493,7 +767,7 @@ def test_no_row_gets_another_customers_prefix_under_load_promotion_and_eviction(
             thread.join()
     assert not wrong
     assert running.service.memory.evictions > 0
-    assert running.service.memory.bytes <= 3 * size
+    assert running.service.memory.bytes <= 7 * size
 
 
 def test_a_running_answer_keeps_the_version_that_it_began_with(fleet: Fleet, serving: Serving) -> None:
