@@ -9,7 +9,8 @@ from pathlib import Path
 from plan_memory import job_of
 from transformers import LlamaConfig
 
-from pipeline.training.plan import gib, plan
+from pipeline.sizes import gib
+from pipeline.training.plan import plan
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "distributed.md"
 BEGIN, END = "<!-- benchmarks/plan_table.py -->\n", "<!-- end -->\n"

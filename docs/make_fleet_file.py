@@ -31,12 +31,36 @@ customers:
 
 The sections `prompt`, `prefix`, `training` and `evaluation` stand under `defaults` for everybody, and under a customer for that customer
 alone, key by key.
-`launch` stands at the top and under a customer. (`id`, `task`) is the key of a customer; ids have 1 to 63 of the characters a-z, 0-9, `-` and `_`.
+`launch` stands at the top and under a customer, key by key too.
+(`id`, `task`) is the key of a customer; ids have 1 to 63 of the characters a-z, 0-9, `-` and `_`.
+
+## Schedules
+
+`schedule` at the top says when everybody is looked at. A customer with a `schedule` of its own is taken by a run for everybody only once an hour
+that its schedule names has passed since it was last looked at (so an hour that was missed is caught up), and always when it is asked for by name.
+
+## Many customers: `customers`
+
+A list, as above, or one of:
+
+- `customers: {folder: DIR}`: every data file in the folder is a customer, named by the file without its suffix; so is every sub-folder with a file
+  `train` (and `dev` and `test`, if there are any). What begins with a dot, and files of other kinds, are left alone.
+- `customers: {table: FILE}`: every row of a .csv, .tsv, .jsonl or .parquet file is a customer. Columns: `id`, `task`, `schedule`, `data` (or `train`,
+  `dev`, `test`), and any setting by its dotted name, such as `prefix.length`; an empty cell says nothing. Paths are relative to the table.
+
+```
+id,data,schedule,prefix.length
+acme,acme.jsonl,,
+bistro,bistro.csv,30 2 * * 1,20
+```
 """
 
 SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("`base_model`", config.BaseSettings),
     ("`launch`", config.LaunchSettings),
+    ("`schedule`, at the top and of a customer", config.ScheduleSettings),
+    ("`work_pools`, by name", config.WorkPoolSettings),
+    ("`deploy`", config.DeploySettings),
     ("`data` of a customer", config.DataSettings),
     ("`data.columns`", config.ColumnSettings),
     ("`prompt`", config.PromptSettings),

@@ -438,8 +438,9 @@ def _plan(arguments: argparse.Namespace) -> int:
     if arguments.devices < 1:
         raise ConfigError(f"--devices {arguments.devices}: at least one is needed")
     share_cores()
+    from pipeline.sizes import gib, parse_bytes
     from pipeline.training.job import read_job
-    from pipeline.training.plan import gib, parse_bytes, plan
+    from pipeline.training.plan import plan
 
     memory = parse_bytes(arguments.memory)
     found = plan(read_job(arguments.job), arguments.devices, memory, gpu=not arguments.cpu)
@@ -531,7 +532,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     from pipeline.inference.service.app import Limits, Service
     from pipeline.inference.service.run import serve
     from pipeline.registry import ensure_store
-    from pipeline.training.plan import parse_bytes
+    from pipeline.sizes import parse_bytes
 
     ensure_store(home)
     limits = Limits(

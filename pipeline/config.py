@@ -1,24 +1,27 @@
 """The fleet file as pydantic models: the one place where a value gets its default.
 
-In: a YAML file. Out: a `Fleet`, every customer's settings resolved against the defaults, every path absolute. Knows nothing of what the
-settings do. Errors name the file, the line, the customer and the nearest known name.
+In: a YAML file, and the folder or table of customers that it names. Out: a `Fleet`, every customer's settings resolved against the defaults, every
+path absolute. Knows nothing of what the settings do. Errors name the file, the line, the customer and the nearest known name.
 """
 
 import difflib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
+from zoneinfo import ZoneInfo
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from pipeline.customers import DATA_SUFFIXES, SPLITS, Entry, from_folder, from_table
 from pipeline.errors import ConfigError
-from pipeline.keys import DEFAULT_TASK, CustomerKey, validate_id
+from pipeline.keys import DEFAULT_TASK, CustomerKey, key_of, validate_id
+from pipeline.sizes import parse_bytes
 
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 SITES = ("decoder.self", "encoder.self", "decoder.cross")
 METRICS = (
     "bleu", "nist", "rougeL_coco", "cider", "chrf", "ter", "meteor", "rouge1", "rouge2", "rougeL", "exact_match", "slot_error_rate",
@@ -69,6 +72,73 @@ class BaseSettings(Settings):
         return {"path": value} if isinstance(value, str) else value
 
 
+# What Prefect and file systems take as a name without quoting.
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
+
+
+class ScheduleSettings(Settings):
+    """When to look whether anything is due. A cron line alone means UTC."""
+
+    cron: str = Field(description="minute, hour, day of month, month, day of week, as in `0 3 * * *`: every day at three")
+    timezone: str = Field("UTC", description="an IANA name, such as Europe/Berlin, whose clock the cron line means")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        return {"cron": value} if isinstance(value, str) else value
+
+    @field_validator("cron")
+    @classmethod
+    def _is_cron(cls, value: str) -> str:
+        from cronsim import CronSim, CronSimError
+
+        try:
+            if len(value.split()) != 5:
+                raise CronSimError("it needs five fields")
+            CronSim(value, datetime(2026, 1, 1))
+        except CronSimError as error:
+            raise ValueError(
+                f"is no cron line ({error}); write minute, hour, day of month, month and day of week, as in 0 3 * * *"
+            ) from error
+        return value
+
+    @field_validator("timezone")
+    @classmethod
+    def _is_timezone(cls, value: str) -> str:
+        try:
+            ZoneInfo(value)
+        except (KeyError, ValueError, OSError) as error:  # unknown, a folder, or a path that leads out of the database
+            raise ValueError("is no time zone; write an IANA name, such as Europe/Berlin") from error
+        return value
+
+    def next_after(self, moment: datetime) -> datetime:
+        """The first time after `moment` (aware) that the schedule names, in its own zone."""
+        from cronsim import CronSim
+
+        return next(CronSim(self.cron, moment.astimezone(ZoneInfo(self.timezone))))
+
+
+class WorkPoolSettings(Settings):
+    """A Prefect work pool that `prefixfleet deploy` makes."""
+
+    type: str = Field(
+        "process",
+        pattern=_NAME,
+        description="as Prefect calls it: process, docker, kubernetes, … A pool that somebody else made can be named too",
+    )
+    concurrency_limit: int | None = Field(
+        None, ge=1, description="flow runs of the pool at a time: for a pool of GPU jobs, the number of GPU slots; null: no limit"
+    )
+
+
+class DeploySettings(Settings):
+    """Where the flows themselves run, as `prefixfleet deploy` sets them up. Jobs run on `launch.work_pool`."""
+
+    work_pool: str = Field(
+        "prefixfleet", pattern=_NAME, description="the pool of fleet, customer, sweep and maintain; made if it is not there"
+    )
+
+
 class LaunchSettings(Settings):
     """How `accelerate launch` is called, and how the customers of a job share the hardware. Customers with equal settings make one job."""
 
@@ -103,6 +173,33 @@ class LaunchSettings(Settings):
     checkpoint_every_seconds: float = Field(
         60.0, ge=0, description="between two checkpoints of a job; 0: before every step. SIGTERM makes one at once"
     )
+    customers_per_job: int = Field(
+        256,
+        ge=1,
+        le=4096,
+        description="more than so many who are due are cut into several jobs, which work pools run at the same time",
+    )
+    work_pool: str | None = Field(
+        None,
+        pattern=_NAME,
+        description="run the jobs as flow runs of the deployment job/NAME on this work pool, whose machines share PREFIXFLEET_HOME; null: in the "
+        "process of the flow",
+    )
+    device_memory: str | None = Field(
+        None,
+        description="of each device, such as 24GiB: before the base is loaded, max_tokens_per_micro_batch and slots are lowered until training fits, "
+        "and a customer that does not fit alone fails with the figure; null: nothing is planned",
+    )
+
+    @field_validator("device_memory")
+    @classmethod
+    def _is_a_size(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                parse_bytes(value, "device_memory")
+            except ConfigError as error:
+                raise ValueError("is no size; write 80GiB, 24GB or 512MiB") from error
+        return value
 
     @model_validator(mode="after")
     def _machines_can_be_reached(self) -> "LaunchSettings":
@@ -374,6 +471,7 @@ class Customer(Settings):
     id: str
     task: str = DEFAULT_TASK
     data: DataSettings
+    schedule: ScheduleSettings | None = None
     launch: LaunchSettings = LaunchSettings()
     prompt: PromptSettings = PromptSettings()
     prefix: PrefixSettings = PrefixSettings()
@@ -384,7 +482,7 @@ class Customer(Settings):
     @classmethod
     def _rate_of_the_parameterisation(cls, value: Any) -> Any:
         """A learning rate that nobody gives is that of `prefix.reparam`: what is right for keys and values takes an MLP apart."""
-        if not isinstance(value, dict):
+        if not isinstance(value, dict) or "lr" in getattr(value.get("training"), "model_fields_set", ()):
             return value
         prefix, training = (
             section.model_dump(exclude_unset=True) if isinstance(section, Settings) else section
@@ -407,7 +505,7 @@ class Customer(Settings):
     @property
     def key(self) -> CustomerKey:
         """(customer, task)."""
-        return CustomerKey(self.id, self.task)
+        return key_of(self.id, self.task)
 
 
 def _string_ids(customer: dict[str, Any]) -> dict[str, Any]:
@@ -423,6 +521,9 @@ class Fleet(Settings):
     defaults: Defaults = Defaults()
     customers: Annotated[tuple[Customer, ...], Field(min_length=1)]
     name: str = "fleet"
+    schedule: ScheduleSettings | None = None
+    work_pools: dict[Annotated[str, Field(pattern=_NAME)], WorkPoolSettings] = {}
+    deploy: DeploySettings = DeploySettings()
 
     @model_validator(mode="after")
     def _keys_are_unique(self) -> "Fleet":
@@ -446,19 +547,27 @@ class Fleet(Settings):
         """
         if not wanted:
             return self.customers
-        chosen: list[Customer] = []
+        by_name: dict[str, list[Customer]] = {}
+        for customer in self.customers:
+            for name in (customer.id, f"{customer.id}/{customer.task}"):
+                by_name.setdefault(name, []).append(customer)
+        chosen: dict[CustomerKey, Customer] = {}
         for name in wanted:
-            found = [c for c in self.customers if name in (c.id, f"{c.id}/{c.task}")]
+            found = by_name.get(name)
             if not found:
                 known = [str(c.key) for c in self.customers]
                 raise ConfigError(
                     f"customer {name!r} is not in the fleet file.{_nearest(name, known)} It has: {', '.join(known[:20])}"
                 )
-            chosen += [c for c in found if c not in chosen]
-        return tuple(chosen)
+            chosen.update((customer.key, customer) for customer in found)
+        return tuple(chosen.values())
 
 
 SECTIONS = ("prompt", "prefix", "training", "evaluation")
+
+
+# The one written in C reads ten thousand customers in a second instead of ten.
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def load_fleet(path: Path | str) -> Fleet:
@@ -475,17 +584,21 @@ def load_fleet(path: Path | str) -> Fleet:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}).") from error
     try:
-        content = yaml.safe_load(text)
-        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        tree = yaml.compose(text, Loader=_Loader)
+        content = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist, a number of thousands of digits
         raise ConfigError(f"{path}: is not YAML: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: is empty or no mapping. It needs at least `base_model` and `customers`.")
     if changed := [f"{path}:{line}: {what}" for line, what in sorted(_silent_changes(tree))]:
         raise ConfigError("\n".join(changed))
+    given: list[Entry] | None = None
     try:
         # Defaults are validated first, alone, so that a mistake there is reported once and not for every customer.
         Fleet.model_validate({**content, "customers": [{"id": "x", "data": "x.jsonl"}]})
+        given = _expanded(content, path)
+        if given is not None:
+            content = {**content, "customers": [entry for entry, _ in given]}
         return Fleet.model_validate(_with_defaults(content, path.resolve()))
     except ValidationError as error:
         items = error.errors()
@@ -497,7 +610,7 @@ def load_fleet(path: Path | str) -> Fleet:
             if item["type"] != "too_short"
             or not any(at != item["loc"] and at[: len(item["loc"])] == item["loc"] for at in locations)
         ]
-        problems = [_problem(path, content, tree, item) for item in told]
+        problems = [_problem(path, content, tree, item, given) for item in told]
         raise ConfigError("\n".join(dict.fromkeys(problems))) from error
 
 
@@ -537,22 +650,40 @@ def _silent_changes(tree: yaml.Node) -> Iterator[tuple[int, str]]:
 _BASE_TEN = re.compile(r"[-+]?(0|[1-9][0-9]*|[0-9]*\.[0-9]*([eE][-+]?[0-9]+)?|\.(inf|Inf|INF|nan|NaN|NAN))")
 
 
+def _expanded(content: dict[str, Any], path: Path) -> list[Entry] | None:
+    """The customers of a folder or a table, and where each one stands; None if the fleet file lists them.
+
+    Raises:
+        ConfigError: see `pipeline.customers`.
+    """
+    customers = content.get("customers")
+    if not isinstance(customers, dict):
+        return None
+    readers: dict[Any, Callable[[Path], list[Entry]]] = {"folder": from_folder, "table": from_table}
+    if (
+        len(customers) != 1
+        or not set(customers) <= set(readers)
+        or not all(isinstance(value, str) for value in customers.values())
+    ):
+        raise ConfigError(
+            f"{path}: customers: must be a list of customers, {{folder: DIR}} or {{table: FILE}} (.csv, .tsv, .jsonl, .parquet)."
+        )
+    ((kind, where),) = customers.items()
+    return readers[kind](_absolute(where, path.resolve().parent))
+
+
 def _with_defaults(content: dict[str, Any], path: Path) -> dict[str, Any]:
     """Lay each customer's sections over the defaults and make file names absolute."""
-    defaults = content.get("defaults") or {}
     customers = content.get("customers")
     resolved: Any = customers
     if isinstance(customers, list):
+        sections = _Sections(content, path.parent)
         resolved = []
         for customer in customers:
             if isinstance(customer, dict):
-                customer = _string_ids(customer)
-                for section in SECTIONS:
-                    customer[section] = _overlay(defaults.get(section), customer.get(section))
-                customer["prefix"] = _absolute_prefix(customer["prefix"], path.parent)
-                customer["launch"] = _absolute_launch(_overlay(content.get("launch"), customer.get("launch")), path.parent)
+                customer = sections.of(_string_ids(customer))
                 if "data" in customer:
-                    customer["data"] = _absolute_data(customer["data"], path.parent)
+                    customer["data"] = absolute_data(customer["data"], path.parent)
             resolved.append(customer)
     base = content.get("base_model")
     base = {"path": base} if isinstance(base, str) else base
@@ -564,6 +695,33 @@ def _with_defaults(content: dict[str, Any], path: Path) -> dict[str, Any]:
     return {**content, **added, "base_model": base, "customers": resolved}
 
 
+class _Sections:
+    """The sections of customers laid over those above them. Most customers have the same ones: each is built and checked once."""
+
+    def __init__(self, content: dict[str, Any], folder: Path) -> None:
+        self.above = {**(content.get("defaults") or {}), "launch": content.get("launch")}
+        self.folder = folder
+        self.built: dict[str, dict[str, Any]] = {}
+
+    def of(self, customer: dict[str, Any]) -> dict[str, Any]:
+        """`customer` with every section, as a model where it is valid and as it was written where it is not."""
+        own = {section: customer[section] for section in (*SECTIONS, "launch") if customer.get(section) is not None}
+        name = repr(own)
+        if name not in self.built:
+            self.built[name] = self._build(own)
+        return {**customer, **self.built[name]}
+
+    def _build(self, own: dict[str, Any]) -> dict[str, Any]:
+        sections = {name: _overlay(self.above.get(name), own.get(name)) for name in (*SECTIONS, "launch")}
+        sections["prefix"] = _absolute_prefix(sections["prefix"], self.folder)
+        sections["launch"] = _absolute_launch(sections["launch"], self.folder)
+        try:
+            whole = Customer.model_validate({"id": "x", "data": "x.jsonl", **sections})
+        except ValidationError:
+            return sections  # said with its line when the fleet is checked
+        return {name: getattr(whole, name) for name in sections}
+
+
 def _overlay(below: Any, above: Any) -> Any:
     """Mappings merge key by key, anything else replaces."""
     if above is None:
@@ -573,13 +731,14 @@ def _overlay(below: Any, above: Any) -> Any:
     return above
 
 
-def _absolute_data(data: Any, folder: Path) -> Any:
+def absolute_data(data: Any, folder: Path) -> Any:
+    """A customer's `data` with its file names laid over `folder`."""
     data = {"path": data} if isinstance(data, str) else data
     if not isinstance(data, dict):
         return data
     return {
         key: str(_absolute(value, folder))
-        if key in ("path", "train", "dev", "test") and isinstance(value, str) and is_file_name(value)
+        if key in ("path", *SPLITS) and isinstance(value, str) and is_file_name(value)
         else value
         for key, value in data.items()
     }
@@ -620,14 +779,16 @@ def _nearest(name: str, known: list[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-def _problem(path: Path, content: dict[str, Any], tree: yaml.Node, item: Any) -> str:
-    """One validation error as `file:line: customer acme: section.key: what is wrong and what to do`."""
+def _problem(path: Path, content: dict[str, Any], tree: yaml.Node, item: Any, given: list[Entry] | None) -> str:
+    """One validation error as `file:line: customer acme: section.key: what is wrong and what to do`; `given` are customers of a folder or table."""
     location = ["customers", item["ctx"]["number"]] if item["type"] == "twice" else list(item["loc"])
     # A setting that a customer inherits is wrong where it was written: in the defaults.
-    line = _line_of(tree, location)
+    place = f"{path}:{_line_of(tree, location)}"
     who = ""
     if len(location) > 1 and location[0] == "customers" and isinstance(location[1], int):
         customer = content["customers"][location[1]]
+        if given is not None and _written_by(customer, location[2:]):
+            place = given[location[1]][1]
         who = (
             f"customer {customer.get('id', location[1])!s}: "
             if isinstance(customer, dict)
@@ -635,7 +796,18 @@ def _problem(path: Path, content: dict[str, Any], tree: yaml.Node, item: Any) ->
         )
     name = ".".join(str(part) for part in (location[2:] if who else location))
     where = f"{name}: " if name else "" if who else "fleet: "
-    return f"{path}:{line}: {who}{where}{_what(item, location)}"
+    return f"{place}: {who}{where}{_what(item, location)}"
+
+
+def _written_by(customer: Any, location: list[Any]) -> bool:
+    """Whether a customer of a folder or table says itself what is wrong, or the defaults of the fleet file do."""
+    for part in location:
+        if not isinstance(customer, dict):
+            break
+        if part not in customer:
+            return part not in (*SECTIONS, "launch") and len(location) == 1
+        customer = customer[part]
+    return True
 
 
 # What pydantic says of the wrong kind of value, in words for people who write YAML and not Python.
@@ -700,6 +872,15 @@ def _known_keys(location: list[Any]) -> list[str]:
     for part in location[:-1]:
         if isinstance(part, int):
             continue
-        annotation = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
-        model = Customer if part == "customers" else annotation
+        # What is no field is a name in a section of names, such as that of a work pool.
+        if part in getattr(model, "model_fields", {}):
+            model = _section(model.model_fields[part].annotation)
     return sorted(getattr(model, "model_fields", {}))
+
+
+def _section(annotation: Any) -> Any:
+    """The model in an annotation such as `Model | None` or `dict[str, Model]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = (_section(part) for part in get_args(annotation))
+    return next((model for model in found if model is not None), None)

@@ -1,5 +1,6 @@
 """A customer id is data, not a path: validated here once, and joined into paths only by `CustomerKey`."""
 
+import functools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,3 +53,9 @@ class CustomerKey:
     def below(self, folder: Path) -> Path:
         """`folder/<customer>/<task>`."""
         return folder / self.customer / self.task
+
+
+@functools.lru_cache(maxsize=2**15)
+def key_of(customer: str, task: str) -> CustomerKey:
+    """`CustomerKey(customer, task)`, made and checked once."""
+    return CustomerKey(customer, task)

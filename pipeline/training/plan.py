@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 
 from pipeline.base import weight_files
 from pipeline.errors import BaseModelError, ConfigError
+from pipeline.sizes import gib
 from pipeline.training.batches import ROUND_POSITIONS_TO, ROUND_TO
 from pipeline.training.engines.tp import plan_of
 from pipeline.training.engines.units import blocks
@@ -198,29 +199,6 @@ def _stored_as(folder: Path) -> str:
     with safe_open(largest, framework="pt") as file:
         kinds = [file.get_slice(name).get_dtype() for name in file.keys()]  # noqa: SIM118  # no mapping
     return next((kind for kind in kinds if kind in ("F64", "F32", "BF16", "F16")), "F32")
-
-
-def gib(count: int) -> str:
-    """Bytes for a reader."""
-    return f"{count / 2**30:.1f} GiB" if count >= 2**29 else f"{count / 2**20:.0f} MiB"
-
-
-def parse_bytes(text: str) -> int:
-    """`80GiB`, `24GB`, `512MiB` or a number of bytes.
-
-    Raises:
-        ConfigError: it is none of these.
-    """
-    units = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-    number = text.strip().rstrip("BbGgTtMmIi ")
-    unit = text.strip()[len(number) :].strip().upper()
-    try:
-        count = int(float(number) * units[unit])
-    except (ValueError, KeyError, OverflowError):
-        count = 0
-    if count <= 0:
-        raise ConfigError(f"--memory {text!r}: is no size. Write 80GiB, 24GB or 512MiB.")
-    return count
 
 
 def _rows_of_step(job: Job) -> int:

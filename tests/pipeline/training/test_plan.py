@@ -17,9 +17,10 @@ from transformers import LlamaConfig
 
 from flows import cli
 from pipeline.errors import BaseModelError, ConfigError
+from pipeline.sizes import parse_bytes
 from pipeline.training.engines import chosen
 from pipeline.training.job import Job
-from pipeline.training.plan import Plan, parse_bytes, plan, refuse_what_cannot_fit
+from pipeline.training.plan import Plan, plan, refuse_what_cannot_fit
 from pipeline.training.run import _refuse_too_small_devices
 
 from . import crowd, split_worker
