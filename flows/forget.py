@@ -12,14 +12,12 @@ from typing import Any
 
 from flows import locks
 from flows.events import emit
-from flows.prefect_api import prefect_api
+from flows.prefect_api import pages, prefect_api
 from pipeline.errors import ConfigError, PrefixFleetError
 from pipeline.home import Home
 from pipeline.keys import DEFAULT_TASK, CustomerKey, validate_id
 from pipeline.leftovers import give_up_free_pages, remove_leftovers, tasks_on_disk
 from pipeline.registry.forget import Forgotten, forget_in_mlflow
-
-_PAGE = 200
 
 
 def forget(customer: str, home: Home, backend_store_uri: str | None = None) -> Forgotten:
@@ -74,7 +72,7 @@ def forget_in_prefect(client: Any, customer: str) -> Iterator[str]:
         what was removed, in words.
     """
     yield from _deployments(client, customer)
-    own = [run.id for run in _pages(client.read_flow_runs) if _without(run.parameters or {}, customer) is None]
+    own = [run.id for run in pages(client.read_flow_runs) if _without(run.parameters or {}, customer) is None]
     yield from _artifacts(client, customer, set(own))
     # With a flow run go its task runs and its log.
     for run in own:
@@ -83,20 +81,10 @@ def forget_in_prefect(client: Any, customer: str) -> Iterator[str]:
         yield f"{len(own)} Prefect flow runs about {customer} alone"
 
 
-def _pages(read: Any, **arguments: Any) -> Iterator[Any]:
-    """All that a query finds. Read whole before anything is deleted, which would move the pages."""
-    found: list[Any] = []
-    while True:
-        page = read(limit=_PAGE, offset=len(found), **arguments)
-        found += page
-        if len(page) < _PAGE:
-            return iter(found)
-
-
 def _deployments(client: Any, customer: str) -> Iterator[str]:
     from prefect.client.schemas.actions import DeploymentUpdate
 
-    for deployment in _pages(client.read_deployments):
+    for deployment in pages(client.read_deployments):
         left = _without(deployment.parameters or {}, customer)
         if left is None:
             client.delete_deployment(deployment.id)
@@ -106,9 +94,14 @@ def _deployments(client: Any, customer: str) -> Iterator[str]:
             client.update_deployment(deployment.id, DeploymentUpdate(parameters=left))
             yield f"{customer} in Prefect deployment {deployment.name}"
         for schedule in deployment.schedules or []:
-            if schedule.parameters and _without(schedule.parameters, customer) != schedule.parameters:
+            others = _without(schedule.parameters or {}, customer)
+            if others is None:
                 client.delete_deployment_schedule(deployment.id, schedule.id)
                 yield f"a schedule of Prefect deployment {deployment.name}"
+            elif others != (schedule.parameters or {}):
+                # Customers with the same hour share a schedule.
+                client.update_deployment_schedule(deployment.id, schedule.id, parameters=others)
+                yield f"{customer} in a schedule of Prefect deployment {deployment.name}"
 
 
 def _artifacts(client: Any, customer: str, own: set[Any]) -> Iterator[str]:
@@ -116,7 +109,7 @@ def _artifacts(client: Any, customer: str, own: set[Any]) -> Iterator[str]:
     from prefect.client.schemas.actions import ArtifactUpdate
 
     changed = 0
-    for artifact in _pages(client.read_artifacts, sort=None):
+    for artifact in pages(client.read_artifacts, sort=None):
         if artifact.flow_run_id in own:
             client.delete_artifact(artifact.id)
             changed += 1

@@ -123,7 +123,7 @@ def _carried(env: Mapping[str, str]) -> list[str]:
         ConfigError: a store's address holds a secret.
     """
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
-        if _holds_secret(env.get(name, "")):
+        if holds_secret(env.get(name, "")):
             raise ConfigError(
                 f"{name} holds a password or token, and launch.launcher would put it into a command line that `ps` shows to everybody. Take it "
                 "out of the address and give it to every machine by itself: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or "
@@ -133,7 +133,8 @@ def _carried(env: Mapping[str, str]) -> list[str]:
     return [f"{name}={env[name]}" for name in names]
 
 
-def _holds_secret(address: str) -> bool:
+def holds_secret(address: str) -> bool:
+    """Whether a store's address has a password or token in it."""
     parts = urlsplit(address)
     # A database's user alone is no secret; what stands before a server's @ may be a token.
     alone = parts.username is not None and parts.scheme in ("http", "https")

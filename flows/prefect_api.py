@@ -16,13 +16,15 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pipeline.errors import ConfigError, PrefixFleetError
 from pipeline.home import Home
 
 _ANSWER_SECONDS = 5.0
+# A server answers with so many at most, unless it is set otherwise.
+_PAGE = 200
 
 
 def set_environment(home: Home, verbose: bool = False) -> None:
@@ -136,6 +138,16 @@ def prefect_api(home: Home) -> Iterator[None]:
     finally:
         _send_what_is_left()
         server.stop()
+
+
+def pages(read: Callable[..., list[Any]], **arguments: Any) -> list[Any]:
+    """All that a query of Prefect's client finds. Read whole before anything is deleted, which would move the pages."""
+    found: list[Any] = []
+    while True:
+        page = read(limit=_PAGE, offset=len(found), **arguments)
+        found += page
+        if len(page) < _PAGE:
+            return found
 
 
 def _send_what_is_left() -> None:
