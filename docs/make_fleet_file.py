@@ -29,7 +29,7 @@ customers:
   - {id: bistro, task: menu, data: data/menu.jsonl}
 ```
 
-The sections `prompt`, `prefix`, `training` and `evaluation` stand under `defaults` for everybody, and under a customer for that customer
+The sections `prompt`, `prefix`, `training`, `evaluation` and `retrain` stand under `defaults` for everybody, and under a customer for that customer
 alone, key by key.
 `launch` stands at the top and under a customer, key by key too.
 (`id`, `task`) is the key of a customer; ids have 1 to 63 of the characters a-z, 0-9, `-` and `_`.
@@ -61,6 +61,7 @@ SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("`schedule`, at the top and of a customer", config.ScheduleSettings),
     ("`work_pools`, by name", config.WorkPoolSettings),
     ("`deploy`", config.DeploySettings),
+    ("`retention`", config.RetentionSettings),
     ("`data` of a customer", config.DataSettings),
     ("`data.columns`", config.ColumnSettings),
     ("`prompt`", config.PromptSettings),
@@ -68,6 +69,7 @@ SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("`training`", config.TrainingSettings),
     ("`evaluation`", config.EvaluationSettings),
     ("`evaluation.gate`", config.GateSettings),
+    ("`retrain`", config.RetrainSettings),
 ]
 
 
@@ -105,6 +107,8 @@ def _type(annotation: Any) -> str:
         return ", ".join(repr(part) for part in parts)
     if origin is tuple:
         return f"list of {_type(parts[0])}"
+    if origin is dict:
+        return "names with values"
     if origin in (Union, UnionType):
         return " or ".join(_type(part) for part in parts)
     if annotation is NoneType:

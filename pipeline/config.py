@@ -137,6 +137,51 @@ class DeploySettings(Settings):
     work_pool: str = Field(
         "prefixfleet", pattern=_NAME, description="the pool of fleet, customer, sweep and maintain; made if it is not there"
     )
+    maintain: ScheduleSettings | None = Field(None, description="when `maintain` runs, as in `schedule`; null: when somebody starts it")
+    env: dict[str, str] = Field(
+        {},
+        description="environment of the runs on workers; PREFIXFLEET_HOME and the addresses of MLflow servers are those of whoever deploys unless "
+        "named here. Everybody who sees the server can read it: no secrets",
+    )
+    notify: str | None = Field(
+        None,
+        pattern=r"^[a-z0-9-]+/[a-z0-9-]+$",
+        description="TYPE/NAME of a block in Prefect that is told of failed runs, such as slack-webhook/operators; null: nobody is told",
+    )
+
+
+class RetentionSettings(Settings):
+    """What `maintain` may remove. A champion, what `rollback` goes back to, and members of ensembles are never removed."""
+
+    versions: int = Field(20, ge=1, description="the newest versions of a customer that stay; older ones go once they are older than `days`")
+    days: float = Field(
+        30.0,
+        ge=0,
+        description="how long MLflow runs of which no version was made, prefixes and evaluations that were superseded, and the files of customers no "
+        "longer in the fleet file stay",
+    )
+    checkpoints_days: float = Field(7.0, ge=0, description="how long the folder of a job stays after it was last written to")
+
+
+class RetrainSettings(Settings):
+    """What makes a customer due who has a champion. New settings, a new base and being asked for by name always do."""
+
+    when: Literal["data", "drift", "never"] = Field(
+        "data",
+        description="data: any change of its data; drift: only when `maintain` has found that the champion does worse on rows that arrived since; "
+        "never: neither",
+    )
+    min_rows: int = Field(50, ge=10, description="the champion is judged once so many usable rows have arrived that it does not know")
+    max_drop: float = Field(
+        0.0,
+        ge=0,
+        description="it has fallen if the 95 % interval of the drop in gate.metric, from its recorded score to that on the new rows, lies above this",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        return {"when": value} if isinstance(value, str) else value
 
 
 class LaunchSettings(Settings):
@@ -463,6 +508,7 @@ class Defaults(Settings):
     prefix: PrefixSettings = PrefixSettings()
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    retrain: RetrainSettings = RetrainSettings()
 
 
 class Customer(Settings):
@@ -477,6 +523,7 @@ class Customer(Settings):
     prefix: PrefixSettings = PrefixSettings()
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    retrain: RetrainSettings = RetrainSettings()
 
     @model_validator(mode="before")
     @classmethod
@@ -524,6 +571,7 @@ class Fleet(Settings):
     schedule: ScheduleSettings | None = None
     work_pools: dict[Annotated[str, Field(pattern=_NAME)], WorkPoolSettings] = {}
     deploy: DeploySettings = DeploySettings()
+    retention: RetentionSettings = RetentionSettings()
 
     @model_validator(mode="after")
     def _keys_are_unique(self) -> "Fleet":
@@ -563,7 +611,7 @@ class Fleet(Settings):
         return tuple(chosen.values())
 
 
-SECTIONS = ("prompt", "prefix", "training", "evaluation")
+SECTIONS = ("prompt", "prefix", "training", "evaluation", "retrain")
 
 
 # The one written in C reads ten thousand customers in a second instead of ten.

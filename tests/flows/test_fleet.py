@@ -446,7 +446,7 @@ def test_prefect_forgets_deployments_schedules_runs_and_rows_of_tables() -> None
         deploy("own", {"customer_id": f"{acme}/menu"}, [])
         deploy("some", {"customers": [acme, bolt]}, [])
         deploy("alone", {"customers": [acme]}, [])
-        deploy("fleet", {}, [{"customers": [acme]}, {"customers": [bolt]}, {"customer_id": acme}])
+        deploy("fleet", {}, [{"customers": [acme]}, {"customers": [bolt, f"{acme}/menu"]}, {"customer_id": acme}])
         deploy("all", {"customers": None}, [])
         said = list(forget_in_prefect(client, acme))
         left = {d.name.removeprefix(f"{mark}-"): d for d in client.read_deployments() if d.name.startswith(mark)}
