@@ -97,7 +97,8 @@ def _parser() -> argparse.ArgumentParser:
         ],
     )
     of_fleet(run)
-    run.add_argument("--dry-run", action="store_true", help="only say what is due")
+    run.add_argument("--dry-run", action="store_true", help="only say what is due, and why")
+    run.add_argument("--force", action="store_true", help="train the customers named again although nothing has changed")
     for stage, text in _STAGES.items():
         of_fleet(
             command(stage, _stage, text, [f"prefixfleet {stage} {_FLEET}", f"prefixfleet {stage} {_FLEET} --customer bistro"])
@@ -358,18 +359,22 @@ def _open(arguments: argparse.Namespace) -> "Work":
 def _run(arguments: argparse.Namespace) -> int:
     from flows import work as works
 
+    if arguments.force and not arguments.customer:
+        from pipeline.errors import ConfigError
+
+        raise ConfigError("--force trains customers again although nothing has changed; name them with --customer.")
     todo = _open(arguments)
     works.survey(todo)
     if arguments.dry_run:
         return _show_plan(todo, arguments.json)
-    if not any(todo.due.values()):
+    if not any(todo.due.values()) and not arguments.force:
         return _finish(works.outcome(todo), arguments)
     from flows.prefect_api import prefect_api
 
     with _display(arguments), prefect_api(todo.home):
         from flows.fleet import fleet
 
-        state: Any = fleet(arguments.fleet.resolve(), arguments.customer or None, return_state=True)
+        state: Any = fleet(arguments.fleet.resolve(), arguments.customer or None, arguments.force, return_state=True)
         result = state.result(raise_on_failure=False)
     if isinstance(result, BaseException):
         raise result
@@ -417,7 +422,13 @@ def _show_plan(todo: "Work", as_json: bool) -> int:
     certain = {key: [stage for stage in due if "prepare" not in due or stage == "prepare"] for key, due in todo.due.items()}
     if as_json:
         customers = [
-            {"key": str(key), "due": certain[key], "perhaps": [stage for stage in due if stage not in certain[key]]}
+            {
+                "key": str(key),
+                "due": certain[key],
+                "perhaps": [stage for stage in due if stage not in certain[key]],
+                "why": todo.why.get(key, ""),
+                "waits_until": todo.waiting.get(key),
+            }
             for key, due in todo.due.items()
         ]
         _print_json({"format": 1, "fleet": todo.fleet.name, "customers": customers})
@@ -425,8 +436,10 @@ def _show_plan(todo: "Work", as_json: bool) -> int:
     width = max(len(str(key)) for key in todo.due)
     for key, due in certain.items():
         idle = "forgotten" if key in todo.forgotten else "nothing to do"
+        if key in todo.waiting:
+            idle = f"waits for {todo.waiting[key]:%Y-%m-%d %H:%M %Z}"
         text = "prepare, then whatever changed data needs" if "prepare" in due else ", ".join(due) or idle
-        print(f"{key!s:<{width}}  {text}")
+        print(f"{key!s:<{width}}  {text}{f' ({todo.why[key]})' if todo.why.get(key) else ''}")
     return OK
 
 

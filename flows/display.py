@@ -28,6 +28,7 @@ _LINE_SECONDS = 5.0
 # The columns that are not numbers.
 _WORDS = (
     "customer",
+    "due",
     "metric",
     "alias",
     "decision",
@@ -145,17 +146,20 @@ def fleet_table(rows: Iterable[Row], console: Console) -> None:
 
 
 def _fleet_table(rows: Iterable[Row], gap: str) -> Table:
-    table = _table("customer", "rows", "bad", "metric", "base", f"prefix{gap}(95 %)", "version", "alias", "seconds")
+    rows = list(rows)
+    why = ["due"] if any(row.why for row in rows) else []
+    table = _table("customer", *why, "rows", "bad", "metric", "base", f"prefix{gap}(95 %)", "version", "alias", "seconds")
     for row in rows:
         table.add_row(
             Text(row.key, style="red" if row.status == "failed" else ""),
+            *([Text(row.why.replace(", ", f",{gap}"))] if why else []),
             _number(row.rows_used, ","),
             _number(row.quarantined, ","),
             row.metric if row.score else "",
             _number(row.base_score, ".1f"),
             f"{row.score['score']:.1f}{gap}({row.score['low']:.1f} to {row.score['high']:.1f})" if row.score else "",
             _number(row.version, "d"),
-            row.alias or (row.status if row.status in ("failed", "forgotten") else ""),
+            row.alias or (row.status if row.status in ("failed", "forgotten", "waiting") else ""),
             f"{row.seconds:.1f}" if row.seconds else "",
         )
     return table

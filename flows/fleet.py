@@ -1,24 +1,29 @@
-"""The flow `fleet`: every customer of a fleet file from data to registered prefix, in one flow run with tasks per customer."""
+"""The flow `fleet`: every customer of a fleet file from data to registered prefix, in one flow run with tasks per customer and jobs for many."""
 
 import datetime
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from prefect import flow, get_run_logger, unmapped
-from prefect.artifacts import create_table_artifact
+from prefect.client.orchestration import get_client
 from prefect.futures import PrefectFuture, as_completed
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows import jobs, tasks, work
+from flows import artifacts, dispatch, jobs, notes, tasks, work
+from pipeline.config import Fleet
+from pipeline.errors import ConfigError
 from pipeline.home import Home
 from pipeline.keys import CustomerKey
 from pipeline.registry import ensure_store
+from pipeline.training.job import JobCustomer
 
 
 def _run_name() -> str:
+    """Until it is known what is due: then `work.Work.name` is the run's name."""
     wanted = flow_run.parameters.get("customers")
     who = ", ".join(wanted[:5]) + (" …" if len(wanted) > 5 else "") if wanted else "all customers"
     return f"{Path(flow_run.parameters['fleet_file']).stem} · {datetime.date.today().isoformat()} · {who}"
@@ -28,61 +33,73 @@ def _run_name() -> str:
 THREADS: Any = ThreadPoolTaskRunner(max_workers=4)
 
 
-@flow(name="fleet", flow_run_name=_run_name, task_runner=THREADS, persist_result=False)
-def fleet(fleet_file: Path, customers: list[str] | None = None) -> Any:
+@flow(
+    name="fleet",
+    flow_run_name=_run_name,
+    task_runner=THREADS,
+    persist_result=False,  # what is finished lies in folders named by digests, which is what a run that goes on looks at
+    on_cancellation=[dispatch.cancel_jobs_of],
+)
+def fleet(fleet_file: Path, customers: list[str] | None = None, force: bool = False) -> Any:
     """Bring a fleet up to date: prepare, train, evaluate and register whoever is due, and leave the others alone.
 
     A customer that fails goes no further and is reported; the others finish, and the run ends as failed.
 
     Args:
         fleet_file: see `pipeline.config`.
-        customers: only these; by default all.
+        customers: only these; by default all, without those whose own hour has not come.
+        force: train those named again although nothing has changed.
 
     Returns:
         A state that holds a `flows.work.Outcome`.
     """
-    return bring_up_to_date(fleet_file, customers)
+    return bring_up_to_date(fleet_file, customers, force)
 
 
-def bring_up_to_date(fleet_file: Path, customers: list[str] | None) -> State[work.Outcome]:
-    """The body of both flows; must run inside one."""
+def bring_up_to_date(
+    fleet_file: Path, customers: list[str] | None, force: bool = False, change: Callable[[Fleet], Fleet] | None = None
+) -> State[work.Outcome]:
+    """The body of both flows; must run inside one.
+
+    Args:
+        fleet_file, customers, force: see `fleet`.
+        change: made to the fleet after it is read.
+    """
     home = Home.current()
     ensure_store(home)
-    todo = work.open_work(fleet_file, customers, home)
+    todo = work.open_work(fleet_file, customers, home, change)
+    if force:
+        if not customers:
+            raise ConfigError("force trains customers again although nothing has changed; name them.")
+        for customer in todo.customers:
+            notes.ask_again(home, customer.key, str(flow_run.id))
+    _check_pools(todo)
     with work.alone(todo):
+        _rename(todo.name())
         _work_through(todo)
         outcome = work.outcome(todo)
-    _leave_table(outcome)
+    artifacts.leave_table(outcome)
     failed = [row.key for row in outcome.failed]
     if failed:
         return Failed(message=f"{len(failed)} of {len(outcome.rows)} customers failed: {', '.join(failed[:20])}", data=outcome)
     return Completed(message=f"all {len(outcome.rows)} customers are up to date", data=outcome)
 
 
-def _leave_table(outcome: work.Outcome) -> None:
-    """The table of the run as a Prefect artifact; each run of a fleet adds one under the same key."""
-    rows = [
-        {
-            "customer": row.key,
-            "result": "failed" if row.error else row.decision or row.status,
-            "metric": row.metric,
-            "signature": row.signature,
-            "base": row.base_score,
-            "champion": row.champion_score,
-            "prefix": None if row.score is None else row.score["score"],
-            "low": None if row.score is None else row.score["low"],
-            "high": None if row.score is None else row.score["high"],
-            "version": row.version,
-            "alias": row.alias,
-            "why": row.error or "; ".join(row.reasons),
-        }
-        for row in outcome.rows
-    ]
+def _check_pools(todo: work.Work) -> None:
+    pools = sorted({customer.launch.work_pool for customer in todo.customers if customer.launch.work_pool is not None})
+    if pools and not os.environ.get("PREFECT_API_URL"):
+        raise ConfigError(
+            f"launch.work_pool: {pools[0]}: jobs on a work pool need a Prefect server. Set PREFECT_API_URL to its address, or remove work_pool to "
+            "run them here."
+        )
+
+
+def _rename(name: str) -> None:
     try:
-        # Keys hold lower-case letters, digits and dashes.
-        create_table_artifact(key=f"fleet-{jobs.readable(outcome.fleet)}", table=rows, description=f"Report: {outcome.report}")
-    except Exception as error:  # Prefect's own or its server's: the work is done and registered
-        get_run_logger().warning("the table could not be left as an artifact: %s", error)
+        with get_client(sync_client=True) as client:
+            client.update_flow_run(flow_run.id, name=name)
+    except Exception as error:  # Prefect's own or its server's: a name is no reason to stop
+        get_run_logger().warning("the run could not be renamed: %s", error)
 
 
 def _work_through(todo: work.Work) -> None:
@@ -91,23 +108,22 @@ def _work_through(todo: work.Work) -> None:
         futures = tasks.prepare.map(due, unmapped(todo.base), unmapped(todo.home))
         _settle(todo, "prepare", [c.key for c in due], futures, todo.prepared)
 
-    for job in todo.plan():
-        for stage in ("train", "evaluate"):
-            with todo.timed(stage):
-                _run_job(todo, job, stage)
+    planned = todo.plan()
+    for job in planned:
+        jobs.keep(job)
+    registering: dict[CustomerKey, PrefectFuture[Any]] = {}
 
+    def register(members: Sequence[JobCustomer]) -> None:
+        new = [member for member in members if member.key not in registering]
+        if new:
+            registering.update(zip([m.key for m in new], tasks.register.map(new, unmapped(todo.home)), strict=True))
+
+    # Customers do not wait for other jobs to become champions.
+    dispatch.work_through(todo, planned, lambda job: register(todo.ready_to_register(job.job.customers)))
     with todo.timed("register"):
-        members = todo.ready_to_register()
-        registering = tasks.register.map(members, unmapped(todo.home))
-        _settle(todo, "register", [m.key for m in members], registering, todo.registered)
+        register(todo.ready_to_register())
+        _settle(todo, "register", list(registering), list(registering.values()), todo.registered)
         work.log_evaluations(todo)
-
-
-def _run_job(todo: work.Work, job: jobs.PlannedJob, stage: str) -> None:
-    members = jobs.due_in(job, stage)
-    if members:
-        ended = tasks.run_job(job, stage, return_state=True).result(raise_on_failure=False)
-        todo.finished(job, members, stage, ended if isinstance(ended, BaseException) else None)
 
 
 def _settle(
@@ -118,6 +134,8 @@ def _settle(
     keep: Callable[[CustomerKey, Any], None],
 ) -> None:
     """Wait for the tasks of all customers, keep each one's result, and note who failed."""
+    if not keys:
+        return
     of = dict(zip(futures, keys, strict=True))
     count = work.Counter(stage, len(keys))
     for future in as_completed(list(futures)):

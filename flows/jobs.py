@@ -7,6 +7,7 @@ of Prefect, imports no torch.
 
 import contextlib
 import dataclasses
+import heapq
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -14,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flows.notes import times_again
 from pipeline.base import BaseModelInfo
 from pipeline.config import Customer, Fleet, LaunchSettings
 from pipeline.errors import ConfigError, PrefixFleetError, StorageError
-from pipeline.files import digest_of, read_json
+from pipeline.files import digest_of, read_json, write_json
 from pipeline.home import Home
 from pipeline.keys import CustomerKey
 from pipeline.training.job import (
@@ -40,7 +42,10 @@ EVALUATION_VERSION = 3
 
 STAGES = ("prepare", "train", "evaluate", "register")
 # Of the launch settings: how the same work is cut, which one may change to go on with less memory.
-_CHANGES_NO_JOB = ("slots", "max_tokens_per_micro_batch", "gradient_checkpointing", "checkpoint_every_seconds")
+_CHANGES_NO_JOB = (
+    "slots", "max_tokens_per_micro_batch", "gradient_checkpointing", "checkpoint_every_seconds", "customers_per_job", "work_pool", "device_memory",
+)  # fmt: skip
+_PART = "part.json"
 _RESULT = {"train": "train", "evaluate": "eval"}  # what the results of the stages that run in a child are called
 
 
@@ -57,7 +62,9 @@ def job_customer(
     )
     config_digest = digest_of([prompt, {**prefix, "init_prefix": _start(prefix["init_prefix"])}, training, generation])
     depends = [card["train_fingerprint"], config_digest, base.digest, base.tokenizer_digest, dtype, METHOD_VERSION]
-    train_digest = digest_of(depends if quantization is None else [*depends, quantization])
+    depends += [] if quantization is None else [quantization]
+    again = times_again(home, customer.key)
+    train_digest = digest_of([*depends, {"again": again}] if again else depends)
     evaluate_digest = digest_of([train_digest, card["fingerprint"], settings, EVALUATION_VERSION])
     return JobCustomer(
         customer=customer.id,
@@ -114,10 +121,11 @@ class PlannedJob:
 def plan(
     fleet: Fleet, chosen: Sequence[Customer], due: Mapping[CustomerKey, JobCustomer], base: BaseModelInfo, home: Home
 ) -> list[PlannedJob]:
-    """One job for each distinct way to launch, in the order of the fleet file. Writes nothing.
+    """Jobs of at most `launch.customers_per_job` customers for each distinct way to launch, in the order of the fleet file. Writes nothing.
 
-    A job is named by the fleet, the customers that the run is about and the way to launch, not by who of them is still due or how the work is
-    cut into micro-batches: a run that goes on where another one ended finds the same folder, and with it the checkpoint.
+    A job is named by the fleet, the customers that the run is about, the way to launch and the number of its part, not by who of them is still due or
+    how the work is cut into micro-batches: a run that goes on where another one ended finds the same folder, and with it the checkpoint. Who was in
+    which part is told by the parts' files (`keep`): whoever is still due stays where it was.
 
     Args:
         fleet: the fleet file.
@@ -142,35 +150,95 @@ def plan(
             name = f"{readable(fleet.name)}-{digest_of([base.path.as_posix(), scope, launched, number])[:10]}"
             number += 1
         names.add(name)
-        customers = [due[customer.key] for customer in group if customer.key in due]
-        if not customers:
-            continue
-        folder = home.job(name)
-        job = Job(
-            format=3,
-            name=name,
-            folder=str(folder),
-            experiment="prefixfleet",
-            base=JobBase(
-                id=base.id,
-                path=str(base.path),
-                revision=base.revision,
-                digest=base.digest,
-                dtype=fleet.base_model.dtype,
-                quantization=fleet.base_model.quantization,
-                attention=fleet.base_model.attention,
-            ),
-            mixing=JobMixing(
-                # LLM.int8 keeps the columns that are large in any row of a batch in 16 bit: rows of two customers must not meet.
-                slots=1 if fleet.base_model.quantization == "int8" else launch.slots,
-                max_tokens_per_micro_batch=launch.max_tokens_per_micro_batch,
-                gradient_checkpointing=launch.gradient_checkpointing,
-                checkpoint_every_seconds=launch.checkpoint_every_seconds,
-            ),
-            customers=customers,
-        )
-        jobs.append(PlannedJob(job, launch, folder / "job.yaml"))
+        members = [due[customer.key] for customer in group if customer.key in due]
+        for part, customers in sorted(_parts(members, launch.customers_per_job, name, home).items()):
+            jobs.append(_planned(fleet, launch, customers, base, home, f"{name}-{part}" if part else name))
     return jobs
+
+
+def _planned(
+    fleet: Fleet, launch: LaunchSettings, customers: list[JobCustomer], base: BaseModelInfo, home: Home, name: str
+) -> PlannedJob:
+    folder = home.job(name)
+    job = Job(
+        format=3,
+        name=name,
+        folder=str(folder),
+        experiment="prefixfleet",
+        base=JobBase(
+            id=base.id,
+            path=str(base.path),
+            revision=base.revision,
+            digest=base.digest,
+            dtype=fleet.base_model.dtype,
+            quantization=fleet.base_model.quantization,
+            attention=fleet.base_model.attention,
+        ),
+        mixing=JobMixing(
+            # LLM.int8 keeps the columns that are large in any row of a batch in 16 bit: rows of two customers must not meet.
+            slots=1 if fleet.base_model.quantization == "int8" else launch.slots,
+            max_tokens_per_micro_batch=launch.max_tokens_per_micro_batch,
+            gradient_checkpointing=launch.gradient_checkpointing,
+            checkpoint_every_seconds=launch.checkpoint_every_seconds,
+        ),
+        customers=customers,
+    )
+    return PlannedJob(job, launch, folder / "job.yaml")
+
+
+def _parts(members: list[JobCustomer], most: int, name: str, home: Home) -> dict[int, list[JobCustomer]]:
+    """Cut those due into parts as equal as can be; whoever was in a part before and is not through yet stays in it."""
+    if len(members) <= most and not (home.job(name) / _PART).exists():
+        return {0: members} if members else {}
+    before = _parts_before(name, home)
+    parts: dict[int, list[JobCustomer]] = {}
+    new = []
+    for member in members:
+        part = before.get((str(member.key), member.train_digest))
+        if part is None or len(parts.get(part, ())) >= most:
+            new.append(member)
+        else:
+            parts.setdefault(part, []).append(member)
+    wanted = max(len(parts), -(-len(members) // most))
+    free = (number for number in range(len(members) + len(parts)) if number not in parts)
+    for _ in range(wanted - len(parts)):
+        parts[next(free)] = []
+    smallest = [(len(held), number) for number, held in parts.items()]
+    heapq.heapify(smallest)
+    for member in new:
+        held, number = heapq.heappop(smallest)
+        parts[number].append(member)
+        heapq.heappush(smallest, (held + 1, number))
+    return {number: held for number, held in parts.items() if held}
+
+
+def _parts_before(name: str, home: Home) -> dict[tuple[str, str], int]:
+    """(customer's key, digest of what it is trained from) to the number of the part that it was in."""
+    found: dict[tuple[str, str], int] = {}
+    for file in home.root.joinpath("jobs").glob(f"{name}*/{_PART}"):
+        number = file.parent.name.removeprefix(name).removeprefix("-") or "0"
+        if number.isdecimal():
+            with contextlib.suppress(PrefixFleetError, KeyError, TypeError):
+                found.update(((key, digest), int(number)) for key, digest in read_json(file, 1)["members"])
+    return found
+
+
+def keep(planned: PlannedJob) -> None:
+    """Write down who is in a job, so that a later run finds everybody's checkpoint.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    members = [[str(member.key), member.train_digest] for member in planned.job.customers]
+    write_json(planned.path.with_name(_PART), {"format": 1, "members": members})
+
+
+def only(planned: PlannedJob, members: Sequence[JobCustomer]) -> PlannedJob:
+    """A job of its own for some of a job's customers, in a folder of its own."""
+    name = f"{planned.job.name}-{digest_of(sorted(str(member.key) for member in members))[:8]}"
+    folder = planned.path.parent.with_name(name)
+    job = dataclasses.replace(planned.job, name=name, folder=str(folder), customers=list(members))
+    return PlannedJob(job, planned.launch, folder / planned.path.name)
 
 
 def due_in(planned: PlannedJob, stage: str) -> list[JobCustomer]:

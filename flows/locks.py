@@ -28,13 +28,18 @@ _guard = threading.Lock()
 
 
 @contextlib.contextmanager
-def holding(home: Home, keys: Iterable[CustomerKey]) -> Iterator[set[CustomerKey]]:
+def holding(home: Home, keys: Iterable[CustomerKey], kind: str = "customers") -> Iterator[set[CustomerKey]]:
     """Hold the locks of customers meanwhile; yields those that somebody else holds.
+
+    Args:
+        home: where the locks are.
+        keys: whose locks.
+        kind: `customers` is held by a run, `jobs` by a job of one while it is under way, which may be on another machine and outlive the run.
 
     Raises:
         StorageError: the lock file cannot be written.
     """
-    path = home.root / "locks" / "customers"
+    path = home.root / "locks" / kind
     with contextlib.ExitStack() as stack:
         busy = set()
         for key in keys:

@@ -5,7 +5,7 @@ from typing import Any
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from flows import work
+from flows import artifacts, work
 from flows.jobs import PlannedJob
 from flows.launch import ProcessCrash
 from pipeline.base import BaseModelInfo
@@ -44,7 +44,11 @@ def prepare(customer: Customer, base: BaseModelInfo, home: Home) -> work.Prepare
 )
 def run_job(planned: PlannedJob, stage: str) -> None:
     """Train or evaluate the customers of one job in a child process, whose output goes to this run's log."""
-    work.run_job(planned, stage, get_run_logger())
+    try:
+        work.run_job(planned, stage, get_run_logger(), artifacts.JobProgress(planned.job.name, stage))
+    finally:
+        if stage == "train":
+            artifacts.leave_losses(planned)
 
 
 @task(

@@ -7,12 +7,13 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows import events, jobs, launch, locks
+from flows import events, jobs, launch, locks, notes, reasons
 from pipeline.base import BaseModelInfo, resolve_base
 from pipeline.config import Customer, Fleet, load_fleet
 from pipeline.errors import ConfigError, EvaluationError, PrefixFleetError
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 # How often a job that stopped at a checkpoint is started again: halved so many times, any budget of tokens is one.
 _RESUMPTIONS = 14
 
+_BUSY = "another run is at work on this customer; wait for it or stop it"
+
 _preparing = threading.Lock()
 
 
@@ -35,8 +38,8 @@ _preparing = threading.Lock()
 class Row:
     """One customer in the table at the end. Scores are in the unit of `metric`; the champion is the one that this prefix was compared with.
 
-    `status` is `done` (something was done), `unchanged`, `failed` or `forgotten`; `seconds` are those of this run; `score` holds `score`, `low`
-    and `high`; `signature` says how it was computed.
+    `status` is `done` (something was done), `unchanged`, `waiting` (for an hour of its own), `failed` or `forgotten`; `why` is why something was due;
+    `seconds` are those of this run; `score` holds `score`, `low` and `high`; `signature` says how it was computed.
     `overlap` counts the inputs that stand in two ready-made splits, as `train/test`: only those that are not zero.
     """
 
@@ -55,6 +58,7 @@ class Row:
     report: Path | None = None
     seconds: float = 0.0
     status: str = "unchanged"
+    why: str = ""
     error: str | None = None
     overlap: dict[str, int] = field(default_factory=dict)
 
@@ -112,6 +116,8 @@ class Work:
 
     Attributes:
         due: the stages that must run, for each customer.
+        why: why they must, in words (see `flows.reasons`).
+        waiting: customers with an hour of their own that has not come, and that hour. Nothing is due for them.
         members: settings with digests and folders, for customers whose data is prepared.
         errors: why a customer went no further.
         forgotten: customers that are not to be trained again, with the time when they were forgotten.
@@ -125,13 +131,19 @@ class Work:
     home: Home
     named: bool = False
     due: dict[CustomerKey, tuple[str, ...]] = field(default_factory=dict)
+    why: dict[CustomerKey, str] = field(default_factory=dict)
+    waiting: dict[CustomerKey, datetime] = field(default_factory=dict)
     forgotten: dict[CustomerKey, str] = field(default_factory=dict)
+    began: datetime = field(default_factory=lambda: datetime.now(UTC))
     cards: dict[CustomerKey, dict[str, Any]] = field(default_factory=dict)
     members: dict[CustomerKey, JobCustomer] = field(default_factory=dict)
     errors: dict[CustomerKey, str] = field(default_factory=dict)
     seconds: dict[CustomerKey, float] = field(default_factory=dict)
     versions: dict[CustomerKey, tuple[int | None, str | None]] = field(default_factory=dict)
     stage_seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._by_key = {customer.key: customer for customer in self.customers}
 
     def is_due(self, stage: str) -> list[Customer]:
         """The customers for whom `stage` is due and who have not failed yet."""
@@ -162,9 +174,10 @@ class Work:
         """Note that a customer's data is prepared: now it is known what its prefix and evaluation depend on."""
         self.took(key, result.seconds)
         self.cards[key] = result.card
-        customer = next(c for c in self.customers if c.key == key)
         model = self.fleet.base_model
-        self.members[key] = jobs.job_customer(customer, result.card, self.base, model.dtype, self.home, model.quantization)
+        self.members[key] = jobs.job_customer(
+            self._by_key[key], result.card, self.base, model.dtype, self.home, model.quantization
+        )
 
     def registered(self, key: CustomerKey, result: Registered) -> None:
         """Note that a customer's prefix is in the registry."""
@@ -176,7 +189,7 @@ class Work:
         due = {
             key: member
             for key, member in self.members.items()
-            if key not in self.errors and not (jobs.is_trained(member) and jobs.is_evaluated(member))
+            if self.due.get(key) and key not in self.errors and not (jobs.is_trained(member) and jobs.is_evaluated(member))
         }
         return jobs.plan(self.fleet, self.customers, due, self.base, self.home)
 
@@ -190,23 +203,40 @@ class Work:
             if reason is not None:
                 self.fail(member.key, stage, crash if crash is not None else reason)
 
-    def ready_to_register(self) -> list[JobCustomer]:
+    def name(self) -> str:
+        """What a run of this work is called, once it is known what is due."""
+        did = {str(key): (reasons.action(due, self._known(key)), self.why.get(key, "")) for key, due in self.due.items() if due}
+        who = str(self.customers[0].key) if len(self.customers) == 1 else self.fleet.name
+        return reasons.run_name(who, date.today().isoformat(), did, len(self.customers))
+
+    def _known(self, key: CustomerKey) -> bool:
+        return (self.home.root / "prefixes" / key.customer / key.task).is_dir() or key in self.versions
+
+    def ready_to_register(self, among: Iterable[JobCustomer] | None = None) -> list[JobCustomer]:
         """Those evaluated whose version is not in the registry as it should be."""
-        members = [(c.key, self.members[c.key]) for c in self.customers if c.key in self.members and c.key not in self.errors]
-        return [m for key, m in members if "register" in self.due.get(key, ()) and jobs.is_evaluated(m)]
+        members = [self.members[c.key] for c in self.customers if c.key in self.members] if among is None else among
+        due = [member for member in members if "register" in self.due.get(member.key, ()) and member.key not in self.errors]
+        return [member for member in due if jobs.is_evaluated(member)]
 
 
-def open_work(fleet_file: Path | str, wanted: list[str] | None = None, home: Home | None = None) -> Work:
-    """Read the fleet file and find the base.
+def open_work(
+    fleet_file: Path | str,
+    wanted: list[str] | None = None,
+    home: Home | None = None,
+    change: Callable[[Fleet], Fleet] | None = None,
+) -> Work:
+    """Read the fleet file and find the base; `change` is made to the fleet in between.
 
     Raises:
         ConfigError: the fleet file is wrong, or names no customer of `wanted`.
         BaseModelError: there is no such base.
     """
     fleet = load_fleet(fleet_file)
+    if change is not None:
+        fleet = change(fleet)
     customers = fleet.select(wanted or [])
-    for customer in customers:
-        launch.config_file(customer.launch)
+    for config in {customer.launch.model_dump_json(exclude_unset=True): customer.launch for customer in customers}.values():
+        launch.config_file(config)
     home = home or Home.current()
     base = resolve_base(fleet.base_model.path, fleet.base_model.revision, home.root / "cache" / "base_digests.json")
     return Work(fleet, customers, base, home, named=bool(wanted))
@@ -235,7 +265,7 @@ def survey(work: Work) -> None:
     Raises:
         RegistryError: MLflow failed.
     """
-    from pipeline.data import is_prepared, read_card
+    from pipeline.data import prepared_card
 
     known = _registered_versions(work)
     leave_forgotten(work)
@@ -246,10 +276,21 @@ def survey(work: Work) -> None:
         work.due[key] = jobs.STAGES
         # What is wrong with the data is said in full by the stage itself, which is the one to fail.
         with contextlib.suppress(Exception):
-            if is_prepared(customer, work.base, folder):
-                work.prepared(key, Prepared(read_card(folder), 0.0))
+            card = prepared_card(customer, work.base, folder)
+            if card is not None:
+                work.prepared(key, Prepared(card, 0.0))
+        receipt = _read_receipt(work.home, key)
         if key in work.members:
-            work.due[key] = _due(work, key, known.get(key))
+            work.due[key] = _due(work, key, known.get(key), receipt)
+        if not work.due[key]:
+            continue
+        if key in work.members:
+            work.why[key] = reasons.unmade(work.members[key], work.base, work.home, receipt, key in known)
+        else:
+            work.why[key] = reasons.unprepared(customer, work.base, work.home, receipt)
+        hour = None if work.named else notes.hour_to_come(work.home, customer, work.began)
+        if hour is not None:
+            work.due[key], work.waiting[key] = (), hour
 
 
 def leave_forgotten(work: Work) -> None:
@@ -281,15 +322,15 @@ def alone(work: Work) -> Iterator[None]:
         survey(work)
         for key in sorted(busy):
             if work.due[key]:
-                work.fail(key, work.due[key][0], "another run is at work on this customer; wait for it or stop it")
+                work.fail(key, work.due[key][0], _BUSY)
         yield
 
 
-def _due(work: Work, key: CustomerKey, known: "ModelStatus | None") -> tuple[str, ...]:
-    """The stages due for a customer whose data is prepared; `known` is its newest registered version."""
+def _due(work: Work, key: CustomerKey, known: "ModelStatus | None", receipt: dict[str, Any] | None) -> tuple[str, ...]:
+    """The stages due for a customer whose data is prepared; `known` is its newest registered version, `receipt` what was registered last."""
     member = work.members[key]
     due = [stage for stage, done in (("train", jobs.is_trained(member)), ("evaluate", jobs.is_evaluated(member))) if not done]
-    version = None if due else _registered_version(work.home, member, known)
+    version = None if due else _registered_version(member, known, receipt)
     if version is None or known is None:
         return (*due, "register")
     held = {known.challenger_version: "challenger", known.champion_version: "champion"}
@@ -305,7 +346,7 @@ def _registered_versions(work: Work) -> "dict[CustomerKey, ModelStatus]":
     return {known.key: known for known in status(None if everybody else [c.key for c in work.customers])}
 
 
-def _registered_version(home: Home, member: JobCustomer, known: "ModelStatus | None") -> int | None:
+def _registered_version(member: JobCustomer, known: "ModelStatus | None", receipt: dict[str, Any] | None) -> int | None:
     """The version that stage 4 has made of this evaluation in the store in use, if that was the last thing it did for this customer.
 
     The receipt tells a registration that was interrupted before its alias was set from one whose alias somebody has moved since; the store tells
@@ -313,12 +354,11 @@ def _registered_version(home: Home, member: JobCustomer, known: "ModelStatus | N
     """
     from pipeline.registry import find
 
-    try:
-        receipt = read_json(_receipt(home, member.key), 1)
-    except PrefixFleetError:
+    if known is None or receipt is None:
         return None
     version = receipt.get("version")
-    if known is None or receipt != _receipt_content(member, version):
+    wanted = _receipt_content(member, version)
+    if {name: receipt.get(name) for name in wanted} != wanted:
         return None
     newest = known.fingerprint == member.train_digest
     return version if version == (known.version if newest else find(member.key, member.train_digest)) else None
@@ -327,6 +367,13 @@ def _registered_version(home: Home, member: JobCustomer, known: "ModelStatus | N
 def _receipt(home: Home, key: CustomerKey) -> Path:
     """What was registered last for a customer. One, so that it says which of two settings between which somebody goes back and forth."""
     return key.below(home.root / "registered").with_suffix(".json")
+
+
+def _read_receipt(home: Home, key: CustomerKey) -> dict[str, Any] | None:
+    try:
+        return read_json(_receipt(home, key), 1)
+    except PrefixFleetError:  # none, or damaged
+        return None
 
 
 def _receipt_content(member: JobCustomer, version: Any) -> dict[str, Any]:
@@ -354,22 +401,43 @@ def prepare(customer: Customer, base: BaseModelInfo, home: Home) -> Prepared:
         return Prepared(card, time.monotonic() - start)
 
 
-def run_job(planned: jobs.PlannedJob, stage: str, logger: "logging.Logger | logging.LoggerAdapter[Any]") -> None:
+def run_job(
+    planned: jobs.PlannedJob,
+    stage: str,
+    logger: "logging.Logger | logging.LoggerAdapter[Any]",
+    on_event: Callable[[dict[str, Any]], None] = events.emit,
+) -> None:
     """Stage 2 or 3 for the customers of one job, in a child process. Nothing is launched if nobody is due any more.
+
+    A customer on whom the job of another run is at work (on another machine, or of a run that was killed) fails.
 
     Raises:
         ProcessPaused, ProcessCrash, TrainingError, EvaluationError: see `flows.launch.run_module`.
     """
+    keys = [member.key for member in jobs.due_in(planned, stage)]
+    # Below the home that the job is in, which may be that of a sweep.
+    with locks.holding(Home(planned.path.parents[2]), keys, "jobs") as busy:
+        _run_job(planned, stage, dict.fromkeys(busy, _BUSY), logger, on_event)
+
+
+def _run_job(
+    planned: jobs.PlannedJob,
+    stage: str,
+    busy: dict[CustomerKey, str],
+    logger: "logging.Logger | logging.LoggerAdapter[Any]",
+    on_event: Callable[[dict[str, Any]], None],
+) -> None:
     module = "pipeline.training" if stage == "train" else "pipeline.evaluation"
     for left in reversed(range(_RESUMPTIONS)):
         members = jobs.due_in(planned, stage)
-        champions, failed = _champions(members, stage)
+        champions, failed = _champions([member for member in members if member.key not in busy], stage)
+        failed |= {member.key: busy[member.key] for member in members if member.key in busy}
         if members:
             jobs.write(planned, stage, champions, failed)
         if len(members) == len(failed):
             return
         try:
-            launch.run_module(module, planned.path, planned.launch, events.emit, logger)
+            launch.run_module(module, planned.path, planned.launch, on_event, logger)
             return
         except launch.ProcessPaused as paused:
             if not left:
@@ -415,7 +483,8 @@ def register(member: JobCustomer, home: Home) -> Registered:
     with contextlib.suppress(OSError):
         receipt.unlink(missing_ok=True)
     registration = register_prefix(Path(member.prefix_dir), Path(member.evaluation_dir))
-    write_json(receipt, _receipt_content(member, registration.version))
+    write_json(receipt, {**_receipt_content(member, registration.version), **reasons.receipt_words(member, home)})
+    notes.unqueue(home, member.key)
     return Registered(registration.version, registration.alias, time.monotonic() - start)
 
 
@@ -483,7 +552,11 @@ def _one_by_one(work: Work, stage: str) -> None:
 
 
 def outcome(work: Work) -> Outcome:
-    """The table, and the fleet's report as a page."""
+    """The table, and the fleet's report as a page. Notes who has been looked at and left in order."""
+    for customer in work.customers:
+        through = not work.due.get(customer.key) or customer.key in work.versions
+        if through and customer.key not in work.errors and customer.key not in work.waiting:
+            notes.looked(work.home, customer, work.began)
     rows = [_row(work, customer) for customer in work.customers]
     page = work.home.root / "reports" / f"{jobs.readable(work.fleet.name)}.html"
     report: Path | None = page
@@ -502,6 +575,9 @@ def _row(work: Work, customer: Customer) -> Row:
     key = customer.key
     row = Row(str(key), metric=customer.evaluation.gate.metric, seconds=work.seconds.get(key, 0.0), error=work.errors.get(key))
     row.status = "failed" if row.error else "done" if work.seconds.get(key) else "unchanged"
+    row.why = work.why.get(key, "")
+    if key in work.waiting and not row.error:
+        row.status, row.why = "waiting", f"{row.why}, at {work.waiting[key]:%Y-%m-%d %H:%M %Z}"
     if key in work.forgotten and not row.error:
         row.status = "forgotten"
     row.version, row.alias = work.versions.get(key, (None, None))

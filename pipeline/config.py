@@ -555,6 +555,23 @@ class Customer(Settings):
         return key_of(self.id, self.task)
 
 
+def with_settings(customer: Customer, sections: dict[str, dict[str, Any]]) -> Customer:
+    """`customer` with other values, given as in a fleet file.
+
+    Raises:
+        ConfigError: they do not fit together.
+    """
+    before = customer.model_dump(exclude_unset=True)
+    try:
+        return Customer.model_validate({**before, **{name: _overlay(before.get(name), own) for name, own in sections.items()}})
+    except ValidationError as error:
+        said = [
+            f"{'.'.join(str(part) for part in item['loc'])}: {_what(item, ['customers', 0, *item['loc']])}"
+            for item in error.errors()
+        ]
+        raise ConfigError("\n".join(f"customer {customer.key}: {problem}" for problem in said)) from error
+
+
 def _string_ids(customer: dict[str, Any]) -> dict[str, Any]:
     """Numbers as text: `id: 42` needs no quotes. Numbers that YAML reads as others (`010`) were refused before."""
     return {k: str(v) if k in ("id", "task") and type(v) is int else v for k, v in customer.items()}

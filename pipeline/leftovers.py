@@ -122,6 +122,16 @@ def _leave_job(folder: Path, customer: str) -> list[Path]:
         if without != content:
             changed.append(manifest)
             write_json(manifest, without)
+    part = folder / "part.json"
+    if part.is_file():
+        content = read_json(part, 1)
+        try:
+            others = [one for one in content["members"] if CustomerKey.parse(one[0]).customer != customer]
+        except (KeyError, TypeError, AttributeError, IndexError, ConfigError) as error:
+            raise _damaged(part, error) from error
+        if len(others) < len(content["members"]):
+            changed.append(part)
+            write_json(part, {**content, "members": others})
     # It was this customer's alone; or of whoever was forgotten before, by a process that was killed after it had written the file.
     if (changed or nobody) and not any(place.is_dir() for place in folder.iterdir()):
         _delete(folder)

@@ -7,6 +7,17 @@ installed.
 
 from pipeline.data.prompt import encode_prompt, load_tokenizer
 from pipeline.data.records import Record, read_card, read_split
-from pipeline.data.stage import Prepared, is_prepared, prepare
+from pipeline.data.stage import Prepared, is_prepared, prepare, prepared_card, same_sources
 
-__all__ = ["Prepared", "Record", "encode_prompt", "is_prepared", "load_tokenizer", "prepare", "read_card", "read_split"]
+__all__ = [
+    "Prepared",
+    "Record",
+    "encode_prompt",
+    "is_prepared",
+    "load_tokenizer",
+    "prepare",
+    "prepared_card",
+    "read_card",
+    "read_split",
+    "same_sources",
+]

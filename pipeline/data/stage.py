@@ -8,7 +8,7 @@ import functools
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from pipeline.data import check, split
 from pipeline.data.check import Example, UnusableError
 from pipeline.data.prompt import encode_prompts, encode_targets, load_tokenizer
-from pipeline.data.read import Row, check_source, read_rows, source_digest
+from pipeline.data.read import Row, check_source, read_rows, source_note
 from pipeline.data.records import CARD, FORMAT, QUARANTINE, SPLITS, Record, read_card, write_split
-from pipeline.errors import ConfigError, DataError, StorageError
+from pipeline.errors import ConfigError, DataError, PrefixFleetError, StorageError
 from pipeline.files import digest_of, whole_folder, write_json
 
 if TYPE_CHECKING:  # pydantic is not at hand on a bare GPU node, which reads what this room wrote
@@ -70,9 +70,10 @@ def prepare(customer: "Customer", base: "BaseModelInfo", folder: Path, progress:
 
 
 def _prepare(customer: "Customer", base: "BaseModelInfo", folder: Path, progress: Callable[[int], None] | None) -> Prepared:
-    digest = _source_digest(customer, base)
+    notes = _notes(customer, base, {})
+    digest = _source_digest(customer, base, notes)
     sources = customer.data.sources
-    card = _unchanged(folder, digest)
+    card = _unchanged(folder, _card(folder), digest)
     if card is not None:
         return Prepared(card, folder, fresh=False)
 
@@ -128,6 +129,7 @@ def _prepare(customer: "Customer", base: "BaseModelInfo", folder: Path, progress
         },
         "overlap": {f"{a}/{b}": len(inputs[a] & inputs[b]) for a, b in (("train", "dev"), ("train", "test"), ("dev", "test"))},
         "sources": sources,
+        "source_notes": notes,
         "prompt": {**customer.prompt.model_dump(), "chat": chat},
         "tokenizer_digest": base.tokenizer_digest,
         "pad_token_added": pad_token_added,
@@ -143,16 +145,35 @@ def _prepare(customer: "Customer", base: "BaseModelInfo", folder: Path, progress
 
 
 def is_prepared(customer: "Customer", base: "BaseModelInfo", folder: Path) -> bool:
-    """Whether `prepare` would do nothing, its data, settings and tokenizer being those that `folder` was made of.
+    """Whether `prepare` would do nothing, see `prepared_card`."""
+    return prepared_card(customer, base, folder) is not None
+
+
+def prepared_card(customer: "Customer", base: "BaseModelInfo", folder: Path) -> dict[str, Any] | None:
+    """The card in `folder` if `prepare` would do nothing, its data, settings and tokenizer being those that `folder` was made of.
+
+    Files that have not been touched since are not read.
 
     Raises:
         ConfigError, DataError: as `prepare`, where it would fail before reading a row.
     """
-    return _unchanged(folder, _source_digest(customer, base)) is not None
+    card = _card(folder)
+    before = {} if card is None else card.get("source_notes", {})
+    return _unchanged(folder, card, _source_digest(customer, base, _notes(customer, base, before)))
 
 
-def _source_digest(customer: "Customer", base: "BaseModelInfo") -> str:
-    """Digest of everything that the prepared data depends on."""
+def same_sources(customer: "Customer", card: Mapping[str, Any]) -> bool:
+    """Whether a customer's data is in the same files with the same content as when `card` was made. What cannot be read has changed."""
+    before = card.get("source_notes", {})
+    try:
+        now = {name: source_note(source, customer.data, before.get(name)) for name, source in customer.data.sources.items()}
+    except PrefixFleetError:
+        return False
+    return {name: note["digest"] for name, note in now.items()} == {name: note["digest"] for name, note in before.items()}
+
+
+def _notes(customer: "Customer", base: "BaseModelInfo", before: Mapping[str, Any]) -> dict[str, Any]:
+    """What identifies the content of each source, by split."""
     length = customer.prefix.length
     if base.max_positions is not None and length >= base.max_positions:
         raise ConfigError(
@@ -162,27 +183,37 @@ def _source_digest(customer: "Customer", base: "BaseModelInfo") -> str:
     sources = customer.data.sources
     for source in sources.values():
         check_source(source)
+    return {name: source_note(source, customer.data, before.get(name)) for name, source in sources.items()}
+
+
+def _source_digest(customer: "Customer", base: "BaseModelInfo", notes: Mapping[str, Any]) -> str:
+    """Digest of everything that the prepared data depends on."""
     identity = {
         "room": ROOM_VERSION,
-        "sources": {name: source_digest(source, customer.data) for name, source in sources.items()},
+        "sources": {name: note["digest"] for name, note in notes.items()},
         "columns": customer.data.columns.model_dump(),
         "columns_named": sorted(customer.data.columns.model_fields_set),
         "prompt": customer.prompt.model_dump(),
         "tokenizer": base.tokenizer_digest,
         "is_encoder_decoder": base.is_encoder_decoder,
-        "positions": None if base.max_positions is None else base.max_positions - length,
+        "positions": None if base.max_positions is None else base.max_positions - customer.prefix.length,
     }
     return digest_of(identity)
 
 
-def _unchanged(folder: Path, digest: str) -> dict[str, Any] | None:
-    """The card in `folder` if it is of the same data and settings and all files are there."""
+def _card(folder: Path) -> dict[str, Any] | None:
     try:
-        card = read_card(folder)
+        return read_card(folder)
     except StorageError:  # none yet, damaged, or of another format: prepare anew
         return None
+
+
+def _unchanged(folder: Path, card: dict[str, Any] | None, digest: str) -> dict[str, Any] | None:
+    """The card of `folder` if it is of the same data and settings and all files are there."""
+    if card is None or card.get("source_digest") != digest:
+        return None
     whole = all((folder / name).is_file() for name in (QUARANTINE, *(f"{name}.parquet" for name in SPLITS)))
-    return card if whole and card.get("source_digest") == digest else None
+    return card if whole else None
 
 
 @functools.lru_cache(maxsize=2)

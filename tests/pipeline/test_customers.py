@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import Fleet, ScheduleSettings, load_fleet
+from pipeline.config import Customer, Fleet, ScheduleSettings, load_fleet, with_settings
 from pipeline.errors import ConfigError
 
 
@@ -166,3 +166,11 @@ def test_ten_thousand_customers_are_read_in_seconds(tmp_path: Path) -> None:
     chosen = fleet.select([f"c{i}" for i in range(5000)])
     assert time.process_time() - started < 5, "0.9 s where it was measured"
     assert len(chosen) == 5000 and chosen[19].prefix.length == 20
+
+
+def test_settings_laid_over_a_customer_s_own_are_checked_together() -> None:
+    one = Customer.model_validate({"id": "a", "data": "a.csv", "prefix": {"reparam": "embedding", "length": 3}})
+    changed = with_settings(one, {"prefix": {"length": 5}, "training": {"max_steps": 2}})
+    assert (changed.prefix.length, changed.prefix.reparam, changed.training.max_steps) == (5, "embedding", 2)
+    with pytest.raises(ConfigError, match=r"customer a: prefix: reparam: embedding has no infix"):
+        with_settings(one, {"prefix": {"placement": "infix"}})

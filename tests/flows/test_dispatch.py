@@ -1,0 +1,248 @@
+"""Jobs that crash, and why customers are due: the fleet flow with stages in this process."""
+
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows import launch, notes, work
+from flows.work import Outcome
+from pipeline.errors import ConfigError
+from pipeline.home import Home
+from pipeline.keys import CustomerKey
+from pipeline.training.job import read_job
+from pipeline.training.results import write_result
+
+from .conftest import write_rows
+from .fake_stage import write_evaluation, write_prefix
+
+pytestmark = pytest.mark.usefixtures("prefect_session")
+
+
+class Stages:
+    """Stands in for the children: what was launched, and whose presence makes a process crash."""
+
+    def __init__(self) -> None:
+        self.launched: list[tuple[str, list[str]]] = []
+        self.crashes: set[tuple[str, str]] = set()
+
+    def __call__(self, module: str, path: Path, _launch: Any, on_event: Any, log: Any) -> None:
+        stage, job = module.removeprefix("pipeline."), read_job(path)
+        self.launched.append((stage, [str(customer.key) for customer in job.customers]))
+        for customer in job.customers:
+            if (stage, customer.customer) in self.crashes:
+                raise launch.ProcessCrash(f"{module} was killed by SIGSEGV")
+            if stage == "training":
+                write_prefix(job, customer)
+            else:
+                write_evaluation(customer)
+            write_result(job, customer, "train" if stage == "training" else "eval", 0.0)
+
+
+@pytest.fixture
+def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
+    made = Stages()
+    monkeypatch.setattr(launch, "run_module", made)
+    return made
+
+
+def write_fleet(folder: Path, base: Path, names: list[str], more: str = "", each: str = "") -> Path:
+    for name in names:
+        if not (folder / f"{name}.jsonl").exists():
+            write_rows(folder / f"{name}.jsonl", name, 12)
+    lines = "".join(f"  - {{id: {name}, data: {name}.jsonl{each}}}\n" for name in names)
+    file = folder / "fleet.yaml"
+    file.write_text(f"base_model: {{path: {base}}}\n{more}customers:\n{lines}", encoding="utf-8")
+    return file
+
+
+def run(file: Path, customers: list[str] | None = None, **more: Any) -> Outcome:
+    from flows.fleet import fleet
+
+    result = fleet(file, customers, **more, return_state=True).result(raise_on_failure=False)
+    assert isinstance(result, Outcome), result
+    return result
+
+
+EIGHT = list("abcdefgh")
+
+
+def test_a_job_that_crashes_is_tried_again_and_then_halved_until_the_customer_that_causes_it_is_alone(
+    home: Home, tmp_path: Path, example_base: Path, stages: Stages
+) -> None:
+    stages.crashes = {("training", "c"), ("evaluation", "g")}
+    outcome = run(write_fleet(tmp_path, example_base, EIGHT))
+    failed = {row.key: str(row.error) for row in outcome.failed}
+    assert set(failed) == {"c", "g"} and all("SIGSEGV" in error for error in failed.values())
+    assert [row.version for row in outcome.rows if row.key not in failed] == [1] * 6
+    training = ["".join(who) for stage, who in stages.launched if stage == "training"]
+    # a and b are through when c crashes. The whole twice, then halves once each, and who is alone twice.
+    assert training == ["abcdefgh", "cdefgh", "cde", "fgh", "c", "c", "de"]
+    evaluation = ["".join(who) for stage, who in stages.launched if stage == "evaluation"]
+    assert evaluation == ["abdefgh", "gh", "g", "g", "h"]
+    # What is finished is kept, and who failed is tried again.
+    stages.crashes, stages.launched = set(), []
+    assert not run(tmp_path / "fleet.yaml").failed
+    assert sorted(stages.launched) == [("evaluation", ["c", "g"]), ("training", ["c"])]
+
+
+def test_those_due_are_cut_into_jobs_and_stay_in_theirs_until_they_are_through(
+    home: Home, tmp_path: Path, example_base: Path, stages: Stages
+) -> None:
+    file = write_fleet(tmp_path, example_base, EIGHT, "launch: {customers_per_job: 3}\n")
+    stages.crashes = {("training", name) for name in EIGHT if name != "a"}
+    run(file)
+    folders = {
+        name: where for where in home.root.glob("jobs/*/part.json") for name, _ in json.loads(where.read_text())["members"]
+    }
+    assert len(set(folders.values())) == 3
+    stages.crashes, stages.launched = set(), []
+    assert not run(file).failed
+    trained = [who for stage, who in stages.launched if stage == "training"]
+    assert sorted(len(who) for who in trained) == [2, 2, 3], "a was through before"
+    assert all(len({folders[name] for name in who}) == 1 for who in trained), "each is where its checkpoint is"
+
+
+def whys(file: Path, home: Home) -> dict[str, str]:
+    todo = work.open_work(file, None, home)
+    work.survey(todo)
+    return {str(key): why for key, why in todo.why.items()}
+
+
+def test_the_reason_for_which_a_customer_is_due_is_said(home: Home, tmp_path: Path, example_base: Path, stages: Stages) -> None:
+    from prefect.client.orchestration import get_client
+
+    file = write_fleet(tmp_path, example_base, ["a", "b"])
+    assert whys(file, home) == {"a": "new", "b": "new"}
+    assert [row.why for row in run(file).rows] == ["new", "new"]
+    assert whys(file, home) == {} and [row.why for row in run(file).rows] == ["", ""]
+
+    write_rows(tmp_path / "a.jsonl", "a", 14)
+    assert whys(file, home) == {"a": "new data"}
+    stages.crashes = {("evaluation", "a")}
+    run(file, ["a"])
+    assert whys(file, home) == {"a": "unfinished"}
+    stages.crashes = set()
+    run(file)
+
+    write_fleet(tmp_path, example_base, ["a", "b"], "defaults: {training: {lr: 0.01}}\n")
+    assert whys(file, home) == {"a": "new settings", "b": "new settings"}
+    write_fleet(tmp_path, example_base, ["a", "b"], "defaults: {evaluation: {gate: {min_score: 1.0}}}\n")
+    assert whys(file, home) == {"a": "new settings", "b": "new settings"}
+    write_fleet(tmp_path, example_base, ["a", "b"])
+
+    notes.queue(home, CustomerKey("b"), "drift", {"score": 3.0})
+    write_rows(tmp_path / "b.jsonl", "b", 14)
+    assert whys(file, home) == {"b": "drift"}
+    run(file)
+    assert notes.queued(home, CustomerKey("b")) is None and whys(file, home) == {}
+    with get_client(sync_client=True) as client:
+        newest = max(client.read_flow_runs(), key=lambda flow_run: flow_run.created)
+    assert newest.name.startswith("fleet · ") and newest.name.endswith(" · 1 of 2 due")
+
+
+def test_another_base_is_the_reason_where_the_base_has_changed(
+    home: Home, tmp_path: Path, example_base: Path, stages: Stages
+) -> None:
+    import shutil
+
+    shutil.copytree(example_base, tmp_path / "base")
+    file = write_fleet(tmp_path, tmp_path / "base", ["a"])
+    run(file)
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-4}))
+    assert whys(file, home) == {"a": "new base"}
+
+
+def test_a_customer_is_trained_again_only_if_it_is_asked_for_and_then_once(
+    home: Home, tmp_path: Path, example_base: Path, stages: Stages
+) -> None:
+    from prefect.client.orchestration import get_client
+
+    file = write_fleet(tmp_path, example_base, ["a", "b"])
+    run(file)
+    stages.launched = []
+    assert [row.status for row in run(file, ["a"]).rows] == ["unchanged"] and stages.launched == []
+    (row,) = run(file, ["a"], force=True).rows
+    assert (row.status, row.why, row.version) == ("done", "asked for", 2) and stages.launched[0] == ("training", ["a"])
+    with get_client(sync_client=True) as client:
+        newest = max(client.read_flow_runs(), key=lambda flow_run: flow_run.created)
+    assert newest.name.startswith("a · ") and newest.name.endswith(" · retrain (asked for)")
+    stages.launched = []
+    assert [row.status for row in run(file).rows] == ["unchanged", "unchanged"] and stages.launched == []
+    with pytest.raises(ConfigError, match="name them"):
+        from flows.fleet import fleet
+
+        fleet(file, None, force=True)
+
+
+def test_a_customer_with_an_hour_of_its_own_waits_for_it_and_a_missed_hour_is_caught_up(
+    home: Home, tmp_path: Path, example_base: Path, stages: Stages
+) -> None:
+    write_fleet(tmp_path, example_base, ["a", "b"])
+    file = tmp_path / "fleet.yaml"
+    file.write_text(file.read_text().replace("a.jsonl", "a.jsonl, schedule: 0 3 1 1 *"), encoding="utf-8")
+    assert [row.status for row in run(file).rows] == ["done", "done"], "who was never looked at does not wait"
+    write_rows(tmp_path / "a.jsonl", "a", 14)
+    write_rows(tmp_path / "b.jsonl", "b", 14)
+    rows = run(file).rows
+    assert [(row.status, row.version) for row in rows] == [("waiting", None), ("done", 2)]
+    assert rows[0].why.startswith("new data, at ") and "-01-01 03:00 UTC" in rows[0].why
+    assert [row.status for row in run(file, ["a"]).rows] == ["done"], "asked for by name"
+    write_rows(tmp_path / "a.jsonl", "a", 15)
+    (customer,) = [one for one in work.open_work(file, None, home).customers if one.id == "a"]
+    (home.root / "looked" / "a" / "default.json").unlink()
+    notes.looked(home, customer, datetime.now(UTC) - timedelta(days=400))
+    assert [row.status for row in run(file).rows] == ["done", "unchanged"], "an hour has passed in which nobody looked"
+
+
+def test_the_customer_flow_takes_settings_for_one_run_and_refuses_what_no_fleet_file_could_say(
+    home: Home, tmp_path: Path, example_base: Path, stages: Stages
+) -> None:
+    from prefect.exceptions import ParameterTypeError
+
+    from flows.customer import customer
+
+    file = write_fleet(tmp_path, example_base, ["a", "b"])
+    run(file)
+    state = customer(file, "a", prefix={"length": 4}, training={"max_steps": 3}, return_state=True)  # type: ignore[arg-type]
+    (row,) = state.result().rows
+    assert (row.why, row.version) == ("new settings", 2)
+    settings = read_job(max(home.root.glob("jobs/*/job.yaml"), key=lambda path: path.stat().st_mtime)).customers[0]
+    assert (settings.prefix.length, settings.training.max_steps, settings.training.batch_size) == (4, 3, 10)
+    schema = customer.parameters.model_dump()
+    assert {"customer_id", "prefix", "training", "evaluation", "force"} <= set(schema["properties"])
+    assert "length" in schema["definitions"]["PrefixSettings"]["properties"]
+    for wrong in ({"customer_id": "../a"}, {"prefix": {"lenght": 3}}, {"training": {"lr": -1}}):
+        with pytest.raises(ParameterTypeError):
+            customer(file, **{"customer_id": "a", **wrong})  # type: ignore[arg-type]
+
+
+def test_jobs_on_a_work_pool_need_a_server(home: Home, tmp_path: Path, example_base: Path, stages: Stages) -> None:
+    from flows.fleet import fleet
+
+    file = write_fleet(tmp_path, example_base, ["a"], "launch: {work_pool: gpu}\n")
+    with pytest.raises(ConfigError, match="PREFECT_API_URL"):
+        fleet(file)
+
+
+def test_a_file_whose_time_was_set_back_after_a_change_is_seen_to_have_changed(
+    home: Home, tmp_path: Path, example_base: Path
+) -> None:
+    import os
+
+    from pipeline.data import prepared_card
+
+    file = write_fleet(tmp_path, example_base, ["a"])
+    todo = work.open_work(file, None, home)
+    (customer,) = todo.customers
+    data, folder = tmp_path / "a.jsonl", home.prepared(customer.key)
+    work.prepare(customer, todo.base, home)
+    before = data.stat()
+    assert prepared_card(customer, todo.base, folder) is not None
+    data.write_text(data.read_text().replace("soup", "stew"), encoding="utf-8")
+    os.utime(data, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert data.stat().st_size == before.st_size and data.stat().st_mtime_ns == before.st_mtime_ns
+    assert prepared_card(customer, todo.base, folder) is None
