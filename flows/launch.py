@@ -298,9 +298,9 @@ def _read(stream: IO[bytes], lines: "queue.SimpleQueue[str | None]") -> None:
 def _handle(
     line: str, last: deque[str], on_event: Callable[[Event], None], log: logging.Logger | logging.LoggerAdapter[Any]
 ) -> None:
-    if line.startswith(MARK):
+    if said := re.match(rf"(\[rank\d+\] )?{re.escape(MARK)}", line):  # of several processes with its rank, see `pipeline.process.mark_rank`
         try:
-            event = json.loads(line[len(MARK) :])
+            event = json.loads(line[said.end() :])
         except ValueError:
             event = None  # two ranks writing at once can garble a line; it is then a line like any other
         if isinstance(event, dict) and isinstance(event.get("stage"), str):

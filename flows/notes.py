@@ -1,10 +1,9 @@
-"""Notes on disk about customers that outlive a run: when one with an hour of its own was last looked at, who is queued for retraining, who was asked
-to be trained again although nothing changed.
+"""Notes on disk about customers that outlive a run: when one with an hour of its own was last looked at, and who was asked to be trained again
+although nothing had changed.
 
-In: the home folder and a customer. Out: small JSON files, `looked/`, `queued/` and `again/` `<customer>/<task>.json`. Knows nothing of what is due.
+In: the home folder and a customer. Out: small JSON files, `looked/` and `again/` `<customer>/<task>.json`. Knows nothing of what is due.
 """
 
-import contextlib
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,6 @@ from pipeline.errors import PrefixFleetError
 from pipeline.files import read_json, write_json
 from pipeline.home import Home
 from pipeline.keys import CustomerKey
-
-KINDS = ("looked", "queued", "again")
 
 
 def _note(home: Home, kind: str, key: CustomerKey) -> Path:
@@ -56,26 +53,6 @@ def looked(home: Home, customer: Customer, at: datetime) -> None:
     # While no hour has passed since the last note, that says the same.
     if customer.schedule is not None and hour_to_come(home, customer, at) is None:
         write_json(_note(home, "looked", customer.key), {"format": 1, "at": at.astimezone(UTC).isoformat()})
-
-
-def queued(home: Home, key: CustomerKey) -> dict[str, Any] | None:
-    """What `maintain` wrote when it queued a customer for retraining, or None: `reason` and the figures behind it."""
-    return _read(home, "queued", key)
-
-
-def queue(home: Home, key: CustomerKey, reason: str, figures: dict[str, Any]) -> None:
-    """Have a customer retrained by the next run that looks at it.
-
-    Raises:
-        StorageError: the note cannot be written.
-    """
-    write_json(_note(home, "queued", key), {**figures, "format": 1, "reason": reason})
-
-
-def unqueue(home: Home, key: CustomerKey) -> None:
-    """Forget that a customer was queued: it is up to date."""
-    with contextlib.suppress(OSError):
-        _note(home, "queued", key).unlink(missing_ok=True)
 
 
 def times_again(home: Home, key: CustomerKey) -> int:

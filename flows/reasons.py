@@ -1,5 +1,5 @@
-"""Why a stage is due for a customer, in words: `new`, `new data`, `new base`, `new settings`, `asked for`, `unfinished`, or the reason for which it was
-queued (`flows.notes`), such as `drift`.
+"""Why a stage is due for a customer, in words: `new`, `new data`, `new base`, `new settings`, `asked for`, `unfinished`, or the reason for which
+it was queued (`pipeline.queued`): `drift`.
 
 In: what is known of the customer now, and what was noted of its last registration. Out: words for the table, the dry run and a run's name. Decides
 nothing: what is due follows from the digests (`flows.jobs`).
@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from flows import jobs
-from flows.notes import queued, times_again
+from flows.notes import times_again
 from pipeline.base import BaseModelInfo
 from pipeline.config import Customer
 from pipeline.errors import PrefixFleetError
 from pipeline.files import read_json
 from pipeline.home import Home
+from pipeline.queued import read_queued
 from pipeline.training.job import JobCustomer
 
 NEW, DATA, BASE, SETTINGS, ASKED, UNFINISHED = "new", "new data", "new base", "new settings", "asked for", "unfinished"
@@ -24,9 +25,9 @@ def unprepared(customer: Customer, base: BaseModelInfo, home: Home, receipt: dic
     """Why a customer's data is to be prepared."""
     from pipeline.data import read_card, same_sources
 
-    note = queued(home, customer.key)
+    note = read_queued(home, customer.key)
     if note is not None:
-        return str(note.get("reason"))
+        return str(note.get("reason", "drift"))
     try:
         card = read_card(home.prepared(customer.key))
     except PrefixFleetError:
@@ -39,9 +40,9 @@ def unprepared(customer: Customer, base: BaseModelInfo, home: Home, receipt: dic
 
 def unmade(member: JobCustomer, base: BaseModelInfo, home: Home, receipt: dict[str, Any] | None, known: bool) -> str:
     """Why a customer whose data is prepared is to be trained, evaluated or registered; `known`: it has a registered version."""
-    note = queued(home, member.key)
+    note = read_queued(home, member.key)
     if note is not None:
-        return str(note.get("reason"))
+        return str(note.get("reason", "drift"))
     if receipt is None:
         begun = jobs.is_trained(member) or (home.root / "prefixes" / member.customer / member.task).is_dir()
         return UNFINISHED if begun or known else NEW

@@ -20,6 +20,7 @@ from pipeline.errors import ConfigError, EvaluationError, PrefixFleetError
 from pipeline.files import read_json, write_json
 from pipeline.home import Home
 from pipeline.keys import CustomerKey
+from pipeline.queued import is_queued, unqueue
 from pipeline.training.job import JobCustomer
 
 if TYPE_CHECKING:
@@ -276,7 +277,8 @@ def survey(work: Work) -> None:
         work.due[key] = jobs.STAGES
         # What is wrong with the data is said in full by the stage itself, which is the one to fail.
         with contextlib.suppress(Exception):
-            card = prepared_card(customer, work.base, folder)
+            heeds_data = customer.retrain.when == "data" or work.named or key not in known or is_queued(work.home, key)
+            card = prepared_card(customer, work.base, folder, heeds_data)
             if card is not None:
                 work.prepared(key, Prepared(card, 0.0))
         receipt = _read_receipt(work.home, key)
@@ -484,7 +486,7 @@ def register(member: JobCustomer, home: Home) -> Registered:
         receipt.unlink(missing_ok=True)
     registration = register_prefix(Path(member.prefix_dir), Path(member.evaluation_dir))
     write_json(receipt, {**_receipt_content(member, registration.version), **reasons.receipt_words(member, home)})
-    notes.unqueue(home, member.key)
+    unqueue(home, member.key)
     return Registered(registration.version, registration.alias, time.monotonic() - start)
 
 
@@ -557,6 +559,8 @@ def outcome(work: Work) -> Outcome:
         through = not work.due.get(customer.key) or customer.key in work.versions
         if through and customer.key not in work.errors and customer.key not in work.waiting:
             notes.looked(work.home, customer, work.began)
+            if is_queued(work.home, customer.key):  # its data is what its prefix was made of: there is nothing to retrain it on
+                unqueue(work.home, customer.key)
     rows = [_row(work, customer) for customer in work.customers]
     page = work.home.root / "reports" / f"{jobs.readable(work.fleet.name)}.html"
     report: Path | None = page

@@ -137,7 +137,9 @@ class DeploySettings(Settings):
     work_pool: str = Field(
         "prefixfleet", pattern=_NAME, description="the pool of fleet, customer, sweep and maintain; made if it is not there"
     )
-    maintain: ScheduleSettings | None = Field(None, description="when `maintain` runs, as in `schedule`; null: when somebody starts it")
+    maintain: ScheduleSettings | None = Field(
+        None, description="when `maintain` runs, as in `schedule`; null: when somebody starts it"
+    )
     env: dict[str, str] = Field(
         {},
         description="environment of the runs on workers; PREFIXFLEET_HOME and the addresses of MLflow servers are those of whoever deploys unless "
@@ -153,7 +155,9 @@ class DeploySettings(Settings):
 class RetentionSettings(Settings):
     """What `maintain` may remove. A champion, what `rollback` goes back to, and members of ensembles are never removed."""
 
-    versions: int = Field(20, ge=1, description="the newest versions of a customer that stay; older ones go once they are older than `days`")
+    versions: int = Field(
+        20, ge=1, description="the newest versions of a customer that stay; older ones go once they are older than `days`"
+    )
     days: float = Field(
         30.0,
         ge=0,
@@ -171,7 +175,9 @@ class RetrainSettings(Settings):
         description="data: any change of its data; drift: only when `maintain` has found that the champion does worse on rows that arrived since; "
         "never: neither",
     )
-    min_rows: int = Field(50, ge=10, description="the champion is judged once so many usable rows have arrived that it does not know")
+    min_rows: int = Field(
+        50, ge=10, description="the champion is judged once so many usable rows have arrived that it does not know"
+    )
     max_drop: float = Field(
         0.0,
         ge=0,

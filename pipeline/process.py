@@ -1,5 +1,6 @@
 """How a stage's process behaves: it dies with the flow that started it, says what it used, and is quiet."""
 
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any, TextIO
 
 import pipeline
 
@@ -61,9 +63,46 @@ def exit_with_parent(grace_seconds: float = 0.0) -> None:
     threading.Thread(target=wait, name="exit-with-parent", daemon=True).start()
 
 
+class _Ranked:
+    """A text stream in whose lines the rank stands. A line is written in one go, so that those of several processes on one pipe do not mix."""
+
+    def __init__(self, stream: TextIO, rank: str) -> None:
+        self._stream, self._rank, self._open = stream, rank, ""
+
+    def write(self, text: str) -> int:
+        whole, newline, self._open = (self._open + text).rpartition("\n")
+        if newline:
+            self._stream.write("".join(f"[rank{self._rank}] {line}\n" for line in whole.split("\n")))
+            self._stream.flush()
+        return len(text)
+
+    def finish(self) -> None:
+        """Write what has no end of line yet."""
+        if self._open:
+            self.write("\n")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def mark_rank() -> None:
+    """Let every line that this process prints begin with `[rank1]`, if it is one of several of a job: their output meets in one log.
+
+    What libraries print from C is beyond it; NCCL and torchrun name the rank themselves.
+    """
+    rank = os.environ.get("RANK")
+    if rank is None or os.environ.get("WORLD_SIZE", "1") == "1":
+        return
+    for name in ("stdout", "stderr"):
+        marked = _Ranked(getattr(sys, name), rank)
+        setattr(sys, name, marked)
+        atexit.register(marked.finish)
+
+
 def begin_stage() -> None:
     """What a stage's process does before it imports torch: it leaves with whoever started it, shares the cores, and ends tidily on SIGTERM."""
     exit_with_parent()
+    mark_rank()
     share_cores()
     # An exception instead of sudden death, so that temporary folders are removed on the way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(INTERRUPTED))

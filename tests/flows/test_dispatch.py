@@ -12,6 +12,7 @@ from flows.work import Outcome
 from pipeline.errors import ConfigError
 from pipeline.home import Home
 from pipeline.keys import CustomerKey
+from pipeline.queued import queue, read_queued
 from pipeline.training.job import read_job
 from pipeline.training.results import write_result
 
@@ -119,7 +120,7 @@ def test_the_reason_for_which_a_customer_is_due_is_said(home: Home, tmp_path: Pa
     assert [row.why for row in run(file).rows] == ["new", "new"]
     assert whys(file, home) == {} and [row.why for row in run(file).rows] == ["", ""]
 
-    write_rows(tmp_path / "a.jsonl", "a", 14)
+    write_rows(tmp_path / "a.jsonl", "a", 20)
     assert whys(file, home) == {"a": "new data"}
     stages.crashes = {("evaluation", "a")}
     run(file, ["a"])
@@ -133,11 +134,14 @@ def test_the_reason_for_which_a_customer_is_due_is_said(home: Home, tmp_path: Pa
     assert whys(file, home) == {"a": "new settings", "b": "new settings"}
     write_fleet(tmp_path, example_base, ["a", "b"])
 
-    notes.queue(home, CustomerKey("b"), "drift", {"score": 3.0})
-    write_rows(tmp_path / "b.jsonl", "b", 14)
+    write_rows(tmp_path / "b.jsonl", "b", 20)
+    lines = file.read_text(encoding="utf-8")
+    file.write_text(lines + "defaults: {retrain: drift}\n", encoding="utf-8")
+    assert whys(file, home) == {}
+    queue(home, CustomerKey("b"), {"score": 3.0})
     assert whys(file, home) == {"b": "drift"}
     run(file)
-    assert notes.queued(home, CustomerKey("b")) is None and whys(file, home) == {}
+    assert read_queued(home, CustomerKey("b")) is None and whys(file, home) == {}
     with get_client(sync_client=True) as client:
         newest = max(client.read_flow_runs(), key=lambda flow_run: flow_run.created)
     assert newest.name.startswith("fleet · ") and newest.name.endswith(" · 1 of 2 due")
