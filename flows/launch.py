@@ -95,7 +95,10 @@ def command(module: str, job_file: Path, launch: LaunchSettings) -> list[str]:
         host, _, port = launch.main_address.partition(":")
         machines = ["--num_machines", str(launch.num_machines), "--machine_rank", _RANK]
         where = [*machines, "--main_process_ip", host, "--main_process_port", port]
-    return [sys.executable, "-m", "accelerate.commands.launch", *config, *wanted, *where, "-m", module, str(job_file)]
+    fitted = (
+        ["--device-memory", launch.device_memory] if launch.device_memory is not None and module == "pipeline.training" else []
+    )
+    return [sys.executable, "-m", "accelerate.commands.launch", *config, *wanted, *where, "-m", module, *fitted, str(job_file)]
 
 
 def commands(module: str, job_file: Path, launch: LaunchSettings) -> list[list[str]]:
@@ -298,7 +301,9 @@ def _read(stream: IO[bytes], lines: "queue.SimpleQueue[str | None]") -> None:
 def _handle(
     line: str, last: deque[str], on_event: Callable[[Event], None], log: logging.Logger | logging.LoggerAdapter[Any]
 ) -> None:
-    if said := re.match(rf"(\[rank\d+\] )?{re.escape(MARK)}", line):  # of several processes with its rank, see `pipeline.process.mark_rank`
+    if said := re.match(
+        rf"(\[rank\d+\] )?{re.escape(MARK)}", line
+    ):  # of several processes with its rank, see `pipeline.process.mark_rank`
         try:
             event = json.loads(line[said.end() :])
         except ValueError:

@@ -57,6 +57,9 @@ def main() -> int:
         description="Train the prefixes of a job. Exit status 75: stopped at a checkpoint, run the same command again to go on.",
     )
     parser.add_argument("job", type=Path, help="job file, as `prefixfleet train FLEET.yaml` writes it")
+    parser.add_argument(
+        "--device-memory", metavar="SIZE", help="make the job fit devices of this size, such as 24GiB, before the base is loaded"
+    )
     arguments = parser.parse_args()
     stop = _Stop()
     exit_with_parent(grace_seconds=20.0)
@@ -64,11 +67,13 @@ def main() -> int:
     mark_rank()
     share_cores()
     # After the parent is watched, for importing torch takes seconds.
+    from pipeline.sizes import parse_bytes
     from pipeline.training.job import read_job
     from pipeline.training.run import Paused, run_job
 
     try:
-        run_job(read_job(arguments.job), lambda: stop.asked)
+        memory = None if arguments.device_memory is None else parse_bytes(arguments.device_memory, "--device-memory")
+        run_job(read_job(arguments.job), lambda: stop.asked, memory)
     except PrefixFleetError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -12,7 +12,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
@@ -32,6 +32,7 @@ from pipeline.prefix.base import choose_dtype
 from pipeline.prefix.parameterise import parameterise
 from pipeline.process import code_version, peak_memory_bytes
 from pipeline.progress import Progress
+from pipeline.sizes import gib
 from pipeline.training.batches import tokens_of
 from pipeline.training.checkpoint import (
     Checkpoint,
@@ -45,6 +46,7 @@ from pipeline.training.checkpoint import (
     write_checkpoint,
 )
 from pipeline.training.engines import Engine, chosen, processes
+from pipeline.training.fit import fit
 from pipeline.training.job import Job, JobCustomer
 from pipeline.training.mixed import Interrupted, Mixed, OutOfMemoryAlone, Report
 from pipeline.training.plan import refuse_what_cannot_fit
@@ -93,12 +95,13 @@ class _Member:
             self.run.close(status)
 
 
-def run_job(job: Job, asked_to_stop: Callable[[], bool] = lambda: False) -> int:
+def run_job(job: Job, asked_to_stop: Callable[[], bool] = lambda: False, device_memory: int | None = None) -> int:
     """Train every customer whose prefix does not exist yet, and write a result for each.
 
     Args:
         job: what to do.
         asked_to_stop: looked at between micro-batches.
+        device_memory: bytes of each device, into which the job is made to fit before the base is loaded; by default nothing is planned.
 
     Returns:
         the number of customers that failed.
@@ -136,8 +139,33 @@ def run_job(job: Job, asked_to_stop: Callable[[], bool] = lambda: False) -> int:
         dtype = choose_dtype(job.base.dtype, accelerator.device)
         engine = chosen(accelerator, dtype)
         _refuse_too_small_devices(job, engine, accelerator, dtype)
+        refused: dict[CustomerKey, str] = {}
+        if device_memory is not None:
+            job, due, refused = _fitted(job, due, engine, accelerator, device_memory)
+            if not due:
+                return len(refused)
         base = load_base(job.base, accelerator.device, engine.place)
-        return _Training(job, due, base, accelerator, engine, asked_to_stop, saved, stack).work()
+        return _Training(job, due, base, accelerator, engine, asked_to_stop, saved, stack).work() + len(refused)
+
+
+def _fitted(
+    job: Job, due: list[JobCustomer], engine: Engine, accelerator: Accelerator, memory: int
+) -> tuple[Job, list[JobCustomer], dict[CustomerKey, str]]:
+    """The job and those due, made to fit the devices; the others have a result that says why not. All processes come to the same."""
+    name = "zero3_offload" if engine.offload else engine.name
+    fitting, refused = fit(
+        replace(job, customers=due), name, accelerator.num_processes, memory, accelerator.device.type == "cuda"
+    )
+    if accelerator.is_main_process:
+        for customer in due:
+            if customer.key in refused:
+                write_result(job, customer, "train", time.monotonic(), refused[customer.key])
+        if fitting.mixing != job.mixing:
+            print(
+                f"to fit {gib(memory)}: slots {fitting.mixing.slots}, max_tokens_per_micro_batch {fitting.mixing.max_tokens_per_micro_batch}",
+                flush=True,
+            )
+    return replace(job, mixing=fitting.mixing), fitting.customers, refused
 
 
 def _refuse_too_small_devices(job: Job, engine: Engine, accelerator: Accelerator, dtype: torch.dtype) -> None:

@@ -350,3 +350,34 @@ def test_one_machine_that_asks_to_be_resumed_ends_the_other(tmp_path: Path, monk
 def test_machines_that_cannot_be_reached_are_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=re.escape(said)):
         LaunchSettings(**settings)
+
+
+def test_the_memory_of_the_devices_is_told_to_training_alone() -> None:
+    settings = LaunchSettings(device_memory="24GiB")
+    assert launch.command("pipeline.training", Path("job.yaml"), settings)[-4:] == [
+        "pipeline.training", "--device-memory", "24GiB", "job.yaml",
+    ]  # fmt: skip
+    assert "--device-memory" not in launch.command("pipeline.evaluation", Path("job.yaml"), settings)
+
+
+def test_lines_of_several_processes_are_whole_and_begin_with_the_rank_and_their_events_are_understood() -> None:
+    code = """
+import os, sys
+from pipeline.process import mark_rank
+from pipeline.progress import Progress
+mark_rank()
+print("one", end=" ")
+print("two", file=sys.stderr)
+print("line\\nanother")
+Progress("train", 3, "steps")
+sys.stdout.write("no end")
+"""
+    env = {**launch.environment(LaunchSettings()), "RANK": "1", "WORLD_SIZE": "2"}
+    log = logging.getLogger("ranks")
+    seen: list[Any] = []
+    lines: list[str] = []
+    log.addFilter(lambda record: bool(lines.append(record.getMessage())))
+    log.setLevel(logging.INFO)
+    launch.run_process([sys.executable, "-c", code], env, "ranks", seen.append, log)
+    assert sorted(lines) == ["[rank1] another", "[rank1] no end", "[rank1] one line", "[rank1] two"]
+    assert [(event["stage"], event["total"]) for event in seen] == [("train", 3)]

@@ -19,6 +19,7 @@ from flows import cli
 from pipeline.errors import BaseModelError, ConfigError
 from pipeline.sizes import parse_bytes
 from pipeline.training.engines import chosen
+from pipeline.training.fit import fit
 from pipeline.training.job import Job
 from pipeline.training.plan import Plan, plan, refuse_what_cannot_fit
 from pipeline.training.run import _refuse_too_small_devices
@@ -233,3 +234,32 @@ def test_plan_is_within_15_percent_of_measured_runs_on_the_processor(root: Path)
     assert len(lines) == 6
     for line in lines:
         assert 0.85 <= line["planned_over_measured"] <= 1.15, line
+
+
+def test_a_job_is_lowered_until_it_fits_and_a_customer_that_does_not_fit_alone_is_refused_with_the_figure(
+    make_job: MakeJob,
+) -> None:
+    job, _ = make_job(customers=3, mixing={"max_tokens_per_micro_batch": 2**14, "slots": 3}, batch_size=64)
+
+    def takes(of: Job) -> int:
+        return plan(of, 1, 2**40, gpu=False).needs[0].total
+
+    def with_budget(tokens: int, slots: int) -> Job:
+        return replace(job, mixing=replace(job.mixing, max_tokens_per_micro_batch=tokens, slots=slots))
+
+    assert fit(job, "none", 1, takes(job), gpu=False) == (job, {})
+    # The largest of the halvings that fits, and no smaller one.
+    quarter = takes(with_budget(2**12, 3))
+    fitted, refused = fit(job, "none", 1, quarter, gpu=False)
+    assert (fitted.mixing.max_tokens_per_micro_batch, fitted.mixing.slots, refused) == (2**12, 3, {})
+    assert takes(with_budget(2**13, 3)) > quarter
+    # A prefix of thousands of columns leaves no room, whatever the batch; the others train.
+    wide = replace(job.customers[1], prefix=replace(job.customers[1].prefix, length=4096))
+    little = takes(with_budget(1, 3))
+    fitted, refused = fit(replace(job, customers=[job.customers[0], wide, job.customers[2]]), "none", 1, little, gpu=False)
+    assert [c.customer for c in fitted.customers] == ["c0", "c2"] and takes(fitted) <= little
+    assert set(refused) == {wide.key} and re.search(
+        r"alone, a row of .* it takes \d+ MiB of \d+ MiB .*gradient_checkpointing", refused[wide.key]
+    )
+    none, refused = fit(job, "none", 1, 2**10, gpu=False)
+    assert none.customers == [] and len(refused) == 3
