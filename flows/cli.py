@@ -275,6 +275,15 @@ def _parser() -> argparse.ArgumentParser:
     grid.add_argument("--metric", metavar="METRIC", help="what decides (default: the metric of the customer's gate)")
     grid.add_argument("-v", "--verbose", action="store_true", help="show what the stages print instead of bars")
 
+    deployed = command(
+        "deploy",
+        _deploy,
+        "make a Prefect server's deployments, schedules and work pools be as the fleet file says, and remove what it no longer says",
+        [f"prefixfleet deploy {_FLEET} --dry-run", f"prefixfleet deploy {_FLEET}"],
+    )
+    deployed.add_argument("fleet", type=Path, metavar="FLEET.yaml", help="the fleet file, at the path where the workers have it too")
+    deployed.add_argument("--dry-run", action="store_true", help="only say what differs")
+
     status = command(
         "status",
         _status,
@@ -991,6 +1000,28 @@ def _sweep(arguments: argparse.Namespace) -> int:
         sweep_table(content, output())
         print(f"Report: {shown(Path(content['folder']) / 'sweep.html')}")
     return FAILED if any("error" in variant for variant in content["variants"]) else OK
+
+
+def _deploy(arguments: argparse.Namespace) -> int:
+    from flows.prefect_api import set_environment
+    from pipeline.home import Home
+
+    home = Home.current()
+    set_environment(home)
+    from flows.deploy import deploy
+
+    changes = deploy(arguments.fleet, home, dry_run=arguments.dry_run)
+    if arguments.json:
+        _print_json({"format": 1, "dry_run": arguments.dry_run, "changes": [change.as_json() for change in changes]})
+        return OK
+    for change in changes:
+        sign = {"create": "+", "update": "~", "remove": "-"}[change.action]
+        print(f"{sign} {change.kind} {change.name}" + (f"  {'; '.join(change.what)}" if change.what else ""))
+    if not changes:
+        print("nothing differs from the fleet file")
+    elif arguments.dry_run:
+        print("nothing was changed; without --dry-run this is done")
+    return OK
 
 
 def _several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:

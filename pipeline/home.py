@@ -38,6 +38,10 @@ class Home:
         """Folder of the sweeps of one customer: a home of its own for the settings tried, and `reports/<digest>/` for what came of them."""
         return key.below(self.root / "sweeps")
 
+    def drift(self, key: CustomerKey) -> Path:
+        """Folder of what judges one customer's champion on rows that arrived since: a home of its own, as that of a sweep."""
+        return key.below(self.root / "drift")
+
     def cached_prefix(self, key: CustomerKey, digest: str) -> Path:
         """Folder of a prefix that was downloaded from the registry; `digest` is that of its content."""
         return key.below(self.root / "cache" / "prefixes") / digest[:16]

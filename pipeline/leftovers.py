@@ -26,7 +26,7 @@ _ABANDONED_SECONDS = 3600
 # How long a database is waited for that another process is writing to.
 _BUSY_SECONDS = 20.0
 # Below the home, but not by customer: MLflow's and Prefect's own, locks, and what is treated apart.
-_NOT_BY_CUSTOMER = ("mlartifacts", "prefect", "locks", "reports", "jobs", "cache")
+NOT_BY_CUSTOMER = ("mlartifacts", "prefect", "locks", "reports", "jobs", "cache")
 
 
 def tasks_on_disk(home: Home, customer: str) -> list[CustomerKey]:
@@ -52,7 +52,7 @@ def remove_leftovers(home: Home, customer: str) -> list[str]:
     with one_at_a_time(home.cache_lock(customer), "Check PREFIXFLEET_HOME and its permissions."):
         for folder in _folders(home, validate_id(customer)):
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-            _delete(folder)
+            delete(folder)
             removed.append(f"{folder.relative_to(home.root)} ({size:,} bytes)")
     for job in sorted(home.root.glob("jobs/*")):
         removed += [f"{customer} in {file.relative_to(home.root)}" for file in _leave_job(job, customer)]
@@ -62,7 +62,7 @@ def remove_leftovers(home: Home, customer: str) -> list[str]:
     for begun in home.root.glob("reports/.*.tmp"):
         with contextlib.suppress(FileNotFoundError):  # finished meanwhile
             if time.time() - begun.stat().st_mtime > _ABANDONED_SECONDS:
-                _delete(begun)
+                delete(begun)
     return removed
 
 
@@ -90,7 +90,7 @@ def give_up_free_pages(database: Path) -> str | None:
 
 def _folders(home: Home, customer: str) -> list[Path]:
     """A customer's own folders."""
-    stages = [place for place in home.root.glob(f"*/{customer}") if place.parent.name not in _NOT_BY_CUSTOMER]
+    stages = [place for place in home.root.glob(f"*/{customer}") if place.parent.name not in NOT_BY_CUSTOMER]
     return sorted(
         place
         for place in [*stages, *home.root.glob(f"jobs/*/{customer}"), *home.root.glob(f"cache/*/{customer}")]
@@ -134,7 +134,7 @@ def _leave_job(folder: Path, customer: str) -> list[Path]:
             write_json(part, {**content, "members": others})
     # It was this customer's alone; or of whoever was forgotten before, by a process that was killed after it had written the file.
     if (changed or nobody) and not any(place.is_dir() for place in folder.iterdir()):
-        _delete(folder)
+        delete(folder)
         changed = changed or [job]
     return changed
 
@@ -178,7 +178,7 @@ def _leave_report(file: Path, customer: str) -> bool:
         fleet_report(others, file.with_suffix(".html"))
     else:
         for suffix in _PAGES:
-            _delete(file.with_suffix(suffix))
+            delete(file.with_suffix(suffix))
     return True
 
 
@@ -192,7 +192,12 @@ def _written(file: Path) -> list[Path]:
     return [page for suffix in _PAGES if (page := file.with_suffix(suffix)).is_file()]
 
 
-def _delete(place: Path) -> None:
+def delete(place: Path) -> None:
+    """Remove a file or a folder with all that is in it; none is no error.
+
+    Raises:
+        StorageError: it cannot be deleted.
+    """
     try:
         if place.is_dir() and not place.is_symlink():
             shutil.rmtree(place)

@@ -7,7 +7,7 @@ installed.
 
 from pipeline.data.prompt import encode_prompt, load_tokenizer
 from pipeline.data.records import Record, read_card, read_split
-from pipeline.data.stage import Prepared, is_prepared, prepare, prepared_card, same_sources
+from pipeline.data.stage import Prepared, is_prepared, prepare, prepare_fresh, prepared_card, same_sources
 
 __all__ = [
     "Prepared",
@@ -16,6 +16,7 @@ __all__ = [
     "is_prepared",
     "load_tokenizer",
     "prepare",
+    "prepare_fresh",
     "prepared_card",
     "read_card",
     "read_split",

@@ -17,7 +17,7 @@ from pipeline.data import check, split
 from pipeline.data.check import Example, UnusableError
 from pipeline.data.prompt import encode_prompts, encode_targets, load_tokenizer
 from pipeline.data.read import Row, check_source, read_rows, source_note
-from pipeline.data.records import CARD, FORMAT, QUARANTINE, SPLITS, Record, read_card, write_split
+from pipeline.data.records import CARD, FORMAT, QUARANTINE, SPLITS, Record, read_card, read_split, write_split
 from pipeline.errors import ConfigError, DataError, PrefixFleetError, StorageError
 from pipeline.files import digest_of, whole_folder, write_json
 
@@ -72,12 +72,83 @@ def prepare(customer: "Customer", base: "BaseModelInfo", folder: Path, progress:
 def _prepare(customer: "Customer", base: "BaseModelInfo", folder: Path, progress: Callable[[int], None] | None) -> Prepared:
     notes = _notes(customer, base, {})
     digest = _source_digest(customer, base, notes)
-    sources = customer.data.sources
     card = _unchanged(folder, _card(folder), digest)
     if card is not None:
         return Prepared(card, folder, fresh=False)
 
+    read = _read(customer, base, progress)
+    rows, quarantine, by_split = read.rows, read.quarantine, read.by_split
+    cut = [name for name in ("test", "dev") if not by_split[name]]
+    splits = _split(read.tokenised, cut)
+    records = {name: _merge(name, splits[name], quarantine) for name in SPLITS}
+
+    quarantine_text = read.quarantine_text()
+    problem = _too_little(rows, records, cut, quarantine, folder / QUARANTINE)
+    if problem is not None:
+        with whole_folder(folder) as temporary:
+            (temporary / QUARANTINE).write_text(quarantine_text, encoding="utf-8")
+        raise DataError(problem)
+
+    card = _write(folder, customer, base, read, records, digest, notes)
+    return Prepared(card, folder, fresh=True)
+
+
+def prepare_fresh(customer: "Customer", base: "BaseModelInfo", known: Path, folder: Path, least: int) -> Prepared | None:
+    """Prepare the rows that have arrived since `known` was prepared, all of them as test split: what a prefix of before has never seen.
+
+    Args:
+        customer: with the prompt and the prefix length of the prefix that will be judged.
+        base: see `prepare`.
+        known: the prepared data of before. A row is new if its input stands in no split of it.
+        folder: where the files go; replaced if anything changed.
+        least: how many usable inputs must be new.
+
+    Returns:
+        None if fewer are; nothing is written then.
+
+    Raises:
+        ConfigError, DataError: as `prepare`.
+        StorageError: `known` cannot be read, or `folder` cannot be written.
+    """
+    try:
+        before = {split.normalised(record.input) for name in SPLITS for record in read_split(known, name)}
+        earlier = _card(folder)
+        notes = _notes(customer, base, (earlier or {}).get("source_notes", {}))
+        digest = digest_of([_source_digest(customer, base, notes), read_card(known)["fingerprint"]])
+        card = _unchanged(folder, earlier, digest)
+        if card is not None:
+            return Prepared(card, folder, fresh=False) if card["counts"]["test"] >= least else None
+        read = _read(customer, base, None)
+        new = [item for item in read.tokenised if split.normalised(item.example.input) not in before]
+        records = {"train": [], "dev": [], "test": _merge("test", new, read.quarantine)}
+        if len(records["test"]) < least:
+            return None
+        return Prepared(_write(folder, customer, base, read, records, digest, notes), folder, fresh=True)
+    except (DataError, ConfigError) as error:
+        raise type(error)(f"customer {customer.key}: {error}") from error
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A customer's rows, those that can be used tokenised, and why the others cannot."""
+
+    rows: list[Row]
+    by_split: dict[str, list[Row]]
+    chat: bool
+    tokenised: list[_Tokenised]
+    quarantine: list[tuple[Row, UnusableError]]
+    pad_token_added: bool
+
+    def quarantine_text(self) -> str:
+        """Put what cannot be used into the order of the rows; returns the quarantine file."""
+        place = {id(row): number for number, row in enumerate(self.rows)}
+        self.quarantine.sort(key=lambda item: place[id(item[0])])
+        return "".join(check.quarantine_line(row, unusable) for row, unusable in self.quarantine)
+
+
+def _read(customer: "Customer", base: "BaseModelInfo", progress: Callable[[int], None] | None) -> _Read:
     tokenizer, pad_token_added = _tokenizer(base.path, base.tokenizer_digest)
+    sources = customer.data.sources
     rows = list(_counted((row for name, source in sources.items() for row in read_rows(name, source, customer.data)), progress))
     by_split = {name: [row for row in rows if row.split == name] for name in ("all", *SPLITS)}
     for name, source in sources.items():
@@ -97,19 +168,19 @@ def _prepare(customer: "Customer", base: "BaseModelInfo", folder: Path, progress
         except UnusableError as unusable:
             quarantine.append((row, unusable))
     tokenised = list(_tokenise(examples, customer, base, tokenizer, chat, quarantine))
-    cut = [name for name in ("test", "dev") if not by_split[name]]
-    splits = _split(tokenised, cut)
-    records = {name: _merge(name, splits[name], quarantine) for name in SPLITS}
+    return _Read(rows, by_split, chat, tokenised, quarantine, pad_token_added)
 
-    place = {id(row): number for number, row in enumerate(rows)}
-    quarantine.sort(key=lambda item: place[id(item[0])])
-    quarantine_text = "".join(check.quarantine_line(row, unusable) for row, unusable in quarantine)
-    problem = _too_little(rows, records, cut, quarantine, folder / QUARANTINE)
-    if problem is not None:
-        with whole_folder(folder) as temporary:
-            (temporary / QUARANTINE).write_text(quarantine_text, encoding="utf-8")
-        raise DataError(problem)
 
+def _write(
+    folder: Path,
+    customer: "Customer",
+    base: "BaseModelInfo",
+    read: _Read,
+    records: dict[str, list[Record]],
+    digest: str,
+    notes: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write the folder; returns its card."""
     inputs = {name: {split.normalised(record.input) for record in records[name]} for name in SPLITS}
     every = [record for name in SPLITS for record in records[name]]
     card = {
@@ -121,27 +192,27 @@ def _prepare(customer: "Customer", base: "BaseModelInfo", folder: Path, progress
         # A corrected test reference is no reason to train again.
         "train_fingerprint": _fingerprint(records, ("train", "dev")),
         "counts": {
-            "read": len(rows),
-            "used": len(rows) - len(quarantine),
+            "read": len(read.rows),
+            "used": len(read.rows) - len(read.quarantine),
             **{name: len(records[name]) for name in SPLITS},
-            "quarantined": len(quarantine),
-            "reasons": dict(sorted(Counter(unusable.reason for _, unusable in quarantine).items())),
+            "quarantined": len(read.quarantine),
+            "reasons": dict(sorted(Counter(unusable.reason for _, unusable in read.quarantine).items())),
         },
         "overlap": {f"{a}/{b}": len(inputs[a] & inputs[b]) for a, b in (("train", "dev"), ("train", "test"), ("dev", "test"))},
-        "sources": sources,
+        "sources": customer.data.sources,
         "source_notes": notes,
-        "prompt": {**customer.prompt.model_dump(), "chat": chat},
+        "prompt": {**customer.prompt.model_dump(), "chat": read.chat},
         "tokenizer_digest": base.tokenizer_digest,
-        "pad_token_added": pad_token_added,
+        "pad_token_added": read.pad_token_added,
         "max_prompt_tokens": max(len(record.prompt_ids) for record in every),
         "max_target_tokens_seen": max(len(record.target_ids) for record in every),
     }
     with whole_folder(folder) as temporary:
         for name in SPLITS:
             write_split(temporary, name, records[name])
-        (temporary / QUARANTINE).write_text(quarantine_text, encoding="utf-8")
+        (temporary / QUARANTINE).write_text(read.quarantine_text(), encoding="utf-8")
         write_json(temporary / CARD, card)
-    return Prepared(card, folder, fresh=True)
+    return card
 
 
 def is_prepared(customer: "Customer", base: "BaseModelInfo", folder: Path) -> bool:

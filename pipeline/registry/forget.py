@@ -149,7 +149,7 @@ def _models_of(client: "MlflowClient", customer: str) -> list[str]:
 def _logged_models(client: "MlflowClient", customer: str, database: Any | None) -> "list[LoggedModel]":
     """MLflow's records of the files of versions, also those that it hides, where that can be seen."""
     found: list[LoggedModel] = []
-    for some in _in_parts(_experiments(client)):
+    for some in in_parts(experiments(client)):
         token = None
         while True:
             page = client.search_logged_models(some, _of(customer), max_results=50, page_token=token)
@@ -168,7 +168,7 @@ def _runs(client: "MlflowClient", customer: str) -> "list[Run]":
     from mlflow.entities import ViewType
 
     found: list[Run] = []
-    for some in _in_parts(_experiments(client)):
+    for some in in_parts(experiments(client)):
         search = functools.partial(client.search_runs, some, run_view_type=ViewType.ALL)
         own = list(pages(search, _of(customer)))
         # Runs below a sweep's that no training had made say their parent alone: they go before it, or nothing would lead to them.
@@ -178,7 +178,8 @@ def _runs(client: "MlflowClient", customer: str) -> "list[Run]":
     return found
 
 
-def _experiments(client: "MlflowClient") -> list[str]:
+def experiments(client: "MlflowClient") -> list[str]:
+    """The ids of all experiments, also those that MLflow hides."""
     from mlflow.entities import ViewType
 
     token, found = None, []
@@ -190,7 +191,8 @@ def _experiments(client: "MlflowClient") -> list[str]:
             return found
 
 
-def _in_parts(numbers: list[str]) -> Iterable[list[str]]:
+def in_parts(numbers: list[str]) -> Iterable[list[str]]:
+    """As many experiments at a time as one search takes."""
     return (numbers[start : start + 100] for start in range(0, len(numbers), 100))
 
 

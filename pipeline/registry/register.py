@@ -183,8 +183,8 @@ def _withdraw(client: "MlflowClient", version: "ModelVersion", winner: "ModelVer
         return
     try:
         client.delete_model_version(version.name, version.version)
-        model_id = _model_id(version)
-        if model_id is not None and model_id != _model_id(winner):
+        model_id = model_id_of(version)
+        if model_id is not None and model_id != model_id_of(winner):
             erase_model(client, client.get_logged_model(model_id))
         if version.run_id and version.run_id != winner.run_id:
             run = client.get_run(version.run_id)
@@ -202,7 +202,7 @@ def _withdraw(client: "MlflowClient", version: "ModelVersion", winner: "ModelVer
             )
 
 
-def _model_id(version: "ModelVersion") -> str | None:
+def model_id_of(version: "ModelVersion") -> str | None:
     """The id of MLflow's record of a version's files: at the end of the source, be it `models:/m-…` or the place of the files."""
     found = re.search(r"(m-[0-9a-f]{32})(/artifacts)?/?$", version.source or "")
     return found[1] if found else None
@@ -210,7 +210,7 @@ def _model_id(version: "ModelVersion") -> str | None:
 
 def _sweep(client: "MlflowClient", candidate: _Candidate, experiment: str, seconds: float) -> None:
     """Remove what registrations of this customer left that died before their version appeared, if it is older than `seconds`."""
-    used = {_model_id(version) for version in versions_of(client, candidate.key.model_name)}
+    used = {model_id_of(version) for version in versions_of(client, candidate.key.model_name)}
     before = (time.time() - seconds) * 1000
     try:
         for model in client.search_logged_models([experiment], _of_customer(candidate)):

@@ -3,8 +3,12 @@
 import contextlib
 import json
 import os
+import socket
 import sqlite3
+import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -133,3 +137,50 @@ def sweep_stages(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, An
 
     monkeypatch.setattr(launch, "run_module", stage)
     yield done
+
+
+@pytest.fixture(scope="session")
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real Prefect server with all its services on loopback, as people run it, but quick to make runs of schedules; yields the address of its API."""
+    home = tmp_path_factory.mktemp("prefect-server")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    own = {
+        "PREFECT_HOME": str(home),
+        "PREFECT_UI_ENABLED": "0",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "1",
+        "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+        # It ends with the tests, however they end.
+        "PREFIXFLEET_EXIT_WITH_PARENT": "1",
+    }
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")} | own
+    app = ["--factory", "prefect.server.api.server:create_app", "--host", "127.0.0.1", "--port", str(port), "--log-level", "warning"]
+    log = home / "server.log"
+    with log.open("wb") as output:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "flows.api_server", *app], env=env, stdin=subprocess.PIPE, stdout=output, stderr=output
+        )
+        try:
+            url = f"http://127.0.0.1:{port}/api"
+            deadline = time.monotonic() + 90
+            while True:
+                with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
+                    break
+                assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+                time.sleep(0.2)
+            yield url
+        finally:
+            server.terminate()
+            server.wait(20)
+
+
+@pytest.fixture
+def on_server(prefect_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """This process, and those it starts, use `prefect_server`; yields its address."""
+    from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
+    monkeypatch.setenv("PREFECT_API_URL", prefect_server)
+    with temporary_settings({PREFECT_API_URL: prefect_server, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+        yield prefect_server
