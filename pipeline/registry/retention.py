@@ -23,7 +23,6 @@ from pipeline.registry.versions import MODELS, TAG, aliases_of, key_of, models, 
 from pipeline.removal import Removal
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
     from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
 
