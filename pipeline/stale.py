@@ -83,7 +83,9 @@ def _superseded(home: Home, key: CustomerKey, digests: Collection[str], days: fl
     short = {digest[:16] for digest in digests}
     for folder in sorted(key.below(home.root / "prefixes").glob("[0-9a-f]*/")):
         if folder.name not in short:
-            yield from _old(home, folder, "prefix", f"prefix {folder.name} of {key}", {key}, days, now, "superseded, and was made")
+            yield from _old(
+                home, folder, "prefix", f"prefix {folder.name} of {key}", {key}, days, now, "superseded, and was made"
+            )
     for folder in sorted(key.below(home.root / "evaluations").glob("[0-9a-f]*/")):
         try:
             judged = str(read_json(folder / "metrics.json", 1)["prefix_digest"])
@@ -108,7 +110,9 @@ def _gone(home: Home, key: CustomerKey, days: float, now: float) -> Iterator[Rem
     for place in [*places, key.below(home.root / "cache" / "prefixes")]:
         if place.exists():
             what = f"{place.relative_to(home.root)}"
-            yield from _old(home, place, "data", what, {key}, days, now, f"{key} is in no fleet file here any more, and it was written")
+            yield from _old(
+                home, place, "data", what, {key}, days, now, f"{key} is in no fleet file here any more, and it was written"
+            )
 
 
 def _temporary(home: Home, now: float) -> Iterator[Removal]:
@@ -120,7 +124,9 @@ def _temporary(home: Home, now: float) -> Iterator[Removal]:
         for name in found:
             place = Path(folder) / name
             what = str(place.relative_to(home.root))
-            yield from _old(home, place, "temporary", what, set(), _ABANDONED_DAYS, now, "left by a process that was killed, and was written")
+            yield from _old(
+                home, place, "temporary", what, set(), _ABANDONED_DAYS, now, "left by a process that was killed, and was written"
+            )
 
 
 def _old(
