@@ -22,6 +22,7 @@ from flows.work import Outcome, Row
 from pipeline.progress import described, time_left
 
 if TYPE_CHECKING:
+    from flows.maintain_work import Drift, Upkeep
     from pipeline.registry import Difference, ModelStatus, Version
 
 _LINE_SECONDS = 5.0
@@ -252,6 +253,31 @@ def sweep_table(content: Mapping[str, Any], console: Console) -> None:
     for sentence in content["said"]:
         console.print(Text(sentence), soft_wrap=True)
     console.print(Text(f"For the fleet file:\n{content['best']['fleet_file'].rstrip()}"), soft_wrap=True)
+
+
+def upkeep(done: "Upkeep", console: Console) -> None:
+    """What `maintain` did: every removal by its name, the champions that were judged in a table."""
+    verb = "would remove" if done.dry_run else "removed"
+    for removal in done.removed:
+        size = "" if removal.size is None else f" ({removal.size:,} bytes)"
+        console.print(Text(f"{verb} {removal.name}{size}: {removal.why}"), soft_wrap=True)
+    for customer, version in done.registered.items():
+        told = "would be registered" if version is None else f"is registered as version {version}"
+        console.print(Text(f"{customer}: its prefix, left behind, {told}"), soft_wrap=True)
+    for line in done.left:
+        console.print(Text(f"left {line}"), soft_wrap=True)
+    if done.drift:
+        head = ("customer", "metric", "new rows", "recorded", "now", "drop (95 %)", "champion")
+        _print_table(lambda gap: _plain_table(head, [_drift_row(one) for one in done.drift], gap), console)
+    freed = sum(removal.size or 0 for removal in done.removed)
+    total = f"{len(done.removed)} {verb.removeprefix('would ')}" if done.dry_run else f"{len(done.removed)} removed"
+    console.print(f"{total}, {freed / 2**20:,.1f} MiB of files, {len(done.left)} left", soft_wrap=True)
+
+
+def _drift_row(one: "Drift") -> list[str]:
+    drop = "" if one.drop is None else f"{one.drop.drop:.1f} ({one.drop.low:.1f} to {one.drop.high:.1f})"
+    state = {"fallen": "fallen, queued"}.get(one.status, one.status)
+    return [one.customer, one.metric, str(one.rows), _number(one.recorded, ".1f"), _number(one.now, ".1f"), drop, state]
 
 
 def _plain_table(head: Iterable[str], rows: Iterable[Iterable[str]], gap: str) -> Table:

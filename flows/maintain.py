@@ -37,7 +37,9 @@ def maintain(fleet_file: Path, dry_run: bool = False) -> Any:
     if done.failed:
         return Failed(message=f"{len(done.failed)} things could not be done: {done.failed[0]}", data=done)
     fallen = sum(one.status == "fallen" for one in done.drift)
-    return Completed(message=f"{len(done.removed)} removed, {len(done.registered)} registered, {fallen} champions fallen", data=done)
+    return Completed(
+        message=f"{len(done.removed)} removed, {len(done.registered)} registered, {fallen} champions fallen", data=done
+    )
 
 
 def _leave_table(done: Upkeep, logger: Any) -> None:
@@ -51,6 +53,8 @@ def _leave_table(done: Upkeep, logger: Any) -> None:
         *({"what": "left", "name": "", "why": why} for why in (*done.left, *done.failed)),
     ]
     try:
-        create_table_artifact(key=f"maintain-{jobs.readable(done.fleet)}", table=rows, description="dry run" if done.dry_run else "")
+        create_table_artifact(
+            key=f"maintain-{jobs.readable(done.fleet)}", table=rows, description="dry run" if done.dry_run else ""
+        )
     except Exception as error:  # Prefect's own or its server's: the work is done
         logger.warning("the table could not be left as an artifact: %s", error)

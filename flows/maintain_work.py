@@ -1,7 +1,7 @@
 """One run of `maintain` over a fleet: what is registered that was left behind, which champions have fallen, what is removed that nobody needs.
 
-In: a fleet file. Out: an `Upkeep` that says all of it. Everything is done under the locks of the customers whom it concerns: whoever is at work on one
-keeps what it has. Knows nothing of Prefect, imports no torch.
+In: a fleet file. Out: an `Upkeep` that says all of it. Everything is done under the locks of the customers whom it concerns: whoever is at work
+on one keeps what it has. Knows nothing of Prefect, imports no torch.
 """
 
 import dataclasses
@@ -257,7 +257,13 @@ def _verdict(home: Home, judged: _Judged, error: str | None) -> Drift:
     drift.now, drift.drop = now["score"], drop_between(judged.recorded, now, METRICS[metric].better)
     drift.status = "fallen" if drift.drop.low > judged.customer.retrain.max_drop else "holds"
     if drift.status == "fallen":
-        figures = {"metric": metric, "rows": judged.rows, "recorded": judged.recorded, "now": now, "drop": dataclasses.asdict(drift.drop)}
+        figures = {
+            "metric": metric,
+            "rows": judged.rows,
+            "recorded": judged.recorded,
+            "now": now,
+            "drop": dataclasses.asdict(drift.drop),
+        }
         queue(home, key, {**figures, "found": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
     elif is_queued(home, key):
         unqueue(home, key)

@@ -2,7 +2,7 @@
 
 Arguments: module, job file. `FAKE_STAGE` says how, as `stage:what` separated by commas:
 `train:fail=ID` one customer fails, `train:kill-once` and `train:kill` die by SIGKILL, `train:pause-once` stops at
-a checkpoint, `train:wait` waits for ever,
+a checkpoint, `train:wait` waits for ever, `evaluate:score=N` gives prefixes N points of 100 instead of 40,
 `train:hang` too, with a grandchild.
 """
 
@@ -74,11 +74,11 @@ def write_prefix(job: Job, customer: JobCustomer) -> None:
         )
 
 
-def write_evaluation(customer: JobCustomer) -> None:
+def write_evaluation(customer: JobCustomer, points: float = 40.0) -> None:
     with whole_folder(Path(customer.evaluation_dir)) as folder:
         scores = {
             who: {metric: {"score": score, "low": score - 1, "high": score + 1} for metric in customer.evaluation.metrics}
-            for who, score in (("base", 5.0), ("prefix", 40.0))
+            for who, score in (("base", 5.0), ("prefix", points))
         }
         named = {"format": 1, "customer": customer.customer, "task": customer.task, "digest": customer.evaluate_digest}
         settings = {"num_beams": 1, "max_new_tokens": 8, "bootstrap_resamples": 100, "seed": 0}
@@ -130,7 +130,7 @@ def main() -> None:
             if stage == "train":
                 write_prefix(job, customer)
             else:
-                write_evaluation(customer)
+                write_evaluation(customer, float(what.removeprefix("score=")) if what.startswith("score=") else 40.0)
             write_result(job, customer, "train" if stage == "train" else "eval", started)
             progress.update(1, customer=customer.customer, loss=1.5)
 

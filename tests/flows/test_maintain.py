@@ -1,0 +1,257 @@
+"""The flow `maintain` against a real MLflow store, with stages that take milliseconds: what goes, what stays, who is queued."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from flows import cli, work
+from flows.maintain_work import Upkeep
+from pipeline.home import Home
+from pipeline.keys import CustomerKey
+from pipeline.queued import is_queued, read_queued
+from pipeline.registry import history, promote
+from pipeline.registry.store import connect
+
+pytestmark = pytest.mark.usefixtures("prefect_session", "fake_stages")
+ACME = CustomerKey("acme")
+DAY = 86_400.0
+
+
+def run(fleet_file: Path, lr: float | None = None) -> work.Outcome:
+    from flows.fleet import fleet
+
+    if lr is not None:
+        change(fleet_file, defaults={"training": {"lr": lr}})
+    result = fleet(fleet_file, None, return_state=True).result(raise_on_failure=False)
+    assert isinstance(result, work.Outcome) and not result.failed, result
+    return result
+
+
+def change(fleet_file: Path, **content: Any) -> None:
+    fleet_file.write_text(yaml.safe_dump({**yaml.safe_load(fleet_file.read_text("utf-8")), **content}), encoding="utf-8")
+
+
+def maintain(fleet_file: Path, dry_run: bool = False) -> Upkeep:
+    from flows.maintain import maintain
+
+    done = maintain(fleet_file, dry_run, return_state=True).result(raise_on_failure=False)
+    assert isinstance(done, Upkeep), done
+    return done
+
+
+def later(monkeypatch: pytest.MonkeyPatch, days: float) -> None:
+    """Let `maintain` believe that so many days have passed."""
+    real = time.time
+    monkeypatch.setattr("flows.maintain_work.time.time", lambda: real() + days * DAY)
+
+
+def files(home: Home) -> set[str]:
+    """All files but those that looking alone changes."""
+    changing = ("mlflow", "prefect", "locks", "cache")
+    return {
+        str(f.relative_to(home.root)) for f in home.root.rglob("*") if not f.relative_to(home.root).parts[0].startswith(changing)
+    }
+
+
+@pytest.fixture
+def one(fleet_file: Path) -> Path:
+    """A fleet of acme alone."""
+    change(fleet_file, customers=[{"id": "acme", "data": "acme.jsonl"}])
+    return fleet_file
+
+
+def test_versions_beyond_the_rule_go_with_runs_and_files_and_those_in_use_stay(
+    home: Home, one: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change(one, retention={"versions": 1, "days": 30, "checkpoints_days": 7})
+    for lr in (0.01, 0.02, 0.03, 0.04):
+        run(one, lr)
+    promote(ACME, 2)  # by hand: 4 is previous now
+    client = connect()
+    client.set_registered_model_alias(ACME.model_name, "canary", "1")
+    # An ensemble names its members in a tag.
+    client.set_model_version_tag(ACME.model_name, "4", "prefixfleet.ensemble", "probabilities of version 3, version 4")
+    assert maintain(one).removed == [], "nothing is old"
+
+    later(monkeypatch, 31)
+    before, there = files(home), [v.version for v in history(ACME)]
+    planned = maintain(one, dry_run=True)
+    assert (files(home), [v.version for v in history(ACME)]) == (before, there), "a dry run changes nothing"
+    # 4 is the newest, 2 is champion, 1 has an alias of somebody's, 3 is a member.
+    assert [r.name for r in planned.removed if r.kind == "version"] == []
+    client.delete_registered_model_alias(ACME.model_name, "canary")
+    run_of_1 = client.get_model_version(ACME.model_name, "1").run_id
+    done = maintain(one)
+    assert [r.name for r in done.removed if r.kind == "version"] == ["acme version 1"] and not done.failed and not done.left
+    assert [v.version for v in history(ACME)] == [4, 3, 2]
+    with pytest.raises(Exception, match=run_of_1):
+        client.get_run(run_of_1)
+    assert not list((home.root / "mlartifacts").rglob(f"*{run_of_1}*"))
+    kinds = {r.kind for r in done.removed}
+    assert kinds == {"version", "checkpoint", "prefix", "evaluation"}
+    champion = {p.name for p in home.root.glob("prefixes/acme/default/*")}
+    tags = {v.version: v.fingerprint[:16] for v in history(ACME)}
+    assert champion == {tags[2], tags[4]}, "the champion and what rollback goes back to, which is the newest"
+    assert run(one).rows[0].status == "unchanged", "what the settings ask for now is there yet"
+    again = maintain(one)
+    assert again.removed == [] and again.left == []
+
+
+def test_runs_of_which_no_version_was_made_go_and_those_of_a_waiting_prefix_stay(
+    home: Home, one: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.registry.store import experiment_id
+
+    run(one)
+    client, experiment = connect(), experiment_id(home=home)
+    tags = {"prefixfleet.customer": "acme", "prefixfleet.task": "default"}
+
+    def made(name: str, **more: str) -> str:
+        number = client.create_run(experiment, run_name=name, tags={**tags, **more}).info.run_id
+        client.set_terminated(number)
+        return str(number)
+
+    lost, hidden = made("lost"), made("hidden")
+    job = client.create_run(experiment, run_name="job", tags={"prefixfleet.job": "fleet-0123456789"}).info.run_id
+    client.delete_run(hidden)
+    foreign = client.create_run(experiment, run_name="theirs", tags={"prefixfleet.customer": "somebody-else"}).info.run_id
+    plain = client.create_run(experiment, run_name="plain").info.run_id
+    of_version = history(ACME)[0].run_id
+    (prefix,) = home.root.glob("prefixes/acme/default/*/prefix.json")
+    waiting = made("waiting")
+    prefix.write_text(json.dumps({**json.loads(prefix.read_text()), "run_id": waiting}))
+
+    assert maintain(one).removed == []
+    later(monkeypatch, 31)
+    done = maintain(one)
+    gone = {r.name.rpartition("(")[2].rstrip(")") for r in done.removed if r.kind == "run"}
+    assert gone == {lost, hidden, job}
+    left = {r.info.run_id for r in client.search_runs([experiment], run_view_type=3)}
+    assert left == {foreign, plain, of_version, waiting}
+
+
+def test_files_of_customers_who_are_gone_go_but_not_those_of_another_fleet_in_the_same_home(
+    home: Home, fleet_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(fleet_file)
+    other = tmp_path / "other.yaml"
+    content = yaml.safe_load(fleet_file.read_text("utf-8"))
+    other.write_text(yaml.safe_dump({**content, "customers": content["customers"][2:]}), encoding="utf-8")
+    assert maintain(other).removed == maintain(fleet_file).removed == []
+    change(fleet_file, customers=content["customers"][:1])  # bolt is gone; crisp is in the other fleet
+    abandoned = home.root / "prepared" / "acme" / ".default.x1y2.tmp"
+    abandoned.mkdir()
+    later(monkeypatch, 29)
+    assert [r.kind for r in maintain(fleet_file).removed] == ["temporary"] and not abandoned.exists()
+    later(monkeypatch, 31)
+    done = maintain(fleet_file)
+    assert {r.name for r in done.removed if r.kind == "data"} == {
+        f"{room}/bolt/default{suffix}"
+        for room, suffix in (("prepared", ""), ("prefixes", ""), ("evaluations", ""), ("registered", ".json"))
+    }
+    assert not list(home.root.glob("p*/bolt/default")) and len(list(home.root.glob("p*/crisp/default"))) == 2
+    assert history(CustomerKey("bolt")), "what is registered serves on"
+    assert run(fleet_file).rows[0].status == "unchanged"
+
+
+def test_nothing_of_a_customer_on_whom_a_run_is_at_work_is_removed(
+    home: Home, one: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(one)
+    later(monkeypatch, 31)
+    before = {p for p in files(home) if p.startswith(("prefixes", "evaluations", "jobs"))}
+    held = (
+        "from flows import locks; from pipeline.home import Home; from pipeline.keys import CustomerKey\n"
+        "with locks.holding(Home.current(), [CustomerKey('acme')]): print('held', flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", held], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ
+    ) as run_elsewhere:
+        assert run_elsewhere.stdout is not None and run_elsewhere.stdout.readline() == b"held\n"
+        done = maintain(one)
+        run_elsewhere.communicate(b"\n")
+    assert done.removed == [] and len(done.left) == 1 and all("a run is at work" in line for line in done.left)
+    assert {p for p in files(home) if p.startswith(("prefixes", "evaluations", "jobs"))} == before
+    assert {r.kind for r in maintain(one).removed} == {"checkpoint"}
+
+
+def test_a_prefix_left_behind_while_mlflow_was_away_is_registered(home: Home, one: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows.fleet import fleet
+    from pipeline.errors import RegistryError
+
+    def away(*_: Any) -> None:
+        raise RegistryError("MLflow does not answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(work, "register", away)
+        fleet(one, None, return_state=True)
+    assert maintain(one, dry_run=True).registered == {"acme": None}
+    assert maintain(one).registered == {"acme": 1} and history(ACME)[0].aliases == ("champion",)
+    assert maintain(one).registered == {}
+
+
+@pytest.fixture
+def grown(home: Home, one: Path) -> Iterator[Path]:
+    """Acme has a champion of 40 points, and 60 rows have arrived since."""
+    change(one, defaults={"retrain": {"when": "drift", "min_rows": 20}})
+    run(one)
+    with (one.parent / "acme.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(
+            json.dumps({"input": f"name : new {i} | food : tea", "target": f"new {i} has tea."}) + "\n" for i in range(60)
+        )
+    yield one
+
+
+def test_a_champion_that_does_worse_on_new_rows_is_queued_with_its_figures(
+    home: Home, grown: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = files(home)
+    (told,) = maintain(grown, dry_run=True).drift
+    assert (told.status, told.rows) == ("to judge", 60) and files(home) == before
+
+    monkeypatch.setenv("FAKE_STAGE", "evaluate:score=30")
+    (drift,) = maintain(grown).drift
+    assert (drift.status, drift.recorded, drift.now) == ("fallen", 40.0, 30.0) and drift.drop is not None
+    # Two intervals of ± 1: that of the difference is ± √2.
+    assert (drift.drop.low, drift.drop.high) == pytest.approx((10 - 2**0.5, 10 + 2**0.5), abs=1e-5)
+    why = read_queued(home, ACME)
+    assert why is not None and (why["reason"], why["metric"], why["rows"], why["now"]["score"]) == ("drift", "bleu", 60, 30.0)
+    judged = [json.loads(p.read_text())["run_id"] for p in home.root.glob("drift/acme/default/prefixes/**/prefix.json")]
+    assert judged == [None], "the run of the training is not told the scores on other rows"
+
+    monkeypatch.setattr("flows.launch.run_module", lambda *_: pytest.fail("the same rows are not judged twice"))
+    assert maintain(grown).drift[0].status == "fallen"
+
+
+def test_a_champion_that_holds_is_not_queued_and_few_rows_decide_nothing(
+    home: Home, grown: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_STAGE", "evaluate:score=39")  # within the intervals
+    (drift,) = maintain(grown).drift
+    assert drift.status == "holds" and not is_queued(home, ACME)
+    for settings in ({"when": "drift", "min_rows": 61}, {"when": "never", "min_rows": 20}):
+        change(grown, defaults={"retrain": settings})
+        assert maintain(grown).drift == []
+
+
+def test_a_check_that_fails_is_one_customers_and_the_exit_status_says_so(
+    home: Home, grown: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FAKE_STAGE", "evaluate:fail=acme")
+    assert cli.main(["maintain", str(grown), "--json"]) == 1
+    said = capsys.readouterr()
+    assert (
+        json.loads(said.out)["drift"][0]["status"] == "failed"
+        and "acme: its champion could not be judged: the loss is NaN" in said.err
+    )
+    monkeypatch.setenv("FAKE_STAGE", "evaluate:score=30")
+    assert cli.main(["maintain", str(grown)]) == 0
+    assert "fallen, queued" in capsys.readouterr().out
