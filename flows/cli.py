@@ -281,8 +281,20 @@ def _parser() -> argparse.ArgumentParser:
         "make a Prefect server's deployments, schedules and work pools be as the fleet file says, and remove what it no longer says",
         [f"prefixfleet deploy {_FLEET} --dry-run", f"prefixfleet deploy {_FLEET}"],
     )
-    deployed.add_argument("fleet", type=Path, metavar="FLEET.yaml", help="the fleet file, at the path where the workers have it too")
+    deployed.add_argument(
+        "fleet", type=Path, metavar="FLEET.yaml", help="the fleet file, at the path where the workers have it too"
+    )
     deployed.add_argument("--dry-run", action="store_true", help="only say what differs")
+
+    kept = command(
+        "maintain",
+        _maintain,
+        "register what was left behind, judge champions on rows that arrived since, remove what nobody needs any more",
+        [f"prefixfleet maintain {_FLEET} --dry-run", f"prefixfleet maintain {_FLEET}"],
+    )
+    kept.add_argument("fleet", type=Path, metavar="FLEET.yaml", help="the fleet file")
+    kept.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    kept.add_argument("-v", "--verbose", action="store_true", help="show what the stages print instead of bars")
 
     status = command(
         "status",
@@ -1022,6 +1034,33 @@ def _deploy(arguments: argparse.Namespace) -> int:
     elif arguments.dry_run:
         print("nothing was changed; without --dry-run this is done")
     return OK
+
+
+def _maintain(arguments: argparse.Namespace) -> int:
+    from flows.prefect_api import set_environment
+    from pipeline.home import Home
+
+    home = Home.current()
+    set_environment(home, arguments.verbose)
+    from flows import display, work
+    from flows.prefect_api import prefect_api
+
+    # What is wrong with the file is said at once, before an API is started.
+    work.open_work(arguments.fleet, None, home)
+    with _display(arguments), prefect_api(home):
+        from flows.maintain import maintain
+
+        state: Any = maintain(arguments.fleet.resolve(), arguments.dry_run, return_state=True)
+        done = state.result(raise_on_failure=False)
+    if isinstance(done, BaseException):
+        raise done
+    if arguments.json:
+        _print_json(done.as_json())
+    else:
+        display.upkeep(done, display.output())
+    for line in done.failed:
+        print(f"error: {line}", file=sys.stderr)
+    return FAILED if done.failed else OK
 
 
 def _several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:

@@ -242,9 +242,7 @@ def _new_pool(name: str, kind: str, limit: int | None) -> Change:
             "correct the type."
         )
     description = "Made by `prefixfleet deploy`."
-    wanted = WorkPoolCreate(
-        name=name, type=kind, concurrency_limit=limit, base_job_template=template, description=description
-    )
+    wanted = WorkPoolCreate(name=name, type=kind, concurrency_limit=limit, base_job_template=template, description=description)
     return Change("create", "work pool", name, (f"type {kind}", _slots(limit)), lambda client: client.create_work_pool(wanted))
 
 
@@ -301,7 +299,9 @@ def _deployment(client: Any, fleet: Fleet, wanted: _Wanted, known: Any | None) -
         settings["work_queue_name"] = wanted.queue
     if known is None:
         shown = (f"on work pool {wanted.pool}",)
-        yield Change("create", "deployment", wanted.full_name, shown, functools.partial(_create, wanted=wanted, settings=settings))
+        yield Change(
+            "create", "deployment", wanted.full_name, shown, functools.partial(_create, wanted=wanted, settings=settings)
+        )
         return
     _check_ours(wanted, known)
     # Other fleets have their tags on the deployment of a pool, and people may have added theirs.
@@ -387,7 +387,9 @@ def _leave(name: str, known: Any, tag: str) -> Change:
     others = [other for other in known.tags if other != tag]
     if any(other.startswith(f"{TAG}:") for other in others):
         what = (_difference("tags", known.tags, others),)
-        return Change("update", "deployment", name, what, functools.partial(_update, deployment=known.id, changed={"tags": others}))
+        return Change(
+            "update", "deployment", name, what, functools.partial(_update, deployment=known.id, changed={"tags": others})
+        )
     return Change("remove", "deployment", name, (), lambda client: client.delete_deployment(known.id))
 
 
@@ -405,10 +407,18 @@ def _schedules(wanted: _Wanted, known: Any | None) -> Iterator[Change]:
         elif _told(before.schedule, None) != _told(when, None) or before.parameters != parameters:
             change = functools.partial(_change_schedule, known=known, before=before, when=when, parameters=parameters)
             what = _scheduled_customers(before.parameters, parameters)
-            yield Change("update", "schedule", place, (f"{_told(before.schedule, before.parameters)} → {_told(when, parameters)}", *what), change)
+            yield Change(
+                "update",
+                "schedule",
+                place,
+                (f"{_told(before.schedule, before.parameters)} → {_told(when, parameters)}", *what),
+                change,
+            )
     for name, schedule in there.items():
         remove = functools.partial(_remove_schedule, known=known, schedule=schedule)
-        yield Change("remove", "schedule", f"{wanted.full_name}: {name}", (_told(schedule.schedule, schedule.parameters),), remove)
+        yield Change(
+            "remove", "schedule", f"{wanted.full_name}: {name}", (_told(schedule.schedule, schedule.parameters),), remove
+        )
 
 
 def _is_ours(schedule: Any) -> bool:
@@ -466,7 +476,9 @@ def _automation(client: Any, fleet: Fleet) -> Iterator[Change]:
         return
     wanted = _telling(client, name, fleet)
     if not found:
-        yield Change("create", "automation", name, (f"to {fleet.deploy.notify}",), lambda client: client.create_automation(wanted))
+        yield Change(
+            "create", "automation", name, (f"to {fleet.deploy.notify}",), lambda client: client.create_automation(wanted)
+        )
         return
     parts = {"trigger", "actions"}
     if found[0].model_dump(mode="json", include=parts) != wanted.model_dump(mode="json", include=parts):
@@ -496,8 +508,8 @@ def _telling(client: Any, name: str, fleet: Fleet) -> Any:
     ended = {f"prefect.flow-run.{state}" for state in ("Failed", "Crashed", "TimedOut")}
     trigger = EventTrigger(
         expect=ended,
-        match={"prefect.resource.id": "prefect.flow-run.*"},  # type: ignore[arg-type]  # pydantic makes a ResourceSpecification of it
-        match_related={"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{fleet_tag(fleet)}"},  # type: ignore[arg-type]
+        match={"prefect.resource.id": "prefect.flow-run.*"},
+        match_related={"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{fleet_tag(fleet)}"},
         for_each={"prefect.resource.id"},
         posture=Posture.Reactive,
         threshold=1,

@@ -141,7 +141,7 @@ def sweep_stages(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, An
 
 @pytest.fixture(scope="session")
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real Prefect server with all its services on loopback, as people run it, but quick to make runs of schedules; yields the address of its API."""
+    """A real Prefect server on loopback with all its services, but quick to make runs of schedules; yields the address of its API."""
     home = tmp_path_factory.mktemp("prefect-server")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -156,7 +156,16 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "PREFIXFLEET_EXIT_WITH_PARENT": "1",
     }
     env = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")} | own
-    app = ["--factory", "prefect.server.api.server:create_app", "--host", "127.0.0.1", "--port", str(port), "--log-level", "warning"]
+    app = [
+        "--factory",
+        "prefect.server.api.server:create_app",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--log-level",
+        "warning",
+    ]
     log = home / "server.log"
     with log.open("wb") as output:
         server = subprocess.Popen(

@@ -74,7 +74,8 @@ def test_deploying_makes_everything_once_and_a_second_time_changes_nothing(
     done = deploy.deploy(file, home)
     assert told(done) == told(planned)
     assert {(kind, name) for _, kind, name in told(done) if kind == "deployment"} == {
-        ("deployment", name) for name in (*(f"{flow}/nightly" for flow in ("fleet", "customer", "sweep", "maintain")), f"job/{pool}")
+        ("deployment", name)
+        for name in (*(f"{flow}/nightly" for flow in ("fleet", "customer", "sweep", "maintain")), f"job/{pool}")
     }
     fleet = client.read_deployment_by_name("fleet/nightly")
     assert fleet.parameters == {"fleet_file": str(file)} and fleet.entrypoint == "flows.fleet.fleet"
@@ -124,7 +125,12 @@ def test_what_is_no_longer_in_the_file_goes_and_what_others_made_stays(
     other = state(client, f"one{pool}")["deployments"]
 
     content = yaml.safe_load(second.read_text(encoding="utf-8"))
-    content |= {"customers": content["customers"][:2], "launch": {}, "work_pools": {pool: {"concurrency_limit": 5}}, "schedule": "0 4 * * *"}
+    content |= {
+        "customers": content["customers"][:2],
+        "launch": {},
+        "work_pools": {pool: {"concurrency_limit": 5}},
+        "schedule": "0 4 * * *",
+    }
     second.write_text(yaml.safe_dump(content), encoding="utf-8")
     changes = deploy.deploy(second, home)
     assert ("update", "work pool", pool) in told(changes) and ("update", "deployment", f"job/{pool}") in told(changes)
