@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flows import jobs, locks, work
+from flows import jobs, locks, notes, work
 from pipeline.config import Customer, PromptSettings
 from pipeline.errors import PrefixFleetError, StorageError
 from pipeline.evaluation.drift import Drop, drop_between
@@ -23,7 +23,6 @@ from pipeline.evaluation.metrics import METRICS
 from pipeline.files import digest_of, read_json, whole_folder, write_json
 from pipeline.home import Home
 from pipeline.keys import CustomerKey
-from pipeline.queued import is_queued, queue, unqueue
 from pipeline.registry import ensure_store, lookup
 from pipeline.registry.retention import Registered, read_registered, recorded_score, surplus_runs, surplus_versions
 from pipeline.removal import Removal
@@ -264,9 +263,9 @@ def _verdict(home: Home, judged: _Judged, error: str | None) -> Drift:
             "now": now,
             "drop": dataclasses.asdict(drift.drop),
         }
-        queue(home, key, {**figures, "found": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
-    elif is_queued(home, key):
-        unqueue(home, key)
+        notes.queue(home, key, "drift", {**figures, "found": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+    else:
+        notes.unqueue(home, key)
     return drift
 
 
@@ -293,8 +292,9 @@ def _remove(todo: work.Work, registered: Registered, fleet_file: Path, done: Upk
         return
     count = work.Counter("maintain", len(plan))
     for removal in plan:
-        with locks.holding(removal.home, removal.keys) as busy:
-            if busy:
+        # A job on another machine outlives the run that asked for it.
+        with locks.holding(removal.home, removal.keys) as busy, locks.holding(removal.home, removal.keys, "jobs") as at_work:
+            if busy | at_work:
                 done.left.append(f"{removal.name}: {_BUSY}")
             else:
                 _carry_out(removal, done)

@@ -284,6 +284,8 @@ def survey(work: Work) -> None:
         receipt = _read_receipt(work.home, key)
         if key in work.members:
             work.due[key] = _due(work, key, known.get(key), receipt)
+        elif _leaves_new_data(work, customer, known.get(key)):
+            _as_before(work, key, known.get(key), receipt)
         if not work.due[key]:
             continue
         if key in work.members:
@@ -293,6 +295,26 @@ def survey(work: Work) -> None:
         hour = None if work.named else notes.hour_to_come(work.home, customer, work.began)
         if hour is not None:
             work.due[key], work.waiting[key] = (), hour
+
+
+def _leaves_new_data(work: Work, customer: Customer, known: "ModelStatus | None") -> bool:
+    """Whether changed data alone is no reason to train this customer, who has a champion: its `retrain` says so, and nothing has fallen."""
+    if customer.retrain.when == "data" or known is None or known.champion_version is None:
+        return False
+    return customer.retrain.when == "never" or notes.queued(work.home, customer.key) is None
+
+
+def _as_before(work: Work, key: CustomerKey, known: "ModelStatus | None", receipt: dict[str, Any] | None) -> None:
+    """Take a customer's data as it was when it was prepared, if then nothing is due. If anything else has changed too, it is prepared anew."""
+    from pipeline.data import read_card
+
+    with contextlib.suppress(PrefixFleetError):
+        work.prepared(key, Prepared(read_card(work.home.prepared(key)), 0.0))
+        if not _due(work, key, known, receipt):
+            work.due[key] = ()
+            return
+        del work.cards[key], work.members[key]
+        work.versions.pop(key, None)
 
 
 def leave_forgotten(work: Work) -> None:

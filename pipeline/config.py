@@ -168,7 +168,7 @@ class RetentionSettings(Settings):
 
 
 class RetrainSettings(Settings):
-    """What makes a customer due who has a champion. New settings, a new base and being asked for by name always do."""
+    """What makes a customer due who has a champion. New settings, a new base and `--force` always do."""
 
     when: Literal["data", "drift", "never"] = Field(
         "data",

@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 import yaml
 
-from flows import cli, work
+from flows import cli, notes, work
 from flows.maintain_work import Upkeep
 from pipeline.home import Home
 from pipeline.keys import CustomerKey
-from pipeline.queued import is_queued, read_queued
 from pipeline.registry import history, promote
 from pipeline.registry.store import connect
 
@@ -222,13 +221,30 @@ def test_a_champion_that_does_worse_on_new_rows_is_queued_with_its_figures(
     assert (drift.status, drift.recorded, drift.now) == ("fallen", 40.0, 30.0) and drift.drop is not None
     # Two intervals of ± 1: that of the difference is ± √2.
     assert (drift.drop.low, drift.drop.high) == pytest.approx((10 - 2**0.5, 10 + 2**0.5), abs=1e-5)
-    why = read_queued(home, ACME)
+    why = notes.queued(home, ACME)
     assert why is not None and (why["reason"], why["metric"], why["rows"], why["now"]["score"]) == ("drift", "bleu", 60, 30.0)
     judged = [json.loads(p.read_text())["run_id"] for p in home.root.glob("drift/acme/default/prefixes/**/prefix.json")]
     assert judged == [None], "the run of the training is not told the scores on other rows"
 
-    monkeypatch.setattr("flows.launch.run_module", lambda *_: pytest.fail("the same rows are not judged twice"))
-    assert maintain(grown).drift[0].status == "fallen"
+    with monkeypatch.context() as patch:
+        patch.setattr("flows.launch.run_module", lambda *_: pytest.fail("the same rows are not judged twice"))
+        assert maintain(grown).drift[0].status == "fallen"
+    monkeypatch.delenv("FAKE_STAGE")
+    (row,) = run(grown).rows
+    assert (row.status, row.why, row.version, row.rows_used) == ("done", "drift", 2, 90) and notes.queued(home, ACME) is None
+
+
+def test_new_rows_alone_train_nobody_who_waits_for_drift_and_everything_else_does(home: Home, grown: Path) -> None:
+    assert [row.status for row in run(grown).rows] == ["unchanged"], "60 rows have arrived, and nothing has fallen"
+    change(grown, defaults={"retrain": "never"})
+    assert [row.status for row in run(grown).rows] == ["unchanged"]
+    change(grown, defaults={"retrain": "drift", "training": {"lr": 0.02}})
+    (row,) = run(grown).rows
+    assert (row.status, row.version, row.rows_used) == ("done", 2, 90), "new settings are a reason, and take the new rows along"
+    with (grown.parent / "acme.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"input": "name : last | food : tea", "target": "last has tea."}) + "\n")
+    change(grown, defaults={"retrain": "data", "training": {"lr": 0.02}})
+    assert [row.why for row in run(grown).rows] == ["new data"]
 
 
 def test_a_champion_that_holds_is_not_queued_and_few_rows_decide_nothing(
@@ -236,7 +252,7 @@ def test_a_champion_that_holds_is_not_queued_and_few_rows_decide_nothing(
 ) -> None:
     monkeypatch.setenv("FAKE_STAGE", "evaluate:score=39")  # within the intervals
     (drift,) = maintain(grown).drift
-    assert drift.status == "holds" and not is_queued(home, ACME)
+    assert drift.status == "holds" and notes.queued(home, ACME) is None
     for settings in ({"when": "drift", "min_rows": 61}, {"when": "never", "min_rows": 20}):
         change(grown, defaults={"retrain": settings})
         assert maintain(grown).drift == []
