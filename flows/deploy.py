@@ -8,7 +8,6 @@ an hour of their own, the work pools that the file describes, queues, and the au
 import datetime
 import functools
 import importlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -499,12 +498,12 @@ def _telling(client: Any, name: str, fleet: Fleet) -> Any:
             f"deploy.notify: the server has no block {fleet.deploy.notify}. Make it in Prefect (docs/flows.md says how), which keeps its address "
             "secret, or correct the name: TYPE/NAME, such as slack-webhook/operators."
         ) from error
-    told = "{{ flow_run.name }}: {{ flow_run.state.name }}. {{ flow_run.state.message }}"
+    told = 'flow_run.name ~ ": " ~ flow_run.state.name ~ ". " ~ (flow_run.state.message or "")'
     action: Any
     if kind == "webhook":
-        action = CallWebhook(block_document_id=block, payload=json.dumps({"text": told}))
+        action = CallWebhook(block_document_id=block, payload=f'{{"text": {{{{ ({told}) | tojson }}}}}}')
     else:
-        action = SendNotification(block_document_id=block, subject=f"PrefixFleet, {fleet.name}", body=told)
+        action = SendNotification(block_document_id=block, subject=f"PrefixFleet, {fleet.name}", body=f"{{{{ {told} }}}}")
     ended = {f"prefect.flow-run.{state}" for state in ("Failed", "Crashed", "TimedOut")}
     trigger = EventTrigger(
         expect=ended,
