@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flows import jobs, locks, notes, work
+from flows import jobs, locks, work
 from pipeline.config import Customer, PromptSettings
 from pipeline.errors import PrefixFleetError, StorageError
 from pipeline.evaluation.drift import Drop, drop_between
@@ -23,6 +23,7 @@ from pipeline.evaluation.metrics import METRICS
 from pipeline.files import digest_of, read_json, whole_folder, write_json
 from pipeline.home import Home
 from pipeline.keys import CustomerKey
+from pipeline.queued import queue, unqueue
 from pipeline.registry import ensure_store, lookup
 from pipeline.registry.retention import Registered, read_registered, recorded_score, surplus_runs, surplus_versions
 from pipeline.removal import Removal
@@ -263,9 +264,9 @@ def _verdict(home: Home, judged: _Judged, error: str | None) -> Drift:
             "now": now,
             "drop": dataclasses.asdict(drift.drop),
         }
-        notes.queue(home, key, "drift", {**figures, "found": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+        queue(home, key, {**figures, "found": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
     else:
-        notes.unqueue(home, key)
+        unqueue(home, key)
     return drift
 
 

@@ -277,8 +277,7 @@ def survey(work: Work) -> None:
         work.due[key] = jobs.STAGES
         # What is wrong with the data is said in full by the stage itself, which is the one to fail.
         with contextlib.suppress(Exception):
-            heeds_data = customer.retrain.when == "data" or work.named or key not in known or is_queued(work.home, key)
-            card = prepared_card(customer, work.base, folder, heeds_data)
+            card = prepared_card(customer, work.base, folder)
             if card is not None:
                 work.prepared(key, Prepared(card, 0.0))
         receipt = _read_receipt(work.home, key)
@@ -301,7 +300,7 @@ def _leaves_new_data(work: Work, customer: Customer, known: "ModelStatus | None"
     """Whether changed data alone is no reason to train this customer, who has a champion: its `retrain` says so, and nothing has fallen."""
     if customer.retrain.when == "data" or known is None or known.champion_version is None:
         return False
-    return customer.retrain.when == "never" or notes.queued(work.home, customer.key) is None
+    return customer.retrain.when == "never" or not is_queued(work.home, customer.key)
 
 
 def _as_before(work: Work, key: CustomerKey, known: "ModelStatus | None", receipt: dict[str, Any] | None) -> None:

@@ -220,18 +220,17 @@ def is_prepared(customer: "Customer", base: "BaseModelInfo", folder: Path) -> bo
     return prepared_card(customer, base, folder) is not None
 
 
-def prepared_card(customer: "Customer", base: "BaseModelInfo", folder: Path, heed_data: bool = True) -> dict[str, Any] | None:
+def prepared_card(customer: "Customer", base: "BaseModelInfo", folder: Path) -> dict[str, Any] | None:
     """The card in `folder` if `prepare` would do nothing, its data, settings and tokenizer being those that `folder` was made of.
 
-    Files that have not been touched since are not read. Without `heed_data` none is: settings and tokenizer alone count.
+    Files that have not been touched since are not read.
 
     Raises:
         ConfigError, DataError: as `prepare`, where it would fail before reading a row.
     """
     card = _card(folder)
     before = {} if card is None else card.get("source_notes", {})
-    notes = _notes(customer, base, before) if heed_data or not before else before
-    return _unchanged(folder, card, _source_digest(customer, base, notes))
+    return _unchanged(folder, card, _source_digest(customer, base, _notes(customer, base, before)))
 
 
 def same_sources(customer: "Customer", card: Mapping[str, Any]) -> bool:

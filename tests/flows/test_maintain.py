@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import yaml
 
-from flows import cli, notes, work
+from flows import cli, work
 from flows.maintain_work import Upkeep
 from pipeline.home import Home
 from pipeline.keys import CustomerKey
+from pipeline.queued import is_queued, read_queued
 from pipeline.registry import history, promote
 from pipeline.registry.store import connect
 
@@ -221,7 +222,7 @@ def test_a_champion_that_does_worse_on_new_rows_is_queued_with_its_figures(
     assert (drift.status, drift.recorded, drift.now) == ("fallen", 40.0, 30.0) and drift.drop is not None
     # Two intervals of ± 1: that of the difference is ± √2.
     assert (drift.drop.low, drift.drop.high) == pytest.approx((10 - 2**0.5, 10 + 2**0.5), abs=1e-5)
-    why = notes.queued(home, ACME)
+    why = read_queued(home, ACME)
     assert why is not None and (why["reason"], why["metric"], why["rows"], why["now"]["score"]) == ("drift", "bleu", 60, 30.0)
     judged = [json.loads(p.read_text())["run_id"] for p in home.root.glob("drift/acme/default/prefixes/**/prefix.json")]
     assert judged == [None], "the run of the training is not told the scores on other rows"
@@ -231,7 +232,7 @@ def test_a_champion_that_does_worse_on_new_rows_is_queued_with_its_figures(
         assert maintain(grown).drift[0].status == "fallen"
     monkeypatch.delenv("FAKE_STAGE")
     (row,) = run(grown).rows
-    assert (row.status, row.why, row.version, row.rows_used) == ("done", "drift", 2, 90) and notes.queued(home, ACME) is None
+    assert (row.status, row.why, row.version, row.rows_used) == ("done", "drift", 2, 90) and not is_queued(home, ACME)
 
 
 def test_new_rows_alone_train_nobody_who_waits_for_drift_and_everything_else_does(home: Home, grown: Path) -> None:
@@ -252,7 +253,7 @@ def test_a_champion_that_holds_is_not_queued_and_few_rows_decide_nothing(
 ) -> None:
     monkeypatch.setenv("FAKE_STAGE", "evaluate:score=39")  # within the intervals
     (drift,) = maintain(grown).drift
-    assert drift.status == "holds" and notes.queued(home, ACME) is None
+    assert drift.status == "holds" and not is_queued(home, ACME)
     for settings in ({"when": "drift", "min_rows": 61}, {"when": "never", "min_rows": 20}):
         change(grown, defaults={"retrain": settings})
         assert maintain(grown).drift == []
