@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flows import jobs
-from flows.launch import holds_secret
+from flows.launch import told_to_workers
 from flows.prefect_api import pages, prefect_api
 from pipeline.config import Fleet, ScheduleSettings, load_fleet
 from pipeline.errors import ConfigError
@@ -30,7 +30,6 @@ _FLOWS = ("fleet", "customer", "sweep", "maintain")
 # A run that somebody waits for goes before the nightly ones: of two queues of a pool the one made first has precedence.
 _QUEUES = {"customer": "prefixfleet-on-demand", "sweep": "prefixfleet-on-demand"}
 _SCHEDULED = "prefixfleet-scheduled"
-_STORES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ def _job_pools(fleet: Fleet) -> list[str]:
 
 
 def _wanted(fleet: Fleet, fleet_file: Path, home: Home, forgotten: set[str]) -> Iterator[_Wanted]:
-    environment = _environment(fleet, home)
+    environment = {**told_to_workers(home.root), **fleet.deploy.env}
     for flow in _FLOWS:
         limit = {"concurrency_limit": 1, "concurrency_options": {"collision_strategy": "ENQUEUE"}} if flow == "fleet" else {}
         yield _Wanted(
@@ -188,17 +187,6 @@ def _wanted_schedules(
     for name, (schedule, who) in hours.items():
         # `acme` would mean all tasks of acme, which may have hours of their own.
         yield name, (schedule, {"customers": sorted(who)})
-
-
-def _environment(fleet: Fleet, home: Home) -> dict[str, str]:
-    """What a run on a worker must be told: where the files are, and MLflow. No secrets: whoever sees the server sees these."""
-    told = {name: os.environ[name] for name in _STORES if _is_server(os.environ.get(name, ""))}
-    return {"PREFIXFLEET_HOME": str(home.root), **told, **fleet.deploy.env}
-
-
-def _is_server(address: str) -> bool:
-    # The embedded store follows from PREFIXFLEET_HOME; an address with a password is for the workers' own environment.
-    return address.startswith(("http://", "https://", "databricks")) and not holds_secret(address)
 
 
 # --- pools and queues

@@ -25,7 +25,7 @@ from prefect.runtime import flow_run as this_run
 from prefect.states import Cancelling, Crashed
 
 from flows import events, jobs, tasks, work
-from flows.launch import ProcessCrash
+from flows.launch import ProcessCrash, told_to_workers
 from pipeline.errors import ConfigError, PrefixFleetError, TrainingError
 from pipeline.files import digest_of, read_json, write_json
 from pipeline.training.job import JobCustomer
@@ -175,6 +175,8 @@ def _start(piece: _Piece) -> None:
                 "tries": piece.tries,
             },
             timeout=0,
+            # The deployment is shared with other fleets, so it has no environment of its own.
+            job_variables={"env": told_to_workers(job.path.parents[2])},
             tags=[TAG, OF_JOB.format(job.job.name), OF_RUN.format(this_run.id)],
             flow_run_name=f"{job.job.name} · {piece.stage} · {names[0] if len(names) == 1 else f'{len(names):,} customers'}",
             # The same request, sent twice because its answer was lost, makes one run; one made after that has ended makes another.

@@ -136,6 +136,17 @@ def _carried(env: Mapping[str, str]) -> list[str]:
     return [f"{name}={env[name]}" for name in names]
 
 
+def told_to_workers(home: Path) -> dict[str, str]:
+    """What a flow run on a worker must be told: where the files are, and which MLflow servers.
+
+    An address with a password is not told, since whoever sees Prefect's server would see it: workers need it in their own environment. Nor is that of
+    the embedded store, which follows from the home.
+    """
+    servers = {name: os.environ.get(name, "") for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")}
+    told = {name: address for name, address in servers.items() if address.startswith(("http://", "https://", "databricks"))}
+    return {"PREFIXFLEET_HOME": str(home), **{name: address for name, address in told.items() if not holds_secret(address)}}
+
+
 def holds_secret(address: str) -> bool:
     """Whether a store's address has a password or token in it."""
     parts = urlsplit(address)

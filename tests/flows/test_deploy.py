@@ -96,6 +96,14 @@ def test_deploying_makes_everything_once_and_a_second_time_changes_nothing(
     assert deploy.deploy(file, home) == [] and state(client, "nightly") == after
 
 
+def test_workers_are_told_of_mlflow_servers_and_of_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows.launch import told_to_workers
+
+    for name, address in (("MLFLOW_TRACKING_URI", "http://mlflow:5000"), ("MLFLOW_REGISTRY_URI", "https://me:secret@registry")):
+        monkeypatch.setenv(name, address)
+    assert told_to_workers(Path("/data")) == {"PREFIXFLEET_HOME": "/data", "MLFLOW_TRACKING_URI": "http://mlflow:5000"}
+
+
 def test_what_is_no_longer_in_the_file_goes_and_what_others_made_stays(
     home: Home, tmp_path: Path, example_base: Path, client: Any
 ) -> None:
