@@ -61,11 +61,20 @@ def family_of(home: Home) -> list[psutil.Process]:
     return found
 
 
+def left_behind(home: Home) -> list[str]:
+    """What is not to be left when a run is over, however it ended: processes, and files in the folder for temporary files."""
+    temporary = [str(place) for place in home.root.with_name("tmp").rglob("*")]
+    return [*(" ".join(process.cmdline()) for process in family_of(home)), *temporary]
+
+
 def start(fleet_file: Path, home: Home, *arguments: str, **env: str) -> "subprocess.Popen[str]":
     """`prefixfleet run` with fake stages, in a process group of its own as a shell would start it."""
+    temporary = home.root.with_name("tmp")
+    temporary.mkdir(exist_ok=True)
+    own = {"PREFIXFLEET_HOME": str(home.root), "PYTHONPATH": str(HERE.parent.parent), "TMPDIR": str(temporary)}
     return subprocess.Popen(
         [sys.executable, str(HERE / "fake_cli.py"), "run", str(fleet_file), *arguments],
-        env={**os.environ, "PREFIXFLEET_HOME": str(home.root), "PYTHONPATH": str(HERE.parent.parent), **env},
+        env={**os.environ, **own, **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -312,7 +321,7 @@ def test_json_of_a_run_is_all_that_stands_on_standard_output(home: Home, fleet_f
     ]
     assert "prepare bolt: failed" in errors and "Traceback" not in errors
     assert set(result["stage_seconds"]) == {"prepare", "train", "evaluate", "register"}
-    assert Path(result["report"]).is_file() and family_of(home) == []
+    assert Path(result["report"]).is_file() and left_behind(home) == []
     # The user's own Prefect is untouched: everything of ours lies below our home.
     assert (home.prefect / "prefect.db").is_file()
 
@@ -329,7 +338,7 @@ def test_ctrl_c_ends_everything_within_ten_seconds(ready_home: Home, fleet_file:
         _, errors = process.communicate(timeout=30)
         assert time.monotonic() - stopped < 10
         assert process.returncode == 130 and "run the same command again" in errors and "Traceback" not in errors, errors
-        assert family_of(ready_home) == []
+        assert left_behind(ready_home) == []
     finally:
         process.kill()
 
@@ -342,7 +351,7 @@ def test_sigterm_ends_everything_and_is_status_143(ready_home: Home, fleet_file:
         process.terminate()
         _, errors = process.communicate(timeout=30)
         assert process.returncode == 143 and "Traceback" not in errors, errors
-        assert family_of(ready_home) == []
+        assert left_behind(ready_home) == []
     finally:
         process.kill()
 
@@ -353,7 +362,7 @@ def test_sigkill_leaves_neither_children_nor_prefect_s_api_behind(ready_home: Ho
     time.sleep(0.5)
     process.kill()
     process.wait()
-    assert wait_until(lambda: not family_of(ready_home), 15), [p.cmdline() for p in family_of(ready_home)]
+    assert wait_until(lambda: not left_behind(ready_home), 15), left_behind(ready_home)
 
 
 def test_output_cut_off_by_head_is_no_traceback(home: Home, fleet_file: Path) -> None:

@@ -1,6 +1,9 @@
 """`prefixfleet deploy` against a real Prefect server: what it makes, that it makes it once, and that it touches nothing of others."""
 
+import http.server
 import json
+import threading
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -205,6 +208,49 @@ def test_a_pool_that_nobody_describes_and_a_block_that_is_not_there_are_errors_w
         deploy.deploy(write(file, example_base, work_pools={"odd": {"type": "abacus"}}), home)
     with pytest.raises(ConfigError, match=r"deploy\.notify: the server has no block slack-webhook/nobody"):
         deploy.deploy(write(file, example_base, deploy={"notify": "slack-webhook/nobody"}), home)
+
+
+def test_a_block_is_told_of_failed_runs_of_its_fleet_and_its_address_to_nobody(
+    home: Home, tmp_path: Path, example_base: Path, client: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from prefect.blocks.webhook import Webhook
+    from prefect.states import Failed
+
+    told_of: list[bytes] = []
+
+    class Receiver(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            told_of.append(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Receiver) as receiver:
+        threading.Thread(target=receiver.serve_forever, daemon=True).start()
+        name = f"f{uuid.uuid4().hex[:8]}"
+        Webhook(url=f"http://127.0.0.1:{receiver.server_port}/?token=hidden").save(name)
+        files = {
+            own: write(tmp_path / f"{own}.yaml", example_base, name=own, deploy={"notify": f"webhook/{name}"})
+            for own in (name, f"{name}x")
+        }
+        assert all(cli.main(["deploy", str(file)]) == 0 for file in files.values())
+        assert cli.main(["deploy", str(files[name]), "--json"]) == 0
+        said = capsys.readouterr()
+        assert "hidden" not in said.out + said.err and '"changes": []' in said.out
+        run = client.create_flow_run_from_deployment(client.read_deployment_by_name(f"customer/{name}").id, name="acme · retrain")
+        deadline = time.monotonic() + 30
+        # The server learns of a new automation within a second or two.
+        while not told_of and time.monotonic() < deadline:
+            client.set_flow_run_state(run.id, Failed(message='the "loss" is\nNaN'), force=True)
+            time.sleep(1)
+        assert json.loads(told_of[0]) == {"text": 'acme · retrain: Failed. the "loss" is\nNaN'}
+        content = yaml.safe_load(files[name].read_text(encoding="utf-8"))
+        files[name].write_text(yaml.safe_dump({**content, "deploy": {"notify": None}}), encoding="utf-8")
+        assert told(deploy.deploy(files[name], home)) == [("remove", "automation", f"prefixfleet:{name} failed runs")]
+        assert len(client.read_automations_by_name(f"prefixfleet:{name}x failed runs")) == 1
+        receiver.shutdown()
 
 
 def test_the_command_shows_the_difference_and_needs_a_server(

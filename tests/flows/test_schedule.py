@@ -130,8 +130,8 @@ def test_a_worker_carries_out_what_is_scheduled_and_leaves_nothing_behind(
             (run,) = of_state("RUNNING")
             client.set_flow_run_state(run.id, Cancelling())
             asked = time.monotonic()
-            assert wait_until(lambda: not any("fake_stage" in one or "sleep(600)" in one for one in family(tmp_path)), 30)
-            assert time.monotonic() - asked < 10, "children end within ten seconds"
+            ended = wait_until(lambda: not any("fake_stage" in one or "sleep(600)" in one for one in family(tmp_path)), 60)
+            assert ended and time.monotonic() - asked < 10, (family(tmp_path), worker_log(tmp_path))
         wanted = {"success": "COMPLETED", "failure": "FAILED", "cancel": "CANCELLED"}[ending]
         assert wait_until(lambda: of_state(wanted), 240), (scheduled(client, name), worker_log(tmp_path))
         (run,) = of_state(wanted)
@@ -139,7 +139,10 @@ def test_a_worker_carries_out_what_is_scheduled_and_leaves_nothing_behind(
         # The worker itself may keep what it needs for its next run.
         assert wait_until(lambda: len(family(tmp_path)) == 1, 20), family(tmp_path)
     assert family(tmp_path) == []
-    assert sorted(str(place.relative_to(temporary)) for place in temporary.rglob("*")) == []
+    # Folders of one name for every run: of Prefect's worker, and torch's cache of compiled code.
+    kept = ("runner_storage", "torchinductor_")
+    assert [place.name for place in temporary.iterdir() if not place.name.startswith(kept)] == []
+    assert not [place for place in temporary.rglob("*") if place.is_file()]
     assert not [place for place in home.root.rglob(".*") if place.name.endswith((".tmp", ".old"))]
 
 
