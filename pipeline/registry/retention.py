@@ -18,7 +18,7 @@ from pipeline.registry.erase import database_of, erase_model, erase_run
 from pipeline.registry.forget import experiments, in_parts
 from pipeline.registry.lookup import outdated
 from pipeline.registry.register import model_id_of
-from pipeline.registry.store import connect, lock, redact, shown_uri, translated
+from pipeline.registry.store import connect, lock, redact, translated
 from pipeline.registry.versions import MODELS, TAG, aliases_of, key_of, models, own_tags, pages
 from pipeline.removal import Removal
 
@@ -219,8 +219,8 @@ def _remove_run(number: str, home: Home, backend: str | None) -> str | None:
 
 def _only_hidden(what: str) -> str:
     return (
-        f"{what}: its files are removed, its entry in the database of MLflow at {shown_uri()} is only hidden. Somebody with access to that database "
-        "removes it: `MLFLOW_BACKEND_STORE_URI=<the server's --backend-store-uri> prefixfleet maintain …`, or `mlflow gc`."
+        f"{what}: its files are gone and it is hidden; its entry stays in the database of MLflow. Set MLFLOW_BACKEND_STORE_URI to that database, "
+        "or have somebody who reaches it run `mlflow gc`."
     )
 
 

@@ -131,6 +131,13 @@ def test_runs_of_which_no_version_was_made_go_and_those_of_a_waiting_prefix_stay
 
     assert maintain(one).removed == []
     later(monkeypatch, 31)
+    with monkeypatch.context() as over_http:  # where MLflow only hides what it deletes
+        for module in ("erase", "retention"):
+            over_http.setattr(f"pipeline.registry.{module}.database_of", lambda *_: None)
+        done = maintain(one)
+        assert [r for r in done.removed if r.kind == "run"] == []
+        assert all("it is hidden" in line and "mlflow gc" in line for line in done.left) and len(done.left) == 2
+        assert not [line for line in maintain(one).left if "hidden" in line], "it is said once"
     done = maintain(one)
     gone = {r.name.rpartition("(")[2].rstrip(")") for r in done.removed if r.kind == "run"}
     assert gone == {lost, hidden, job}
