@@ -21,7 +21,7 @@ from pipeline.home import Home
 from pipeline.training.job import read_job
 
 
-@flow(name="job", flow_run_name="{stage} {job_file.parent.name}", persist_result=False)
+@flow(name="job", persist_result=False)  # its runs are named by whoever starts them
 def job(job_file: Path, stage: Literal["train", "evaluate"], launch: LaunchSettings, tries: int = 2) -> None:
     """Train or evaluate whoever of a job still needs it.
 

@@ -7,6 +7,7 @@ of Prefect, imports no torch.
 
 import contextlib
 import dataclasses
+import functools
 import heapq
 import re
 import time
@@ -17,7 +18,7 @@ from typing import Any
 
 from flows.notes import times_again
 from pipeline.base import BaseModelInfo
-from pipeline.config import Customer, Fleet, LaunchSettings
+from pipeline.config import Customer, EvaluationSettings, Fleet, LaunchSettings, PrefixSettings, PromptSettings, TrainingSettings
 from pipeline.errors import ConfigError, PrefixFleetError, StorageError
 from pipeline.files import digest_of, read_json, write_json
 from pipeline.home import Home
@@ -53,19 +54,15 @@ def job_customer(
     customer: Customer, card: dict[str, Any], base: BaseModelInfo, dtype: str, home: Home, quantization: str | None = None
 ) -> JobCustomer:
     """One customer of a job: every setting resolved, the digests of everything that its prefix and its evaluation depend on, the folders."""
-    settings = customer.evaluation.model_dump(mode="json")
-    settings["max_new_tokens"] = settings["max_new_tokens"] or customer.prompt.max_target_tokens
-    # How it is decoded is part of a version, for it is served as it was judged.
-    generation = [settings["num_beams"], settings["max_new_tokens"]]
-    prompt, prefix, training = (
-        section.model_dump(mode="json") for section in (customer.prompt, customer.prefix, customer.training)
-    )
-    config_digest = digest_of([prompt, {**prefix, "init_prefix": _start(prefix["init_prefix"])}, training, generation])
+    made = _settings(customer.prompt, customer.prefix, customer.training, customer.evaluation)
+    config_digest = made.config_digest
+    if customer.prefix.init_prefix is not None:
+        config_digest = _config_digest(made, _start(customer.prefix.init_prefix))
     depends = [card["train_fingerprint"], config_digest, base.digest, base.tokenizer_digest, dtype, METHOD_VERSION]
     depends += [] if quantization is None else [quantization]
     again = times_again(home, customer.key)
     train_digest = digest_of([*depends, {"again": again}] if again else depends)
-    evaluate_digest = digest_of([train_digest, card["fingerprint"], settings, EVALUATION_VERSION])
+    evaluate_digest = digest_of([train_digest, card["fingerprint"], made.evaluation_settings, EVALUATION_VERSION])
     return JobCustomer(
         customer=customer.id,
         task=customer.task,
@@ -77,11 +74,48 @@ def job_customer(
         prefix_dir=str(home.prefix(customer.key, train_digest)),
         evaluation_dir=str(home.evaluation(customer.key, evaluate_digest)),
         champion_dir=None,  # which one it is changes with every promotion, and is looked up when the job is written
-        prompt=JobPrompt(**prompt),
-        prefix=JobPrefix(**prefix),
-        training=JobTraining(**training),
-        evaluation=JobEvaluation(**{**settings, "gate": JobGate(**settings["gate"])}),
+        prompt=made.prompt,
+        prefix=made.prefix,
+        training=made.training,
+        evaluation=made.evaluation,
     )
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """The sections of a customer as a job file has them; `config_digest` is that of all that a version is made with."""
+
+    prompt: JobPrompt
+    prefix: JobPrefix
+    training: JobTraining
+    evaluation: JobEvaluation
+    evaluation_settings: dict[str, Any]
+    config_digest: str
+
+
+@functools.lru_cache(maxsize=4096)
+def _settings(
+    prompt: PromptSettings, prefix: PrefixSettings, training: TrainingSettings, evaluation: EvaluationSettings
+) -> _Settings:
+    """Made once for the many customers that have the same."""
+    settings = evaluation.model_dump(mode="json")
+    settings["max_new_tokens"] = settings["max_new_tokens"] or prompt.max_target_tokens
+    made = _Settings(
+        JobPrompt(**prompt.model_dump(mode="json")),
+        JobPrefix(**prefix.model_dump(mode="json")),
+        JobTraining(**training.model_dump(mode="json")),
+        JobEvaluation(**{**settings, "gate": JobGate(**settings["gate"])}),
+        settings,
+        "",
+    )
+    return dataclasses.replace(made, config_digest=_config_digest(made, prefix.init_prefix))
+
+
+def _config_digest(made: _Settings, start: str | None) -> str:
+    # How it is decoded is part of a version, for it is served as it was judged.
+    generation = [made.evaluation_settings["num_beams"], made.evaluation_settings["max_new_tokens"]]
+    prompt, prefix, training = (dataclasses.asdict(section) for section in (made.prompt, made.prefix, made.training))
+    return digest_of([prompt, {**prefix, "init_prefix": start}, training, generation])
 
 
 def _start(init_prefix: str | None) -> str | None:

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 # How often a job that stopped at a checkpoint is started again: halved so many times, any budget of tokens is one.
 _RESUMPTIONS = 14
 
+_FEW = 50
 _BUSY = "another run is at work on this customer; wait for it or stop it"
 
 _preparing = threading.Lock()
@@ -364,8 +365,8 @@ def _due(work: Work, key: CustomerKey, known: "ModelStatus | None", receipt: dic
 def _registered_versions(work: Work) -> "dict[CustomerKey, ModelStatus]":
     from pipeline.registry import status
 
-    # One question for the whole fleet, or one for each customer.
-    everybody = len(work.customers) == len(work.fleet.customers)
+    # One question for the whole fleet, or one for each of a few customers.
+    everybody = len(work.customers) == len(work.fleet.customers) or len(work.customers) > _FEW
     return {known.key: known for known in status(None if everybody else [c.key for c in work.customers])}
 
 

@@ -17,12 +17,10 @@ from pipeline.registry.tombstones import refuse_forgotten
 from pipeline.registry.versions import (
     CHALLENGER,
     CHAMPION,
-    MODELS,
     PREVIOUS,
     models,
     newest_version,
     own_tags,
-    pages,
     scores_of,
     versions_of,
 )
@@ -124,10 +122,12 @@ def status(keys: list[CustomerKey] | None = None) -> list[ModelStatus]:
         client = connect()
         found = models(client, keys)
         if keys is None:
-            newest: dict[str, ModelVersion] = {}
-            for version in pages(client.search_model_versions, f"name LIKE '{MODELS}%'"):
-                if version.name not in newest or int(version.version) > int(newest[version.name].version):
-                    newest[version.name] = version
+            # One question for all: MLflow gives the newest version of each stage along with its model, and a fleet has no stages but `None`.
+            newest = {
+                name: max(model.latest_versions, key=lambda version: int(version.version))
+                for name, (_, model) in found.items()
+                if model.latest_versions
+            }
         else:
             newest = {name: version for name in found if (version := newest_version(client, name)) is not None}
         rows = [_status(key, model, newest[name]) for name, (key, model) in found.items() if name in newest]
