@@ -5,8 +5,10 @@ import json
 import threading
 import time
 import uuid
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import pytest
 import yaml
@@ -46,6 +48,21 @@ def state(client: Any, name: str) -> dict[str, Any]:
         "queues": sorted((q.name, str(q.id), q.priority) for q in client.read_work_queues()),
         "automations": sorted((a.name, str(a.id)) for a in client.read_automations()),
     }
+
+
+def scheduled(client: Any, name: str) -> list[Any]:
+    from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName
+
+    return list(client.read_flow_runs(deployment_filter=DeploymentFilter(name=DeploymentFilterName(any_=[name])), limit=100))
+
+
+def wait_until(condition: Any, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.2)
+    return False
 
 
 def told(changes: list[deploy.Change]) -> list[tuple[str, str, str]]:
@@ -105,6 +122,29 @@ def test_workers_are_told_of_mlflow_servers_and_of_no_secret(monkeypatch: pytest
     for name, address in (("MLFLOW_TRACKING_URI", "http://mlflow:5000"), ("MLFLOW_REGISTRY_URI", "https://me:secret@registry")):
         monkeypatch.setenv(name, address)
     assert told_to_workers(Path("/data")) == {"PREFIXFLEET_HOME": "/data", "MLFLOW_TRACKING_URI": "http://mlflow:5000"}
+
+
+def test_every_schedule_yields_runs_at_its_hours_for_its_customers(
+    home: Home, tmp_path: Path, example_base: Path, client: Any
+) -> None:
+    name = f"s{uuid.uuid4().hex[:8]}"
+    customers = [{"id": "acme"}, {"id": "bolt", "schedule": "30 5 * * *"}]
+    at_three = {"cron": "0 3 * * *", "timezone": "Asia/Kolkata"}
+    deploy.deploy(write(tmp_path / "fleet.yaml", example_base, name=name, customers=customers, schedule=at_three), home)
+    # With SQLAlchemy 2.1 none ever comes, and nobody is told.
+    assert wait_until(lambda: len(scheduled(client, name)) >= 6, 30), scheduled(client, name)
+    now = datetime.now(UTC)
+    found: dict[tuple[str, ...] | None, list[datetime]] = {}
+    for run in scheduled(client, name):
+        assert run.state.is_scheduled() and run.work_queue_name == "prefixfleet-scheduled"
+        assert run.parameters["fleet_file"] == str(tmp_path / "fleet.yaml")
+        who = run.parameters.get("customers")
+        found.setdefault(None if who is None else tuple(who), []).append(run.expected_start_time)
+    assert set(found) == {None, ("bolt/default",)}
+    for who, hour, zone in ((None, (3, 0), ZoneInfo("Asia/Kolkata")), (("bolt/default",), (5, 30), ZoneInfo("UTC"))):
+        first, *_ = times = sorted(when.astimezone(zone) for when in found[who])
+        assert {(when.hour, when.minute) for when in times} == {hour} and len({when.date() for when in times}) == len(times)
+        assert now < first <= now + timedelta(days=1)
 
 
 def test_what_is_no_longer_in_the_file_goes_and_what_others_made_stays(

@@ -1,4 +1,4 @@
-"""Schedules that `prefixfleet deploy` makes yield runs, which a real worker carries out, and of which nothing is left behind."""
+"""What is scheduled on a real server is carried out by a real worker, and nothing of it is left behind. That schedules yield runs: `test_deploy`."""
 
 import contextlib
 import os
@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
-from zoneinfo import ZoneInfo
 
 import psutil
 import pytest
@@ -19,49 +18,11 @@ import yaml
 from flows import deploy
 from pipeline.home import Home
 
-from .test_deploy import client, write
+from .test_deploy import client, scheduled, wait_until
 
 HERE = Path(__file__).parent
 __all__ = ["client"]
 pytestmark = pytest.mark.usefixtures("on_server")
-
-
-def scheduled(client: Any, name: str) -> list[Any]:
-    from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName
-
-    return list(client.read_flow_runs(deployment_filter=DeploymentFilter(name=DeploymentFilterName(any_=[name])), limit=100))
-
-
-def wait_until(condition: Any, seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.2)
-    return False
-
-
-def test_every_schedule_yields_runs_at_its_hours_for_its_customers(
-    home: Home, tmp_path: Path, example_base: Path, client: Any
-) -> None:
-    name = f"s{uuid.uuid4().hex[:8]}"
-    customers = [{"id": "acme"}, {"id": "bolt", "schedule": "30 5 * * *"}]
-    at_three = {"cron": "0 3 * * *", "timezone": "Asia/Kolkata"}
-    deploy.deploy(write(tmp_path / "fleet.yaml", example_base, name=name, customers=customers, schedule=at_three), home)
-    # With SQLAlchemy 2.1 none ever comes, and nobody is told.
-    assert wait_until(lambda: len(scheduled(client, name)) >= 6, 30), scheduled(client, name)
-    now = datetime.now(UTC)
-    found: dict[tuple[str, ...] | None, list[datetime]] = {}
-    for run in scheduled(client, name):
-        assert run.state.is_scheduled() and run.work_queue_name == "prefixfleet-scheduled"
-        assert run.parameters["fleet_file"] == str(tmp_path / "fleet.yaml")
-        who = run.parameters.get("customers")
-        found.setdefault(None if who is None else tuple(who), []).append(run.expected_start_time)
-    assert set(found) == {None, ("bolt/default",)}
-    for who, hour, zone in ((None, (3, 0), ZoneInfo("Asia/Kolkata")), (("bolt/default",), (5, 30), ZoneInfo("UTC"))):
-        first, *_ = times = sorted(when.astimezone(zone) for when in found[who])
-        assert {(when.hour, when.minute) for when in times} == {hour} and len({when.date() for when in times}) == len(times)
-        assert now < first <= now + timedelta(days=1)
 
 
 @contextlib.contextmanager
