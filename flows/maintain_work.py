@@ -25,7 +25,14 @@ from pipeline.home import Home
 from pipeline.keys import CustomerKey
 from pipeline.queued import queue, unqueue
 from pipeline.registry import ensure_store, lookup
-from pipeline.registry.retention import Registered, read_registered, recorded_score, surplus_runs, surplus_versions
+from pipeline.registry.retention import (
+    Registered,
+    checked_backend,
+    read_registered,
+    recorded_score,
+    surplus_runs,
+    surplus_versions,
+)
 from pipeline.removal import Removal
 from pipeline.stale import InUse, stale_files
 from pipeline.training.job import JobCustomer, JobGate
@@ -275,7 +282,7 @@ def _verdict(home: Home, judged: _Judged, error: str | None) -> Drift:
 
 def _remove(todo: work.Work, registered: Registered, fleet_file: Path, done: Upkeep) -> None:
     rule, now = todo.fleet.retention, time.time()
-    backend = os.environ.get("MLFLOW_BACKEND_STORE_URI") or None
+    backend = checked_backend(os.environ.get("MLFLOW_BACKEND_STORE_URI") or None)
     keys = [customer.key for customer in todo.customers if customer.key not in todo.forgotten]
     gone = _gone(todo, fleet_file)
     members = {key: {member.train_digest} for key, member in todo.members.items()}

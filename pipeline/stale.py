@@ -104,10 +104,10 @@ def _inner(home: Home, key: CustomerKey, what: str, days: float, now: float) -> 
 
 
 def _gone(home: Home, key: CustomerKey, days: float, now: float) -> Iterator[Removal]:
-    """All that stages keep of one who is in no fleet any more. What is registered stays, and serves on."""
+    """All that stages keep of one who is in no fleet any more. What is registered stays, and serves on, from the cache."""
     rooms = [room for room in sorted(home.root.glob("*/")) if room.name not in NOT_BY_CUSTOMER]
     places = [place for room in rooms for place in (key.below(room), key.below(room).with_suffix(".json"))]
-    for place in [*places, key.below(home.root / "cache" / "prefixes")]:
+    for place in places:
         if place.exists():
             what = f"{place.relative_to(home.root)}"
             yield from _old(

@@ -65,10 +65,7 @@ def forget_in_mlflow(
     ensure_store(home)
     with translated(f"forgetting customer {customer}"):
         client = connect()
-        if database_of(client) is not None:
-            backend_store_uri = None  # the client speaks to its database itself
-        if backend_store_uri is not None:
-            _refuse_another_database(client, backend_store_uri)
+        backend_store_uri = backend_in_use(client, backend_store_uri)
         database = database_of(client, backend_store_uri)
         done = Forgotten(customer, tombstones.leave_tombstone(client, customer))
         names = _models_of(client, customer)
@@ -93,6 +90,18 @@ def forget_in_mlflow(
         else:
             done.left += _compact([*stores_in_use(), backend_store_uri or ""])
     return done
+
+
+def backend_in_use(client: "MlflowClient", backend_store_uri: str | None) -> str | None:
+    """The address of the database behind the server that `client` speaks to, seen to be that; None if it speaks to its database itself.
+
+    Raises:
+        RegistryError: it is another database.
+    """
+    if backend_store_uri is None or database_of(client) is not None:
+        return None
+    _refuse_another_database(client, backend_store_uri)
+    return backend_store_uri
 
 
 def _refuse_another_database(client: "MlflowClient", uri: str) -> None:

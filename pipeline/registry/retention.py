@@ -15,7 +15,7 @@ from pipeline.errors import RegistryError
 from pipeline.home import Home
 from pipeline.keys import CustomerKey
 from pipeline.registry.erase import database_of, erase_model, erase_run
-from pipeline.registry.forget import experiments, in_parts
+from pipeline.registry.forget import backend_in_use, experiments, in_parts
 from pipeline.registry.lookup import outdated
 from pipeline.registry.register import model_id_of
 from pipeline.registry.store import connect, lock, redact, translated
@@ -69,6 +69,16 @@ def read_registered() -> Registered:
     return found
 
 
+def checked_backend(address: str | None) -> str | None:
+    """The address of MLflow's database, if it is needed to delete for good and is that of the server in use.
+
+    Raises:
+        RegistryError: it is another database, or MLflow failed.
+    """
+    with translated("looking at MLflow's database"):
+        return backend_in_use(connect(), address)
+
+
 def surplus_versions(
     registered: Registered, keys: Collection[CustomerKey], keep: int, days: float, now: float, home: Home, backend: str | None
 ) -> Iterator[Removal]:
@@ -77,7 +87,7 @@ def surplus_versions(
     Args:
         registered: see `read_registered`.
         now: seconds since the epoch.
-        backend: the address of MLflow's database, if this process can reach it past the server.
+        backend: see `checked_backend`.
     """
     for key in sorted(keys):
         versions = registered.versions.get(key, [])
@@ -150,7 +160,7 @@ def surplus_runs(
         job_prefix: what the names of the fleet's jobs begin with.
         in_use: ids of runs that prefixes on this machine name which may yet be registered.
         now: seconds since the epoch.
-        backend: see `surplus_versions`.
+        backend: see `checked_backend`.
 
     Raises:
         RegistryError: MLflow failed.
