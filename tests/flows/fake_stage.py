@@ -4,6 +4,7 @@ Arguments: module, job file. `FAKE_STAGE` says how, as `stage:what` separated by
 `train:fail=ID` one customer fails, `train:kill-once` and `train:kill` die by SIGKILL, `train:pause-once` stops at
 a checkpoint, `train:wait` waits for ever,
 `train:hang` too, with a grandchild.
+`train:slow` takes a third of a second for each customer. A line for each stage that a customer is through goes to the file that `FAKE_LOG` names.
 """
 
 import hashlib
@@ -124,6 +125,8 @@ def main() -> None:
         for customer in job.customers:
             started = time.monotonic()
             print(f"{stage} works on {customer.customer}", flush=True)
+            if what == "slow":
+                time.sleep(0.3)
             if what == f"fail={customer.customer}":
                 write_result(job, customer, "train" if stage == "train" else "eval", started, "the loss is NaN")
                 continue
@@ -131,6 +134,9 @@ def main() -> None:
                 write_prefix(job, customer)
             else:
                 write_evaluation(customer)
+            if log := os.environ.get("FAKE_LOG"):
+                with open(log, "a", encoding="utf-8") as file:
+                    file.write(f"{stage} {customer.customer}\n")
             write_result(job, customer, "train" if stage == "train" else "eval", started)
             progress.update(1, customer=customer.customer, loss=1.5)
 

@@ -1,6 +1,12 @@
 """Jobs that crash, and why customers are due: the fleet flow with stages in this process."""
 
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -250,3 +256,26 @@ def test_a_file_whose_time_was_set_back_after_a_change_is_seen_to_have_changed(
     os.utime(data, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert data.stat().st_size == before.st_size and data.stat().st_mtime_ns == before.st_mtime_ns
     assert prepared_card(customer, todo.base, folder) is None
+
+
+@pytest.mark.slow
+def test_a_flow_killed_at_any_point_goes_on_without_repeating_what_is_finished(
+    ready_home: Home, tmp_path: Path, example_base: Path
+) -> None:
+    file, log = write_fleet(tmp_path, example_base, EIGHT, "launch: {customers_per_job: 3}\n"), tmp_path / "done.log"
+    log.touch()
+    command = [sys.executable, str(Path(__file__).with_name("fake_cli.py")), "run", str(file), "--json"]
+    env = {**os.environ, "FAKE_STAGE": "train:slow,evaluate:slow", "FAKE_LOG": str(log)}
+    seed = random.randrange(2**32)
+    for least in sorted(random.Random(seed).sample(range(16), 3)):
+        flow = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while flow.poll() is None and len(log.read_text().splitlines()) < least:
+            time.sleep(0.02)
+        time.sleep(random.Random(seed + least).random())
+        flow.send_signal(signal.SIGKILL)
+        flow.wait()
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    rows = json.loads(done.stdout)["customers"]
+    assert [(row["version"], row["alias"]) for row in rows] == [(1, "champion")] * 8, (seed, done.stderr)
+    finished = log.read_text().splitlines()
+    assert len(finished) == len(set(finished)) and len(finished) >= 13, (seed, finished)
