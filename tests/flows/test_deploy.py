@@ -279,7 +279,8 @@ def test_a_block_is_told_of_failed_runs_of_its_fleet_and_its_address_to_nobody(
         assert cli.main(["deploy", str(files[name]), "--json"]) == 0
         said = capsys.readouterr()
         assert "hidden" not in said.out + said.err and '"changes": []' in said.out
-        run = client.create_flow_run_from_deployment(client.read_deployment_by_name(f"customer/{name}").id, name="acme · retrain")
+        made = client.read_deployment_by_name(f"customer/{name}").id
+        run = client.create_flow_run_from_deployment(made, parameters={"customer_id": "acme"}, name="acme · retrain")
         deadline = time.monotonic() + 30
         # The server learns of a new automation within a second or two.
         while not told_of and time.monotonic() < deadline:
