@@ -468,7 +468,8 @@ def _automation(client: Any, fleet: Fleet) -> Iterator[Change]:
         )
         return
     parts = {"trigger", "actions"}
-    if found[0].model_dump(mode="json", include=parts) != wanted.model_dump(mode="json", include=parts):
+    # As Python's values: sets have no order.
+    if found[0].model_dump(include=parts) != wanted.model_dump(include=parts):
         update = functools.partial(_update_automation, automation=found[0].id, wanted=wanted)
         yield Change("update", "automation", name, (f"to {fleet.deploy.notify}",), update)
 

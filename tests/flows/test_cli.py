@@ -63,8 +63,10 @@ def family_of(home: Home) -> list[psutil.Process]:
 
 def left_behind(home: Home) -> list[str]:
     """What is not to be left when a run is over, however it ended: processes, and files in the folder for temporary files."""
-    temporary = [str(place) for place in home.root.with_name("tmp").rglob("*")]
-    return [*(" ".join(process.cmdline()) for process in family_of(home)), *temporary]
+    temporary = home.root.with_name("tmp").rglob("*")
+    # torch's folder for compiled code, one for each user.
+    kept = [str(place) for place in temporary if place.is_file() or not place.name.startswith("torchinductor_")]
+    return [*(" ".join(process.cmdline()) for process in family_of(home)), *kept]
 
 
 def start(fleet_file: Path, home: Home, *arguments: str, **env: str) -> "subprocess.Popen[str]":
