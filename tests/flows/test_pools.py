@@ -137,7 +137,9 @@ def test_jobs_run_on_the_pool_and_cancelling_the_fleet_ends_every_child_within_t
     deploy(env, "train:hang")
     started = f"r = client.read_deployment_by_name('fleet/{POOL}'); r = client.create_flow_run_from_deployment(r.id, parameters={{'fleet_file': {str(file)!r}}}, job_variables={{'env': {{'PREFIXFLEET_HOME': {str(home.root)!r}}}}}); print(json.dumps(str(r.id)))"  # noqa: E501
     fleet_run = ask(env, started)
-    eventually(lambda: len(hanging(home)) >= 2, 120, "the start of both jobs")
+    eventually(
+        lambda: sum(len(one.children()) for one in hanging(home)) >= 2, 120, "the start of both jobs and of their children"
+    )
     family = {one for stage in hanging(home) for one in (stage, *stage.children(recursive=True))}
     assert len(family) >= 4, "two stages, each with a child that has left its session"
     body = json.dumps({"state": {"type": "CANCELLING"}}).encode()
