@@ -30,6 +30,9 @@ _FLOWS = ("fleet", "customer", "sweep", "maintain")
 # A run that somebody waits for goes before the nightly ones: of two queues of a pool the one made first has precedence.
 _QUEUES = {"customer": "prefixfleet-on-demand", "sweep": "prefixfleet-on-demand"}
 _SCHEDULED = "prefixfleet-scheduled"
+# A run whose worker was killed would be "running" for ever, and hold its deployment's one slot. Longer than a server takes to start again.
+_HEARTBEAT, _BEAT_SECONDS, _DEAD_SECONDS = "prefect.flow-run.heartbeat", 30, 150
+_BEATING = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(_BEAT_SECONDS)}
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ def _changes(client: Any, fleet: Fleet, fleet_file: Path, home: Home, forgotten:
     for name, deployment in known.items():
         if name not in names and {TAG, fleet_tag(fleet)} <= set(deployment.tags):
             yield _leave(name, deployment, fleet_tag(fleet))
-    yield from _automation(client, fleet)
+    yield from _automations(client, fleet)
 
 
 def _job_pools(fleet: Fleet) -> list[str]:
@@ -144,7 +147,7 @@ def _job_pools(fleet: Fleet) -> list[str]:
 
 
 def _wanted(fleet: Fleet, fleet_file: Path, home: Home, forgotten: set[str]) -> Iterator[_Wanted]:
-    environment = {**told_to_workers(home.root), **fleet.deploy.env}
+    environment = {**told_to_workers(home.root), **fleet.deploy.env, **_BEATING}
     for flow in _FLOWS:
         limit = {"concurrency_limit": 1, "concurrency_options": {"collision_strategy": "ENQUEUE"}} if flow == "fleet" else {}
         yield _Wanted(
@@ -165,7 +168,7 @@ def _wanted(fleet: Fleet, fleet_file: Path, home: Home, forgotten: set[str]) -> 
 
 def _wanted_job(fleet: Fleet, pool: str) -> _Wanted:
     """Jobs of all fleets that share a pool share its slots, so they share a deployment, which has nothing of a fleet's own but its tag."""
-    settings = {"tags": [TAG, fleet_tag(fleet)], "parameters": {}, "job_variables": {}}
+    settings = {"tags": [TAG, fleet_tag(fleet)], "parameters": {}, "job_variables": {"env": _BEATING}}
     return _Wanted("job", pool, "flows.job.job", pool, None, settings, {})
 
 
@@ -451,27 +454,33 @@ def _scheduled_customers(before: Mapping[str, Any], after: Mapping[str, Any]) ->
     return tuple(_short([f"{sign}{name}" for name in names]) for sign, names in parts if names)
 
 
-# --- the automation that tells of failed runs
+# --- automations: one tells of failed runs, one calls runs crashed whose process is gone
 
 
-def _automation(client: Any, fleet: Fleet) -> Iterator[Change]:
-    name = f"{fleet_tag(fleet)} failed runs"
+def _automations(client: Any, fleet: Fleet) -> Iterator[Change]:
+    yield from _automation(client, fleet, "failed runs", _telling, f"to {fleet.deploy.notify}", fleet.deploy.notify is not None)
+    silent = f"of which nothing is heard for {_DEAD_SECONDS} s"
+    yield from _automation(client, fleet, "dead runs", _calling_dead, silent, True)
+
+
+def _automation(
+    client: Any, fleet: Fleet, kind: str, make: Callable[[Any, str, Fleet], Any], what: str, wanted: bool
+) -> Iterator[Change]:
+    name = f"{fleet_tag(fleet)} {kind}"
     found = [one for one in client.read_automations_by_name(name) if TAG in one.tags]
-    if fleet.deploy.notify is None:
+    if not wanted:
         for one in found:
             yield Change("remove", "automation", name, (), functools.partial(_remove_automation, automation=one.id))
         return
-    wanted = _telling(client, name, fleet)
+    automation, told = make(client, name, fleet), (what,)
     if not found:
-        yield Change(
-            "create", "automation", name, (f"to {fleet.deploy.notify}",), lambda client: client.create_automation(wanted)
-        )
+        yield Change("create", "automation", name, told, lambda client: client.create_automation(automation))
         return
     parts = {"trigger", "actions"}
     # As Python's values: sets have no order.
-    if found[0].model_dump(include=parts) != wanted.model_dump(include=parts):
-        update = functools.partial(_update_automation, automation=found[0].id, wanted=wanted)
-        yield Change("update", "automation", name, (f"to {fleet.deploy.notify}",), update)
+    if found[0].model_dump(include=parts) != automation.model_dump(include=parts):
+        update = functools.partial(_update_automation, automation=found[0].id, wanted=automation)
+        yield Change("update", "automation", name, told, update)
 
 
 def _telling(client: Any, name: str, fleet: Fleet) -> Any:
@@ -504,6 +513,32 @@ def _telling(client: Any, name: str, fleet: Fleet) -> Any:
         within=datetime.timedelta(0),
     )
     return AutomationCore(name=name, tags=[TAG, fleet_tag(fleet)], trigger=trigger, actions=[action])
+
+
+def _calling_dead(client: Any, name: str, fleet: Fleet) -> Any:
+    from prefect.client.schemas.objects import StateType
+    from prefect.events.actions import ChangeFlowRunState
+    from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+
+    # Whatever else a run may do than being at work: then its silence is no sign.
+    others = ("Completed", "Failed", "Cancelled", "Crashed", "TimedOut", "Paused", "Suspended", "Scheduled", "AwaitingRetry")
+    trigger = EventTrigger(
+        after={_HEARTBEAT},
+        expect={_HEARTBEAT, *(f"prefect.flow-run.{state}" for state in others)},
+        match={"prefect.resource.id": "prefect.flow-run.*"},
+        match_related={"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{fleet_tag(fleet)}"},
+        for_each={"prefect.resource.id"},
+        posture=Posture.Proactive,
+        threshold=1,
+        within=datetime.timedelta(seconds=_DEAD_SECONDS),
+    )
+    message = f"Nothing was heard of its process for {_DEAD_SECONDS} s: the worker or its machine is gone. The next run goes on from what is on disk."
+    return AutomationCore(
+        name=name,
+        tags=[TAG, fleet_tag(fleet)],
+        trigger=trigger,
+        actions=[ChangeFlowRunState(state=StateType.CRASHED, message=message)],
+    )
 
 
 def _update_automation(client: Any, automation: Any, wanted: Any) -> None:

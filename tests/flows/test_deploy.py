@@ -99,7 +99,11 @@ def test_deploying_makes_everything_once_and_a_second_time_changes_nothing(
     }
     fleet = client.read_deployment_by_name("fleet/nightly")
     assert fleet.parameters == {"fleet_file": str(file)} and fleet.entrypoint == "flows.fleet.fleet"
-    assert fleet.job_variables["env"] == {"PREFIXFLEET_HOME": str(home.root), "HF_HUB_OFFLINE": "1"}
+    told_to = {"PREFIXFLEET_HOME": str(home.root), "HF_HUB_OFFLINE": "1", "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}
+    assert fleet.job_variables["env"] == told_to
+    # A run whose worker is gone is called crashed: several heartbeats fit into the silence that it takes.
+    (dead,) = client.read_automations_by_name("prefixfleet:nightly dead runs")
+    assert dead.trigger.within.total_seconds() > 3 * 30 and dead.actions[0].state.value == "CRASHED"
     assert fleet.global_concurrency_limit.limit == 1, "two runs of one fleet do not overlap"
     when = {(s.schedule.cron, s.schedule.timezone): s.parameters for s in fleet.schedules}
     assert when == {
