@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTHON_FOUND := $(shell command -v $(PYTHON) || command -v python3)
 FLEET ?= examples/fleet.yaml
 
-.PHONY: run test test-slow lint format clean
+.PHONY: run test test-slow lint format stack stack-stop clean
 
 run: $(VENV)/.installed
 	$(BIN)/prefixfleet run $(FLEET)
@@ -26,6 +26,13 @@ lint: $(VENV)/.installed-test
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
+# PostgreSQL, S3, MLflow, a Prefect server and a worker as processes on loopback, below .prefixfleet-stack/.
+stack: $(VENV)/.installed-stack
+	docker/stack-local.sh start
+
+stack-stop:
+	docker/stack-local.sh stop
+
 clean:
 	rm -rf $(VENV) .prefixfleet build *.egg-info
 
@@ -37,6 +44,10 @@ $(VENV)/bin/pip:
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-stack: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[stack]'
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

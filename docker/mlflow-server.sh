@@ -1,0 +1,22 @@
+#!/bin/sh
+# Start the MLflow server with basic auth: artifacts go through it, so only it needs the keys of the S3 store.
+#
+# In, all from the environment: DB_HOST, DB_PORT, MLFLOW_DB_PASSWORD, MLFLOW_AUTH_ADMIN_PASSWORD, MLFLOW_FLASK_SERVER_SECRET_KEY, S3_BUCKET,
+# MLFLOW_S3_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, HOST, PORT, WORKERS, AUTH_CONFIG (a file that is written here).
+set -eu
+database=postgresql://mlflow:$MLFLOW_DB_PASSWORD@$DB_HOST:$DB_PORT
+# MLflow 3.17 reads the address of the users' database from a file alone.
+umask 077
+cat >"$AUTH_CONFIG" <<INI
+[mlflow]
+default_permission = NO_PERMISSIONS
+database_uri = $database/mlflow_auth
+admin_username = admin
+# Otherwise the hash of a password is computed for every request. A password that was changed is refused after a minute at most.
+auth_cache_ttl_seconds = 60
+authorization_function = mlflow.server.auth:authenticate_request_basic_auth
+INI
+export MLFLOW_AUTH_CONFIG_PATH="$AUTH_CONFIG" MLFLOW_BACKEND_STORE_URI="$database/mlflow" MLFLOW_ARTIFACTS_DESTINATION="s3://$S3_BUCKET"
+# Jobs of MLflow's own (evaluations of traces) would be seven more processes of 70 MB, for nothing that happens here.
+export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true
+exec mlflow server --app-name basic-auth --host "$HOST" --port "$PORT" --workers "${WORKERS:-2}"
