@@ -33,7 +33,7 @@ ORDER = ("postgres", "s3", "mlflow", "prefect", "worker")
 BUCKET = "mlflow"
 START_SECONDS = 180.0  # the first start makes some hundred tables, on a machine that may be busy
 STOP_SECONDS = 15.0
-_POOL = "default"
+_POOL = "prefixfleet"  # the one that `deploy.work_pool` of a fleet file has by default
 
 
 def free_port() -> int:
