@@ -1,0 +1,116 @@
+"""The example fleet on the whole stack: deployed, run by its schedule, backed up, restored."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+import yaml
+
+from .conftest import Whole, wait_for
+
+pytestmark = pytest.mark.slow
+Fleet = Callable[..., tuple[Path, Path, list[str]]]
+
+
+def test_nobody_comes_in_without_the_password_and_the_worker_waits_for_runs(whole: Whole) -> None:
+    assert httpx.get(f"{whole.stack.url('mlflow')}/api/2.0/mlflow/experiments/search?max_results=1").status_code == 401
+    assert (
+        httpx.get(
+            f"{whole.stack.url('mlflow')}/api/2.0/mlflow/experiments/search?max_results=1", headers={"Host": "evil.example"}
+        ).status_code
+        == 403
+    )
+    assert httpx.get(f"{whole.stack.url('prefect')}/work_pools/prefixfleet").status_code == 401
+    # The worker makes its pool a moment after it is up.
+    wait_for(lambda: any(pool["name"] == "prefixfleet" and pool["status"] == "READY" for pool in whole.prefect("work_pools/filter", {})))
+    assert [state for _, _, state, _ in whole.stack.status()] == ["serves"] * 5
+    # No password is in a command line, which everybody on the machine can read.
+    secrets = {(whole.stack.root / "secrets" / name).read_text() for name in os.listdir(whole.stack.root / "secrets")}
+    lines = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+    assert not [line for line in lines if any(secret in line for secret in secrets)]
+
+
+def test_the_example_fleet_is_deployed_and_its_schedule_registers_every_customer(whole: Whole, fleet: Fleet) -> None:
+    file, home, customers = fleet(5, {"schedule": "* * * * *"})
+    status, out, err = whole.prefixfleet(home, "deploy", file)
+    assert status == 0, err
+    name = json.loads(whole.prefixfleet(home, "deploy", file, "--dry-run", "--json")[1])
+    assert not name["changes"]
+    deployment = next(one["name"] for one in whole.prefect("deployments/filter", {}) if one["name"].startswith(file_name(file)))
+    try:
+        done = wait_for(lambda: [run for run in whole.flow_runs(deployment) if run["state_type"] == "COMPLETED"])
+    finally:
+        file.write_text(without_schedule(file))
+        assert whole.prefixfleet(home, "deploy", file)[0] == 0
+    assert done[0]["auto_scheduled"] and "all 5 customers" in done[0]["state"]["message"]
+    whole.assert_whole(home, customers)
+    # Whoever asks for nothing new gets nothing new.
+    status, out, _ = whole.prefixfleet(home, "run", file, "--json")
+    rows = json.loads(out)["customers"]
+    assert status == 0 and {row["status"] for row in rows} == {"unchanged"} and len(rows) == 5
+    # Metrics and files came through the proxy: MLflow's clients hold no key of the store.
+    assert any(key.endswith("prefix.safetensors") for key in objects(whole))
+
+
+def file_name(file: Path) -> str:
+    return str(yaml.safe_load(file.read_text())["name"])
+
+
+def without_schedule(file: Path) -> str:
+    return "".join(line for line in file.read_text().splitlines(keepends=True) if not line.startswith("schedule:"))
+
+
+def objects(whole: Whole) -> list[str]:
+    command = ["python", str(whole.root / "docker" / "bucket.py"), "list", "mlflow"]
+    environment = whole.stack.admin_environment()
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_a_backup_holds_everything_and_a_restore_brings_back_exactly_that(whole: Whole, fleet: Fleet, tmp_path: Path) -> None:
+    file, home, customers = fleet(1)
+    home = whole.stack.home  # the one that the backup of the stack holds
+    assert whole.prefixfleet(home, "run", file)[0] == 0
+    environment = {**os.environ, "STACK": str(whole.stack.root), "PYTHON": sys.executable}
+    saved = tmp_path / "backups"
+    subprocess.run([whole.root / "docker" / "backup.sh", saved], env=environment, check=True, capture_output=True)
+    (backup,) = saved.iterdir()
+    before = (objects(whole), whole.versions(customers[0]), sorted(str(f.relative_to(home)) for f in home.glob("prefixes/**/*")))
+    # What happens after the backup is gone with the restore: a second customer, a promotion, a file.
+    later, _, others = fleet(2)
+    assert whole.prefixfleet(home, "run", later)[0] == 0
+    assert whole.versions(others[0])
+    begun = time.monotonic()
+    done = subprocess.run([whole.root / "docker" / "restore.sh", backup], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    print(f"restored in {time.monotonic() - begun:.0f} s")
+    whole.start()
+    assert (
+        objects(whole),
+        whole.versions(customers[0]),
+        sorted(str(f.relative_to(home)) for f in home.glob("prefixes/**/*")),
+    ) == before
+    assert not whole.versions(others[0])
+    # The next run does what had been done since, once.
+    assert whole.prefixfleet(home, "run", later)[0] == 0
+    whole.assert_whole(home, [*customers, *others])
+    # A damaged backup is refused before anything is touched.
+    (backup / "mlflow.dump").write_bytes(b"damaged")
+    refused = subprocess.run([whole.root / "docker" / "restore.sh", backup], env=environment, capture_output=True, text=True)
+    assert refused.returncode == 1 and "no whole backup; nothing was changed" in refused.stderr and whole.versions(others[0])
+
+
+def test_a_stack_that_was_stopped_has_what_it_had_when_it_starts_again(whole: Whole) -> None:
+    before = objects(whole)
+    processes = [whole.stack.server(name).process() for name in ("postgres", "s3", "mlflow", "prefect", "worker")]
+    families = [member for process in processes for member in [process, *process.children(recursive=True)]]
+    whole.stack.stop()
+    assert not [member for member in families if member.is_running() and member.status() != psutil.STATUS_ZOMBIE]
+    whole.start()
+    assert objects(whole) == before and whole.prefect("work_pools/prefixfleet", method="GET")["name"] == "prefixfleet"
