@@ -29,7 +29,11 @@ def test_nobody_comes_in_without_the_password_and_the_worker_waits_for_runs(whol
     )
     assert httpx.get(f"{whole.stack.url('prefect')}/work_pools/prefixfleet").status_code == 401
     # The worker makes its pool a moment after it is up.
-    wait_for(lambda: any(pool["name"] == "prefixfleet" and pool["status"] == "READY" for pool in whole.prefect("work_pools/filter", {})))
+    wait_for(
+        lambda: any(
+            pool["name"] == "prefixfleet" and pool["status"] == "READY" for pool in whole.prefect("work_pools/filter", {})
+        )
+    )
     assert [state for _, _, state, _ in whole.stack.status()] == ["serves"] * 5
     # No password is in a command line, which everybody on the machine can read.
     secrets = {(whole.stack.root / "secrets" / name).read_text() for name in os.listdir(whole.stack.root / "secrets")}
