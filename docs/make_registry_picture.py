@@ -7,7 +7,6 @@ Needs a headless Chromium (`apt-get install chromium`); shows the store that the
 
 import argparse
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -16,14 +15,14 @@ import time
 import urllib.request
 from pathlib import Path
 
+from browser import MLFLOW_ASSISTANT, Page, take
 from PIL import Image
 
 from pipeline.errors import PrefixFleetError
 from pipeline.keys import CustomerKey
 from pipeline.registry import ensure_store
 
-# Of the pictures; on the right a fresh browser has MLflow's assistant open, which is cut off.
-WIDTH, ASSISTANT = 1300, 452
+WIDTH = 1300
 HEIGHTS = (1700, 1000)
 _SECONDS = 120.0
 
@@ -39,26 +38,6 @@ def wait_for(url: str) -> None:
             if time.monotonic() > deadline:
                 raise PrefixFleetError(f"{url} does not answer within {_SECONDS:.0f} s ({error}).") from error
             time.sleep(0.2)
-
-
-def photograph(url: str, path: Path, height: int) -> None:
-    """Take a picture of a page once its requests are answered."""
-    browser = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
-    if browser is None:
-        raise PrefixFleetError("no Chromium was found. Install one, such as with `apt-get install chromium`.")
-    window = [f"--window-size={WIDTH + ASSISTANT},{height}", "--hide-scrollbars", "--force-color-profile=srgb"]
-    # Time is virtual to the page: it waits for answers, not for the clock.
-    quiet = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--virtual-time-budget=30000",
-        "--timeout=60000",
-    ]
-    with tempfile.TemporaryDirectory() as profile:
-        command = [browser, *quiet, *window, f"--user-data-dir={profile}", f"--screenshot={path}", url]
-        subprocess.run(command, check=True, capture_output=True, timeout=240)
 
 
 def main() -> None:
@@ -86,10 +65,14 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             pages = [f"/#/models/{name}", f"/#/models/{name}/versions/{arguments.version}"]
             whole, top = Image.new("RGB", (WIDTH, sum(HEIGHTS)), "white"), 0
-            for page, height in zip(pages, HEIGHTS, strict=True):
-                photograph(url + page, Path(folder) / "page.png", height)
-                whole.paste(Image.open(Path(folder) / "page.png").convert("RGB").crop((0, 0, WIDTH, height)), (0, top))
-                top += height
+            files = {
+                Path(folder) / f"{i}.png": Page(url + page, WIDTH, height, MLFLOW_ASSISTANT)
+                for i, (page, height) in enumerate(zip(pages, HEIGHTS, strict=True))
+            }
+            take(files)
+            for file, page in files.items():
+                whole.paste(Image.open(file).convert("RGB"), (0, top))
+                top += page.height
             whole.quantize(64).save(arguments.out, optimize=True)
     finally:
         if server is not None:
