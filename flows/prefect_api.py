@@ -41,6 +41,9 @@ def set_environment(home: Home, verbose: bool = False) -> None:
         warnings.filterwarnings("ignore", module="mlflow")
     # The run's log gets everything. The terminal gets our own words: what fails is in the table, with its reason.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "INFO" if verbose else "CRITICAL")
+    if not verbose:
+        # Of a server that is away Prefect (3.8.8) writes to the terminal every event that it could not send, in full.
+        os.environ.setdefault("PREFECT_LOGGING_INTERNAL_LEVEL", "CRITICAL")
     if not os.environ.get("PREFECT_API_URL"):
         os.environ.pop("PREFECT_API_URL", None)
         os.environ["PREFECT_HOME"] = str(home.prefect)

@@ -119,7 +119,10 @@ def test_the_prefect_server_away_for_a_minute(whole: Whole, fleet: Fleet) -> Non
     time.sleep(60)
     with timed("Prefect's start"):
         whole.start("prefect")
-    _status, _out, _err = finished(child)
+    status, _, err = finished(child)
+    # The run waits for the server, says so in no more than a few lines, and is through.
+    assert status == 0 and last_run(whole, file)["state_type"] == "COMPLETED"
+    assert "Traceback" not in err and max(map(len, err.splitlines())) < 500
     with timed("recovered by the next run"):
         all_up_to_date(whole, home, file, customers)
     # The worker has found the server again.
