@@ -31,7 +31,7 @@ from pipeline.errors import ServiceError
 HERE = Path(__file__).resolve().parent
 ORDER = ("postgres", "s3", "mlflow", "prefect", "worker")
 BUCKET = "mlflow"
-START_SECONDS = 180.0  # the first start makes some hundred tables, on a machine that may be busy
+START_SECONDS = 600.0  # the first start makes some hundred tables, on a machine that may be busy; one that fails ends at once
 STOP_SECONDS = 15.0
 _POOL = "prefixfleet"  # the one that `deploy.work_pool` of a fleet file has by default
 
@@ -486,8 +486,10 @@ def main() -> int:
     try:
         stack = Stack(arguments.folder, _pools(arguments.folder, arguments.pool), ports)
         if arguments.what == "start":
-            for name, seconds in stack.start(names):
-                print(f"{name:9} {stack.url(name):40} ready after {seconds:.1f} s", flush=True)
+            for name in (one for one in ORDER if one in names):
+                print(f"{name:9} {stack.url(name):40} ", end="", flush=True)  # the first start of some takes half a minute
+                for _, seconds in stack.start([name]):
+                    print(f"ready after {seconds:.1f} s", flush=True)
             print(f'\nUse it:  eval "$(docker/stack-local.sh env --folder {shlex.quote(str(arguments.folder))})"')
             print(
                 f"Prefect's page asks for the line in {stack.root}/secrets/prefect, MLflow's for `admin` and {stack.root}/secrets/mlflow_admin."
