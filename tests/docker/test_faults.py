@@ -239,6 +239,7 @@ def test_the_worker_and_all_it_runs_are_killed_in_the_middle_of_training(whole: 
     assert history["steps"] == 60
     with timed("until the dead run was called crashed"):
         wait_for(lambda: whole.state(run)[0] == "CRASHED")
+    assert "the worker or its machine is gone" in whole.state(run)[1]
 
 
 def test_the_clock_jumps_over_a_schedule(whole: Whole, fleet: Fleet) -> None:
