@@ -17,6 +17,13 @@ if TYPE_CHECKING:  # pydantic is not at hand on a bare GPU node
 
 Messages = list[dict[str, str]]
 
+# Of usual texts, or fewer: where to begin to look for the place at which a text has too many tokens.
+_CHARACTERS_PER_TOKEN = 4
+# A cut through a word or a run of spaces makes fewer further tokens than this.
+_BORDER_TOKENS = 64
+# Characters for each token that an input may have, beyond which it will hardly fit.
+_FAR_TOO_LONG = 64
+
 
 def load_tokenizer(base_path: Path) -> tuple[Any, bool]:
     """The base's tokenizer, and whether a pad token had to be added.
@@ -77,13 +84,39 @@ def encode_prompts(
         jinja2.TemplateError: the chat template refuses a conversation (say, roles that do not alternate).
     """
     rendered = [_render(tokenizer, prompt, chat, item) for item in inputs]
-    encoded = _encode(tokenizer, rendered, not _templated(tokenizer, chat), is_encoder_decoder)
+    special = not _templated(tokenizer, chat)
     if prompt.truncation_side == "none":
-        return encoded
+        return _encode(tokenizer, rendered, special, is_encoder_decoder)
+    # What is far too long is not tokenised as a whole, of which next to nothing would be kept.
+    short = [text if len(text) <= _FAR_TOO_LONG * prompt.max_input_tokens else "" for text in rendered]
+    encoded = _encode(tokenizer, short, special, is_encoder_decoder)
     return [
-        _shortened(tokenizer, prompt, chat, item, is_encoder_decoder) or ids if len(ids) > prompt.max_input_tokens else ids
-        for item, ids in zip(inputs, encoded, strict=True)
+        ids
+        if len(ids) <= prompt.max_input_tokens and kept == text
+        else _shortened(tokenizer, prompt, chat, item, is_encoder_decoder)
+        or _encode(tokenizer, [text], special, is_encoder_decoder)[0]
+        for item, text, kept, ids in zip(inputs, rendered, short, encoded, strict=True)
     ]
+
+
+def surely_longer(tokenizer: Any, prompt: "Prompt", chat: bool, text: str | Messages, limit: int) -> bool:
+    """Whether a prompt has more than `limit` tokens, as far as its beginning alone tells: a text of any length costs what that many tokens cost.
+
+    Tokens are counted in a beginning that doubles, since no number of characters is a measure for every tokenizer. Where it is cut a token may
+    fall into several, so it takes some more than `limit` to be sure; False says nothing. A prompt that is truncated is never too long.
+
+    Raises:
+        jinja2.TemplateError: see `encode_prompts`.
+    """
+    if prompt.truncation_side != "none":
+        return False
+    size = _CHARACTERS_PER_TOKEN * limit
+    whole = _render(tokenizer, prompt, chat, text)
+    while size < len(whole):
+        if len(_encode(tokenizer, [whole[:size]], not _templated(tokenizer, chat), True)[0]) > limit + _BORDER_TOKENS:
+            return True
+        size *= 2
+    return False
 
 
 def encode_targets(tokenizer: Any, prompt: "Prompt", targets: Sequence[str], is_encoder_decoder: bool) -> list[list[int]]:
@@ -140,19 +173,30 @@ def _encode(tokenizer: Any, texts: list[str], special: bool, is_encoder_decoder:
 def _shortened(tokenizer: Any, prompt: "Prompt", chat: bool, item: str | Messages, is_encoder_decoder: bool) -> list[int] | None:
     """The ids with the most characters of the input that fit, or None. The template and system messages stay whole.
 
-    By bisection over characters, since no other measure exists for every tokenizer.
+    By bisection over characters, since no other measure exists for every tokenizer, below the first that does not fit of lengths that double:
+    so a text of any length costs what its part that fits costs.
     """
     import jinja2
 
-    fitting, low, high = None, 1, _length(item)
-    while low <= high:
-        kept = (low + high) // 2
+    def fits(kept: int) -> list[int] | None:
         try:
             text = _render(tokenizer, prompt, chat, _cut(item, kept, prompt.truncation_side))
             ids = _encode(tokenizer, [text], not _templated(tokenizer, chat), is_encoder_decoder)[0]
         except jinja2.TemplateError:  # what is left is no conversation that the template takes
-            ids = None
-        if ids is not None and len(ids) <= prompt.max_input_tokens:
+            return None
+        return ids if len(ids) <= prompt.max_input_tokens else None
+
+    fitting, low, longest = None, 1, _length(item)
+    high = min(longest, _CHARACTERS_PER_TOKEN * prompt.max_input_tokens)
+    while high and (ids := fits(high)) is not None:
+        if high == longest:
+            return ids
+        fitting, low, high = ids, high + 1, min(2 * high, longest)
+    high -= 1
+    while low <= high:
+        kept = (low + high) // 2
+        ids = fits(kept)
+        if ids is not None:
             fitting, low = ids, kept + 1
         else:
             high = kept - 1

@@ -8,12 +8,12 @@ import contextlib
 import copy
 import json
 import logging
+import queue
 import secrets
 import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pipeline.data.prompt import encode_prompts
+from pipeline.data.prompt import encode_prompts, surely_longer
 from pipeline.errors import BusyError, ConfigError, PrefixError, PrefixFleetError
 from pipeline.inference import request as asked
 from pipeline.inference.engine import PrefixEngine
@@ -45,13 +45,16 @@ from pipeline.inference.service.protocol import (
     usage_of,
 )
 from pipeline.inference.service.registered import ModelName, Served, UnknownModelError, model_id, open_registered
+from pipeline.inference.service.turns import Turns
 from pipeline.registry import status
 from pipeline.training.job import JobPrompt
 
 log = logging.getLogger(__name__)
 
-# Blocking work beside the event loop: the registry, files, tokenizing. Some of them wait for memory.
+# Blocking work beside the event loop: the registry and files. Some of them wait for memory, so no key has more than half of them.
 _THREADS = 32
+# And tokenizing, which one key must not keep another from: each has one text at a time here.
+_TOKENIZERS = 2
 _MODELS_SECONDS = 5.0  # the list of models is not read from the registry more often
 _UNKNOWN = "The model does not exist or you do not have access to it."
 
@@ -125,10 +128,12 @@ class Service:
         self._held: Counter[str] = Counter()  # of these, of each key
         self._connections = 0  # requests under way, to the last byte of their answers
         self._rate = RateLimit(limits.per_minute)
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="service")
-        # Of its own: a tokenizer that two threads use at once raises "Already borrowed".
-        self._tokenizer = copy.deepcopy(engine.tokenizer)
-        self._tokenizing = threading.Lock()
+        self._threads = Turns(_THREADS, _THREADS // 2, "service")
+        self._tokenizing = Turns(_TOKENIZERS, 1, "tokenizing")
+        # One for each thread: a tokenizer that two threads use at once raises "Already borrowed".
+        self._tokenizers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        for _ in range(_TOKENIZERS):
+            self._tokenizers.put(copy.deepcopy(engine.tokenizer))
         # And one for the event loop, which must not wait until another thread has tokenized a long text.
         self._wording_tokenizer = copy.deepcopy(engine.tokenizer)
         self._listed: tuple[float, list[Any]] = (-_MODELS_SECONDS, [])
@@ -141,7 +146,8 @@ class Service:
     def stop(self) -> None:
         """End; answers under way end with an error."""
         self.loop.stop()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.shutdown()
+        self._tokenizing.shutdown()
 
     @property
     def idle(self) -> bool:
@@ -188,7 +194,7 @@ class Service:
         since, listed = self._listed
         if time.monotonic() - since >= _MODELS_SECONDS:
             try:
-                listed = await self._beside(status)
+                listed = await self._threads.submit(status)
             except PrefixFleetError as error:
                 log.error("listing models: %s", error)
                 raise ApiError(503, "the registry does not answer", "registry_unavailable", retry_after=5) from error
@@ -201,7 +207,7 @@ class Service:
     async def _model(self, request: Request) -> Response:
         key = self._enter(request)
         name = self._name(request.path_params["name"], key)
-        served = await self._open_prefix(name)
+        served = await self._open_prefix(name, _holder(key))
         served.release()
         return JSONResponse(_model_object(request.path_params["name"], 0))
 
@@ -215,15 +221,15 @@ class Service:
         body = parse_body(kind, await self._body(request))
         name = self._name(body.model, key)
         count = len(body.inputs) * body.choices
-        holder = "" if key is None else key.id
+        holder = _holder(key)
         self._check_count(holder, count)
         self._take(holder, count)
         kept = False  # whether the answers have begun, and give back themselves what they hold
         try:
             async with asyncio.timeout_at(asyncio.get_running_loop().time() + self.limits.request_seconds):
-                served = await self._open_prefix(name)
+                served = await self._open_prefix(name, holder)
                 try:
-                    requests = await self._beside(self._requests, body, served)
+                    requests = await self._tokenizing.run(holder, self._requests, body, served)
                 except BaseException:
                     served.release()
                     raise
@@ -316,16 +322,12 @@ class Service:
             raise ApiError(404, _UNKNOWN, "model_not_found", "model")
         return name
 
-    async def _open_prefix(self, name: ModelName) -> Served:
-        task = asyncio.get_running_loop().run_in_executor(
-            self._threads, open_registered, self.memory, name, self.limits.patience_seconds
-        )
+    async def _open_prefix(self, name: ModelName, holder: str) -> Served:
         try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            # The thread goes on, and would hold the prefix for ever.
-            task.add_done_callback(lambda done: None if done.cancelled() or done.exception() else done.result().release())
-            raise
+            served: Served = await self._threads.run(
+                holder, open_registered, self.memory, name, self.limits.patience_seconds, unwanted=Served.release
+            )
+            return served
         except UnknownModelError as error:
             raise ApiError(404, _UNKNOWN, "model_not_found", "model") from error
         except BusyError as error:
@@ -346,12 +348,7 @@ class Service:
         made: list[asked.Request] = []
         for prompt in prompts:
             if len(prompt) > self.limits.prompt_tokens:
-                raise ApiError(
-                    400,
-                    f"the prompt has {len(prompt)} tokens, and may have {self.limits.prompt_tokens} here",
-                    "context_length_exceeded",
-                    "prompt",
-                )
+                raise self._too_long(str(len(prompt)))
             for _ in range(body.choices):
                 try:
                     room = self.engine.room(served.members.length, len(prompt), body.most_tokens or judged["max_new_tokens"])
@@ -388,8 +385,12 @@ class Service:
                 made.append(one)
         return made
 
+    def _too_long(self, tokens: str) -> ApiError:
+        most = self.limits.prompt_tokens
+        return ApiError(400, f"the prompt has {tokens} tokens, and may have {most} here", "context_length_exceeded", "prompt")
+
     def _prompts(self, body: Body, config: dict[str, Any], chat: bool) -> list[list[int]]:
-        if chat and not self._tokenizer.chat_template:
+        if chat and not self.engine.tokenizer.chat_template:
             raise ApiError(
                 400, "the base has no chat template, so there are no chat completions: use /v1/completions", "no_chat_template"
             )
@@ -403,19 +404,16 @@ class Service:
             if max(max(prompt) for prompt in ids) >= vocabulary:
                 raise ApiError(400, f"the base knows tokens 0 to {vocabulary - 1}", "invalid_value", "prompt")
             return ids
-        with self._tokenizing:
-            try:
-                prompts = encode_prompts(
-                    self._tokenizer,
-                    JobPrompt(**config["prompt"]),
-                    config["chat"],
-                    body.inputs,  # type: ignore[arg-type]  # texts or conversations, by the lines above
-                    self.engine.base.is_encoder_decoder,
-                )
-            except TemplateError as error:
-                raise ApiError(
-                    400, "the base's chat template refuses this conversation", "invalid_messages", "messages"
-                ) from error
+        inputs: Any = body.inputs  # texts or conversations, by the lines above
+        prompt, most, tokenizer = JobPrompt(**config["prompt"]), self.limits.prompt_tokens, self._tokenizers.get()
+        try:
+            if any(surely_longer(tokenizer, prompt, config["chat"], item, most) for item in inputs):
+                raise self._too_long(f"more than {most}")
+            prompts = encode_prompts(tokenizer, prompt, config["chat"], inputs, self.engine.base.is_encoder_decoder)
+        except TemplateError as error:
+            raise ApiError(400, "the base's chat template refuses this conversation", "invalid_messages", "messages") from error
+        finally:
+            self._tokenizers.put(tokenizer)
         if not all(prompts):
             raise ApiError(400, "the prompt has no tokens", "invalid_value", "prompt")
         return prompts
@@ -569,9 +567,6 @@ class Service:
     def _token_text(self, token: int) -> str:
         return str(self._wording_tokenizer.decode([token]))  # in the event loop only
 
-    async def _beside(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
-
 
 class _Counted:
     """Counts requests and says one line of each, without anything that the client has chosen but the route."""
@@ -610,6 +605,11 @@ class _Counted:
 _LEFT = 499  # the client left before the answer; nginx says so too
 _QUIET = ("/healthz", "/readyz", "/metrics")
 _ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/models", *_QUIET)
+
+
+def _holder(key: ApiKey | None) -> str:
+    """Under which name a key's share is counted; without keys all are one."""
+    return "" if key is None else key.id
 
 
 def _model_object(name: str, created: int) -> dict[str, Any]:

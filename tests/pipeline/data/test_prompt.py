@@ -6,9 +6,10 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+import pipeline.data.prompt as prompt_module
 from pipeline.config import PromptSettings
 from pipeline.data import encode_prompt, load_tokenizer, prepare, read_split, stage
-from pipeline.data.prompt import encode_targets
+from pipeline.data.prompt import clean, encode_targets, surely_longer
 
 TEMPLATE = (
     "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
@@ -117,3 +118,27 @@ def test_a_tokenizer_without_pad_token_gets_its_end_token_as_pad(tmp_path):
     assert added
     assert tokenizer.pad_token == "</s>"
     assert len(tokenizer) == 6
+
+
+def test_what_a_long_text_costs_ends_where_it_is_too_long(tokenizer, monkeypatch):
+    text = "name : The Green Door | food : Thai | " * 5000
+    read = []
+
+    def counted(tokenizer, texts, special, is_encoder_decoder):
+        read.extend(map(len, texts))
+        return encode(tokenizer, texts, special, is_encoder_decoder)
+
+    encode = prompt_module._encode
+    whole = encode(tokenizer, [clean(text) + "\n"], True, False)[0]
+    monkeypatch.setattr(prompt_module, "_encode", counted)
+    free = PromptSettings(truncation_side="none")
+    assert surely_longer(tokenizer, free, False, text, 100)
+    assert not surely_longer(tokenizer, free, False, text, len(whole))
+    assert not surely_longer(tokenizer, free, False, " " * 100_000 + "Thai", 100)
+    assert not surely_longer(tokenizer, PromptSettings(truncation_side="left"), False, text, 100)
+    read.clear()
+    for side in ("left", "right"):
+        cut = PromptSettings(truncation_side=side, max_input_tokens=50)
+        ids = encode_prompt(tokenizer, cut, False, text, False)
+        assert 45 < len(ids) <= 50
+    assert sum(read) < 10_000

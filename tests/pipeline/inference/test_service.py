@@ -18,6 +18,7 @@ import openai
 import pytest
 
 from pipeline.errors import ConfigError
+from pipeline.inference.service import app
 from pipeline.inference.service.app import Service
 from pipeline.inference.service.connection import ImpatientProtocol
 from pipeline.inference.service.limits import RateLimit
@@ -132,9 +133,11 @@ def test_chat_completions_go_through_the_bases_chat_template(fleet: Fleet, servi
         client.chat.completions.create(model="acme", messages=messages)
 
 
-def test_without_a_chat_template_there_are_no_chat_completions(fleet: Fleet, serving: Serving) -> None:
+def test_without_a_chat_template_there_are_no_chat_completions(
+    fleet: Fleet, serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
     running = serving()
-    running.service._tokenizer.chat_template = None
+    monkeypatch.setattr(fleet.engine.tokenizer, "chat_template", None)
     with pytest.raises(openai.BadRequestError, match="no chat template"):
         official(running).chat.completions.create(model="chatty", messages=[{"role": "user", "content": TEXT}])
 
@@ -354,14 +357,35 @@ def test_a_refusal_names_the_whole_place_and_nothing_is_dropped_silently() -> No
     parse_body(ChatBody, json.dumps({"model": "a", "messages": [said], "logprobs": True, "top_logprobs": 2}).encode())
 
 
-def test_log_probabilities_are_worded_while_a_long_text_is_tokenized(fleet: Fleet, serving: Serving) -> None:
-    running = serving()
-    prompt = fleet.engine.tokenizer(TEXT)["input_ids"]
-    with running.service._tokenizing, running.client() as client:
-        answer = client.post(
-            "/v1/completions", json={"model": "acme", "prompt": prompt, "logprobs": 1, "max_tokens": 2}, timeout=5
-        )
-    assert len(answer.json()["choices"][0]["logprobs"]["tokens"]) == 2
+def test_a_keys_long_texts_keep_only_itself_waiting(fleet: Fleet, serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    running, greedy, other = serving([["*"], ["*"]])
+    free, encode = threading.Event(), app.encode_prompts
+
+    def held(tokenizer: Any, prompt: Any, chat: bool, inputs: Any, *more: Any) -> Any:
+        assert "long" not in inputs or free.wait(20)
+        return encode(tokenizer, prompt, chat, inputs, *more)
+
+    monkeypatch.setattr(app, "encode_prompts", held)
+    body = {"model": "acme", "logprobs": 1, "max_tokens": 2}
+    with ThreadPoolExecutor() as pool, running.client(greedy) as one, running.client(other) as two:
+        long = [pool.submit(one.post, "/v1/completions", json={**body, "prompt": "long"}) for _ in range(4)]
+        until(lambda: sum(running.service._tokenizing._asked.values()) == 4)
+        # Log-probabilities are worded in the event loop, by a tokenizer of its own.
+        answers = [two.post("/v1/completions", json={**body, "prompt": TEXT}) for _ in range(2)]
+        assert not any(answer.done() for answer in long)
+        free.set()
+        assert {answer.result().status_code for answer in long} == {200}
+    assert [len(answer.json()["choices"][0]["logprobs"]["tokens"]) for answer in answers] == [2, 2]
+    until(lambda: not running.service._tokenizing._asked)
+
+
+def test_a_far_too_long_prompt_is_refused_by_its_beginning(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = serving(prompt_tokens=50)
+    monkeypatch.setattr(app, "encode_prompts", lambda *_: pytest.fail("it was tokenized as a whole"))
+    with running.client() as client:
+        refused = client.post("/v1/completions", json={"model": "acme", "prompt": "w1 " * 100_000})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert "more than 50 tokens" in refused.json()["error"]["message"]
 
 
 WHOLE = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
