@@ -46,7 +46,7 @@ class PrefixEngine:
     """
 
     def __init__(self, base: FrozenBase, tokenizer: Any, base_digest: str) -> None:
-        self.base, self.tokenizer, self._base_digest = base, tokenizer, base_digest
+        self.base, self.tokenizer, self.base_digest = base, tokenizer, base_digest
         self._members: list[Members] = [BASE_ALONE]
         self._configs: list[dict[str, Any]] = [{}]
         self._slots: dict[str, int] = {}
@@ -64,9 +64,9 @@ class PrefixEngine:
         """
         members, config = load_members(prefix_dir)
         _check_answering(prefix_dir, config)
-        if config["base"]["digest"] != self._base_digest:
+        if config["base"]["digest"] != self.base_digest:
             raise BaseModelError(
-                f"{prefix_dir}: was trained on a base with digest {config['base']['digest'][:16]}, the loaded base has {self._base_digest[:16]}. "
+                f"{prefix_dir}: was trained on a base with digest {config['base']['digest'][:16]}, the loaded base has {self.base_digest[:16]}. "
                 "Serve it with its own base, or train it anew."
             )
         for member in members.prefixes:

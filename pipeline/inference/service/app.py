@@ -13,7 +13,7 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,9 +44,9 @@ from pipeline.inference.service.protocol import (
     parse_body,
     usage_of,
 )
-from pipeline.inference.service.registered import ModelName, Served, UnknownModelError, model_id, open_registered
+from pipeline.inference.service.registered import ModelName, Served, UnknownModelError, find_registered, model_id, open_registered
 from pipeline.inference.service.turns import Turns
-from pipeline.registry import status
+from pipeline.registry import ModelStatus, status
 from pipeline.training.job import JobPrompt
 
 log = logging.getLogger(__name__)
@@ -136,7 +136,8 @@ class Service:
             self._tokenizers.put(copy.deepcopy(engine.tokenizer))
         # And one for the event loop, which must not wait until another thread has tokenized a long text.
         self._wording_tokenizer = copy.deepcopy(engine.tokenizer)
-        self._listed: tuple[float, list[Any]] = (-_MODELS_SECONDS, [])
+        self._listed: tuple[float, list[ModelStatus]] | None = None  # since when, and what
+        self._listing: asyncio.Future[list[ModelStatus]] | None = None
         self._open = len(keys) == 0
 
     def start(self) -> None:
@@ -191,14 +192,7 @@ class Service:
 
     async def _models(self, request: Request) -> Response:
         key = self._enter(request)
-        since, listed = self._listed
-        if time.monotonic() - since >= _MODELS_SECONDS:
-            try:
-                listed = await self._threads.submit(status)
-            except PrefixFleetError as error:
-                log.error("listing models: %s", error)
-                raise ApiError(503, "the registry does not answer", "registry_unavailable", retry_after=5) from error
-            self._listed = (time.monotonic(), listed)
+        listed = await self._listed_models()
         shown = [m for m in listed if m.champion_version is not None and (key is None or key.opens(m.key.customer))]
         return JSONResponse(
             {"object": "list", "data": [_model_object(model_id(m.key), int(m.created_at.timestamp())) for m in shown]}
@@ -207,9 +201,37 @@ class Service:
     async def _model(self, request: Request) -> Response:
         key = self._enter(request)
         name = self._name(request.path_params["name"], key)
-        served = await self._open_prefix(name, _holder(key))
-        served.release()
+        holder = _holder(key)
+        # It takes a place in the queue and a turn as answers do, for the registry is asked; but no prefix is loaded, and none let go for it.
+        self._check_count(holder, 1)
+        self._take(holder, 1)
+        try:
+            with _refusals(name):
+                await self._threads.run(holder, find_registered, name, self.engine.base_digest)
+        finally:
+            self._take(holder, -1)
         return JSONResponse(_model_object(request.path_params["name"], 0))
+
+    async def _listed_models(self) -> list[ModelStatus]:
+        """What is registered, as of `_MODELS_SECONDS` ago at most. The registry is asked once, however many wait for it."""
+        if self._listed is not None and time.monotonic() - self._listed[0] < _MODELS_SECONDS:
+            return self._listed[1]
+        if self._listing is None or self._listing.done():
+            self._listing = self._threads.submit(self._list)
+        try:
+            return list(await asyncio.shield(self._listing))
+        except PrefixFleetError as error:
+            raise ApiError(503, "the registry does not answer", "registry_unavailable", retry_after=5) from error
+
+    def _list(self) -> list[ModelStatus]:
+        """Read the list. Blocks: not for the event loop."""
+        try:
+            found = status()
+        except PrefixFleetError as error:
+            log.error("listing models: %s", error)
+            raise
+        self._listed = time.monotonic(), found
+        return found
 
     # A completion
 
@@ -323,19 +345,11 @@ class Service:
         return name
 
     async def _open_prefix(self, name: ModelName, holder: str) -> Served:
-        try:
+        with _refusals(name):
             served: Served = await self._threads.run(
                 holder, open_registered, self.memory, name, self.limits.patience_seconds, unwanted=Served.release
             )
             return served
-        except UnknownModelError as error:
-            raise ApiError(404, _UNKNOWN, "model_not_found", "model") from error
-        except BusyError as error:
-            log.warning("%s", error)
-            raise ApiError(429, "all memory for prefixes is in use", "prefixes_busy", retry_after=1) from error
-        except PrefixFleetError as error:
-            log.error("%s: %s", name.key, error)
-            raise ApiError(503, "the model cannot be loaded now", "model_unavailable", retry_after=5) from error
 
     def _requests(self, body: Body, served: Served) -> list[asked.Request]:
         """What the decoder is asked. In a thread, for long texts take long to tokenize."""
@@ -605,6 +619,21 @@ class _Counted:
 _LEFT = 499  # the client left before the answer; nginx says so too
 _QUIET = ("/healthz", "/readyz", "/metrics")
 _ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/models", *_QUIET)
+
+
+@contextlib.contextmanager
+def _refusals(name: ModelName) -> Iterator[None]:
+    """What the client is told of a model that cannot be had."""
+    try:
+        yield
+    except UnknownModelError as error:
+        raise ApiError(404, _UNKNOWN, "model_not_found", "model") from error
+    except BusyError as error:
+        log.warning("%s", error)
+        raise ApiError(429, "all memory for prefixes is in use", "prefixes_busy", retry_after=1) from error
+    except PrefixFleetError as error:
+        log.error("%s: %s", name.key, error)
+        raise ApiError(503, "the model cannot be loaded now", "model_unavailable", retry_after=5) from error
 
 
 def _holder(key: ApiKey | None) -> str:

@@ -11,7 +11,7 @@ from pipeline.errors import BaseModelError, ConfigError, NotRegisteredError, Ser
 from pipeline.inference.prefixes import Lease, PrefixMemory
 from pipeline.inference.request import Members
 from pipeline.keys import ID_PATTERN, CustomerKey
-from pipeline.registry import lookup
+from pipeline.registry import Found, lookup
 
 # customer, customer.task; then @alias or :version
 _NAME = re.compile(rf"({ID_PATTERN})(?:\.({ID_PATTERN}))?(?:@([A-Za-z0-9_-]{{1,100}})|:([0-9]{{1,9}}))?")
@@ -75,20 +75,35 @@ class Served:
         self.lease.release()
 
 
-def open_registered(memory: PrefixMemory, name: ModelName, patience: float) -> Served:
-    """Look a version up and hold its prefix in memory. Blocks: not for the event loop.
+def find_registered(name: ModelName, base_digest: str | None = None) -> Found:
+    """Look a version up. Blocks: not for the event loop.
+
+    Args:
+        base_digest: of the base that is loaded; None: it is seen when the prefix is loaded.
 
     Raises:
         UnknownModelError: nothing is registered under that name, or for another base than the one that is loaded.
         RegistryError: MLflow does not answer, or the stored prefix is not the one that was registered.
-        BusyError: all memory for prefixes is in use.
-        PrefixError, StorageError: it cannot be loaded.
+        StorageError: it cannot be written to the cache.
     """
     try:
-        found = lookup(name.key, name.alias, name.version)
+        return lookup(name.key, name.alias, name.version, base_digest=base_digest)
     except NotRegisteredError as error:
         # The message lists who else is registered, which is nobody's business here.
         raise UnknownModelError("nothing is registered under this name") from error
+    except BaseModelError as error:
+        raise UnknownModelError(str(error)) from error
+
+
+def open_registered(memory: PrefixMemory, name: ModelName, patience: float) -> Served:
+    """Look a version up and hold its prefix in memory. Blocks: not for the event loop.
+
+    Raises:
+        UnknownModelError, RegistryError: see `find_registered`.
+        BusyError: all memory for prefixes is in use.
+        PrefixError, StorageError: it cannot be loaded.
+    """
+    found = find_registered(name)
     try:
         return Served(name.key, found.version, memory.lease(found.prefix_dir, patience))
     except BaseModelError as error:

@@ -388,6 +388,38 @@ def test_a_far_too_long_prompt_is_refused_by_its_beginning(serving: Serving, mon
     assert "more than 50 tokens" in refused.json()["error"]["message"]
 
 
+def test_asking_about_models_loads_no_prefix_and_asks_the_registry_once_for_all(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, key, other = serving([["acme"], ["acme"]], queue=2)
+    asked, ask, look = [], app.status, app.find_registered
+    go_on = threading.Event()
+
+    def slow() -> Any:
+        asked.append(1)
+        assert go_on.wait(20)
+        return ask()
+
+    def slow_look(*arguments: Any) -> Any:
+        assert go_on.wait(20)
+        return look(*arguments)
+
+    monkeypatch.setattr(app, "status", slow)
+    monkeypatch.setattr(app, "find_registered", slow_look)
+    with ThreadPoolExecutor(8) as pool, running.client(key) as client, running.client(other) as second:
+        lists = [pool.submit(client.get, "/v1/models") for _ in range(5)]
+        one = pool.submit(client.get, "/v1/models/acme")
+        until(lambda: len(asked) == 1 and running.service.answers == 1 and running.service._connections == 6)
+        refused = client.get("/v1/models/acme")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+        theirs = pool.submit(second.get, "/v1/models/acme:1")
+        until(lambda: running.service.answers == 2)
+        go_on.set()
+        assert {answer.result().status_code for answer in (*lists, one, theirs)} == {200}
+        assert client.get("/v1/models/acme:99").status_code == 404
+    assert len(asked) == 1 and running.service.memory.loads == 0 and running.service.answers == 0
+
+
 WHOLE = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
