@@ -140,6 +140,11 @@ class Service:
         self._listing: asyncio.Future[list[ModelStatus]] | None = None
         self._open = len(keys) == 0
 
+    def warm(self) -> None:
+        """Ask the registry for the first time, which imports MLflow. Blocks; what goes wrong is logged, and `/readyz` asks again."""
+        with contextlib.suppress(PrefixFleetError):
+            self._list()
+
     def start(self) -> None:
         """Begin to decode."""
         self.loop.start()
@@ -185,6 +190,11 @@ class Service:
     async def _readyz(self, request: Request) -> Response:
         if self.draining or not self.loop.alive:
             return PlainTextResponse("stopping" if self.draining else "the decoding thread has ended", 503)
+        if self._listed is None:  # later on customers keep what they have if the registry is away
+            try:
+                await self._listed_models()
+            except ApiError as error:
+                return PlainTextResponse(str(error), error.status)
         return PlainTextResponse("ready")
 
     async def _metrics(self, request: Request) -> Response:

@@ -132,6 +132,7 @@ def serve(service: Service, host: str, port: int, grace_seconds: float, ready: C
         ServiceError: the address cannot be had.
     """
     server, listening = make_server(service, host, port, grace_seconds)
+    service.warm()  # before anybody is told that it answers: the first question to the registry takes seconds
     service.start()
     shown = f"[{host}]" if ":" in host else host
     try:

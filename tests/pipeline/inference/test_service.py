@@ -17,7 +17,7 @@ import httpx
 import openai
 import pytest
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, RegistryError
 from pipeline.inference.service import app
 from pipeline.inference.service.app import Service
 from pipeline.inference.service.connection import ImpatientProtocol
@@ -418,6 +418,25 @@ def test_asking_about_models_loads_no_prefix_and_asks_the_registry_once_for_all(
         assert {answer.result().status_code for answer in (*lists, one, theirs)} == {200}
         assert client.get("/v1/models/acme:99").status_code == 404
     assert len(asked) == 1 and running.service.memory.loads == 0 and running.service.answers == 0
+
+
+def test_the_service_is_ready_once_the_registry_could_be_read(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def away() -> Any:
+        raise RegistryError("the registry is away.")
+
+    running = serving()
+    with running.client() as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(app, "status", away)
+            running.service.warm()
+            assert client.get("/readyz").status_code == 503
+            assert client.get("/healthz").status_code == 200
+        assert client.get("/readyz").status_code == 200
+        monkeypatch.setattr(app, "status", away)
+        assert client.get("/readyz").status_code == 200
+    assert [record.getMessage() for record in caplog.records] == ["listing models: the registry is away."] * 2
 
 
 WHOLE = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
