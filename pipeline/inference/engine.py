@@ -17,7 +17,7 @@ from pipeline.files import digest_of
 from pipeline.inference.choose import averaged
 from pipeline.inference.decoder import Decoder, prefix_dtype
 from pipeline.inference.ensemble import load_members
-from pipeline.inference.request import BASE_ALONE, Decoding, Loaded, Members, Request
+from pipeline.inference.request import BASE_ALONE, Decoding, Loaded, Members, Request, seed_of
 from pipeline.prefix import FrozenBase, PrefixBank, load_base
 from pipeline.prefix.store import require
 from pipeline.training.batches import pack, row_losses, summed_losses, target_logits
@@ -129,7 +129,7 @@ class PrefixEngine:
         how: Decoding,
         finished: Callable[[list[int], list[str]], None] | None = None,
     ) -> list[str]:
-        """As `generate`, with every setting of decoding. The i-th prompt draws with `how.seed + i`."""
+        """As `generate`, with every setting of decoding. Of several prompts each draws with a seed of its own, see `seed_of`."""
         rooms = [
             self.room(self._members[slot].length, len(p), how.max_new_tokens) for p, slot in zip(prompts, slots, strict=True)
         ]
@@ -139,7 +139,7 @@ class PrefixEngine:
         requests: dict[int, Request] = {}
         # The longest first, so that running out of memory shows at once, and like lengths together.
         for i in sorted(range(len(prompts)), key=lambda i: (-rooms[i], -len(prompts[i]))):
-            own = replace(how, max_new_tokens=rooms[i], seed=how.seed + i)
+            own = replace(how, max_new_tokens=rooms[i], seed=seed_of(how.seed, i))
             requests[i] = Request(prompts[i], self._members[slots[i]], own, on_end=functools.partial(through.append, i))
             decoder.submit(requests[i])
         while decoder.busy:

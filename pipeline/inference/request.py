@@ -1,5 +1,6 @@
 """What is asked of the decoder, and what comes back: plain data. Knows nothing of models, customers or HTTP."""
 
+import hashlib
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -66,6 +67,17 @@ class Decoding:
         ):
             if wrong:
                 raise ConfigError(f"{text}.")
+
+
+def seed_of(seed: int, index: int) -> int:
+    """The seed of the answer at this place among those that were asked for at once.
+
+    The first has `seed` itself. The others are far from those of neighbouring seeds: were they `seed` + index, three answers with seed 1 and
+    three with seed 2 would share two.
+    """
+    if not index:
+        return seed
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest(), "big")
 
 
 @dataclass(frozen=True)

@@ -393,7 +393,7 @@ class Service:
                         temperature=temperature,
                         top_p=body.top_p or 1.0,
                         top_k=body.top_k or 0,
-                        seed=seed + len(made),
+                        seed=asked.seed_of(seed, len(made)),
                         stop=body.stops,
                         top_logprobs=body.top_logprobs_wanted,
                     )

@@ -150,6 +150,17 @@ def test_drawing_follows_the_seed_and_stop_strings_end_an_answer(fleet: Fleet, s
 
     assert drawn(5) == drawn(5)
     assert len({drawn(seed) for seed in range(5)}) > 1
+    several = [
+        [
+            choice.text
+            for choice in client.completions.create(
+                model="acme", prompt=TEXT, temperature=2.0, seed=seed, max_tokens=20, n=3
+            ).choices
+        ]
+        for seed in (5, 6, 5)
+    ]
+    assert several[0] == several[2] and several[0][0] == drawn(5)
+    assert not set(several[0]) & set(several[1])  # neighbouring seeds share no answer
     words = fleet.answer(newest(fleet, "bistro"), TEXT).split()
     at = next(i for i, word in enumerate(words) if i and word not in words[:i])
     stopped = client.completions.create(model="bistro", prompt=TEXT, stop=[words[at], "nowhere"], logprobs=1)
