@@ -30,7 +30,8 @@ class Decoding:
         temperature: 0 for search; otherwise tokens are drawn.
         top_p: draw from the smallest set of tokens that has this probability (after temperature and top_k).
         top_k: draw from so many of the likeliest tokens; 0: from all.
-        seed: of this answer's own random numbers; the same seed draws the same tokens whoever shares the batch.
+        seed: of this answer's own random numbers; the same seed draws the same tokens whoever shares the batch, in float32 or float64. In bfloat16
+            probabilities depend on the shape of the batch, and so may tokens.
         stop: the answer ends before the first of these texts.
         top_logprobs: note the log-probability of every token, and of so many of the likeliest at its place; None: of none.
         length_penalty, early_stopping: of beam search, as transformers means them; None: what the base's generation_config.json says.
