@@ -366,8 +366,7 @@ class Service:
         config, chat = served.config, isinstance(body, ChatBody)
         prompts = self._prompts(body, config, chat)
         judged = config["generation"]
-        drawn = body.temperature is not None or body.top_p is not None or body.top_k is not None
-        temperature = body.temperature if body.temperature is not None else (1.0 if drawn else 0.0)
+        temperature = body.drawn_at
         seed = secrets.randbits(48) if body.seed is None else body.seed
         made: list[asked.Request] = []
         for prompt in prompts:
@@ -389,8 +388,8 @@ class Service:
                     how = asked.Decoding(
                         room,
                         # As the version was judged, unless the client says otherwise.
-                        num_beams=1 if drawn else judged["num_beams"],
-                        temperature=temperature,
+                        num_beams=judged["num_beams"] if temperature is None else 1,
+                        temperature=temperature or 0.0,
                         top_p=body.top_p or 1.0,
                         top_k=body.top_k or 0,
                         seed=asked.seed_of(seed, len(made)),

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pipeline.inference.request import TOP_LOGPROBS, FinishReason, TokenLogprob
 
 _MOST_CHOICES = 128
+_MOST_STOPS = 4
 
 
 class ApiError(Exception):
@@ -62,7 +63,7 @@ class _Common(_Body):
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
     stop: Annotated[str, Field(min_length=1, max_length=200)] | Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=4)
+        list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=_MOST_STOPS)
     ] | None = None  # fmt: skip
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     # Known to OpenAI, and only with the value that changes nothing.
@@ -71,6 +72,14 @@ class _Common(_Body):
     logit_bias: dict[str, float] | None = None
     # For OpenAI's own bookkeeping.
     user: Annotated[str, Field(max_length=1000)] | None = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _few_stops(cls, value: Any) -> Any:
+        if isinstance(value, list) and len(value) > _MOST_STOPS:
+            # Here, for of a union pydantic tells first that a list is no string.
+            raise ValueError(f"may be {_MOST_STOPS} strings at most, and there are {len(value)}")
+        return value
 
     @field_validator("presence_penalty", "frequency_penalty", "logit_bias")
     @classmethod
@@ -88,6 +97,17 @@ class _Common(_Body):
     def choices(self) -> int:
         """Answers to each prompt."""
         return self.n or 1
+
+    @property
+    def drawn_at(self) -> float | None:
+        """The temperature to draw with; None: search as the version was judged.
+
+        Whoever names anything that means nothing without drawing draws with OpenAI's default temperature.
+        """
+        if self.temperature is not None:
+            return self.temperature
+        means_drawing = self.top_p is not None or self.top_k is not None or self.seed is not None or self.choices > 1
+        return 1.0 if means_drawing else None
 
     @property
     def with_usage(self) -> bool:

@@ -106,7 +106,7 @@ def test_the_official_client_gets_what_each_customers_prefix_says(fleet: Fleet, 
         assert "".join(piece.choices[0].text for piece in pieces[:-1]) == text
         assert pieces[-2].choices[0].finish_reason == whole.choices[0].finish_reason
         assert pieces[-1].usage == whole.usage
-    both = client.completions.create(model="acme@champion", prompt=[TEXT, "say it is"], max_tokens=2, n=2)
+    both = client.completions.create(model="acme@champion", prompt=[TEXT, "say it is"], max_tokens=2, n=2, temperature=0)
     assert [choice.index for choice in both.choices] == [0, 1, 2, 3]
     assert both.choices[0].text == both.choices[1].text == " ".join(expected["acme"].split()[:2])
     assert {choice.finish_reason for choice in both.choices} <= {"length", "stop"}
@@ -161,6 +161,12 @@ def test_drawing_follows_the_seed_and_stop_strings_end_an_answer(fleet: Fleet, s
     ]
     assert several[0] == several[2] and several[0][0] == drawn(5)
     assert not set(several[0]) & set(several[1])  # neighbouring seeds share no answer
+    # Whoever asks for several answers, or names a seed, wants them drawn; without either the answer is the one that was judged.
+    judged = fleet.answer(newest(fleet, "acme"), TEXT)
+    assert {client.completions.create(model="acme", prompt=TEXT, n=1).choices[0].text for _ in range(2)} == {judged}
+    assert len({choice.text for choice in client.completions.create(model="acme", prompt=TEXT, n=4).choices}) > 1
+    plain = client.completions.create(model="acme", prompt=TEXT, seed=5, max_tokens=20).choices[0].text
+    assert plain == client.completions.create(model="acme", prompt=TEXT, seed=5, max_tokens=20, temperature=1.0).choices[0].text
     words = fleet.answer(newest(fleet, "bistro"), TEXT).split()
     at = next(i for i, word in enumerate(words) if i and word not in words[:i])
     stopped = client.completions.create(model="bistro", prompt=TEXT, stop=[words[at], "nowhere"], logprobs=1)
@@ -353,6 +359,8 @@ def test_a_refusal_names_the_whole_place_and_nothing_is_dropped_silently() -> No
         return refused.value.param
 
     said = {"role": "user", "content": "a"}
+    with pytest.raises(ApiError, match="stop: may be 4 strings at most, and there are 5"):
+        parse_body(CompletionBody, json.dumps({"model": "a", "prompt": "a", "stop": list("abcde")}).encode())
     assert place(ChatBody, messages=[said, {**said, "content": 7}]) == "messages.1.content"
     assert place(ChatBody, messages=[{**said, "mood": "good"}]) == "messages.0.mood"
     assert place(ChatBody, messages=[{**said, "name": "Ann"}]) == "messages.0.name"
