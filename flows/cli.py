@@ -168,7 +168,9 @@ def _parser() -> argparse.ArgumentParser:
             "prefixfleet keys create --customer bistro; prefixfleet serve --host 0.0.0.0",
         ],
     )
-    text = "take the base from this fleet file (default: the base of the newest champion in the registry)"
+    text = (
+        "take the base, its dtype and quantization from this fleet file (default: those of the newest champion in the registry)"
+    )
     serve.add_argument("fleet", type=Path, nargs="?", metavar="FLEET.yaml", help=text)
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1; others need an API key)")
     serve.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
@@ -582,14 +584,15 @@ def _serve(arguments: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("pipeline.inference.service").setLevel(logging.INFO)
     base = base_to_serve(arguments.fleet, home)
-    service = Service(load_engine(base), keys, limits, log_texts=arguments.log_texts)
+    engine = load_engine(base)
+    service = Service(engine, keys, limits, log_texts=arguments.log_texts)
 
     def ready(url: str) -> None:
         if arguments.json:
-            _print_json({"format": 1, "url": url, "base": base.id, "keys": len(keys)}, indent=None)
+            _print_json({"format": 1, "url": url, "base": base.id, "precision": engine.precision, "keys": len(keys)}, indent=None)
         else:
             who = f"{len(keys)} API keys" if len(keys) else "no API keys: whoever can reach this address may ask for everybody"
-            print(f"{url}/v1 answers on base {base.id}; {who}. Ctrl-C stops it.")
+            print(f"{url}/v1 answers on base {base.id} in {engine.precision}; {who}. Ctrl-C stops it.")
         sys.stdout.flush()
 
     serve(service, arguments.host, arguments.port, arguments.grace, ready)

@@ -43,10 +43,11 @@ class PrefixEngine:
         base: with the prefix hook attached.
         tokenizer: of the base.
         base_digest: what prefixes must have been trained on.
+        quantization: of the base's weights.
     """
 
-    def __init__(self, base: FrozenBase, tokenizer: Any, base_digest: str) -> None:
-        self.base, self.tokenizer, self.base_digest = base, tokenizer, base_digest
+    def __init__(self, base: FrozenBase, tokenizer: Any, base_digest: str, quantization: str | None = None) -> None:
+        self.base, self.tokenizer, self.base_digest, self.quantization = base, tokenizer, base_digest, quantization
         self._members: list[Members] = [BASE_ALONE]
         self._configs: list[dict[str, Any]] = [{}]
         self._slots: dict[str, int] = {}
@@ -76,6 +77,18 @@ class PrefixEngine:
                 self.base.check_infix()
         held = tuple(member.to(self.base.device, prefix_dtype(self.base)) for member in members.prefixes)
         return replace(members, prefixes=held), config
+
+    @property
+    def precision(self) -> str:
+        """What the base computes in: `bfloat16`, `bfloat16 with int8 weights`."""
+        return _precision(str(self.base.model.dtype).removeprefix("torch."), self.quantization)
+
+    def other_precision(self, config: dict[str, Any]) -> str | None:
+        """In what a prefix was judged, as its prefix.json says, if that is not what this base computes in: then its answers, and its scores, may be
+        others.
+        """
+        judged = _precision(str(config["base"].get("dtype")), config["base"].get("quantization"))
+        return None if judged == self.precision else judged
 
     def add(self, prefix_dir: Path) -> int:
         """Load a prefix folder, or an ensemble's, into a slot of its own; the same again gets the same slot.
@@ -231,6 +244,10 @@ class PrefixEngine:
         return max_new_tokens if limit is None else min(max_new_tokens, limit - prefix - before)
 
 
+def _precision(dtype: str, quantization: str | None) -> str:
+    return f"{dtype} with {quantization} weights" if quantization else dtype
+
+
 def _check_answering(prefix_dir: Path, config: dict[str, Any]) -> None:
     """Refuse a prefix.json without what `answer` and the service need of it.
 
@@ -257,4 +274,4 @@ def load_engine(base: JobBase) -> PrefixEngine:
     """
     frozen = load_base(base)
     tokenizer, _ = load_tokenizer(frozen.folder)
-    return PrefixEngine(frozen, tokenizer, base.digest)
+    return PrefixEngine(frozen, tokenizer, base.digest, base.quantization)

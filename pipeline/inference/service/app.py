@@ -139,6 +139,7 @@ class Service:
         self._listed: tuple[float, list[ModelStatus]] | None = None  # since when, and what
         self._listing: asyncio.Future[list[ModelStatus]] | None = None
         self._open = len(keys) == 0
+        self._warned: set[str] = set()  # prefixes that were judged in another precision
 
     def warm(self) -> None:
         """Ask the registry for the first time, which imports MLflow. Blocks; what goes wrong is logged, and `/readyz` asks again."""
@@ -359,7 +360,21 @@ class Service:
             served: Served = await self._threads.run(
                 holder, open_registered, self.memory, name, self.limits.patience_seconds, unwanted=Served.release
             )
-            return served
+        self._compare_precision(served)
+        return served
+
+    def _compare_precision(self, served: Served) -> None:
+        judged, digest = self.engine.other_precision(served.config), str(served.config["digest"])
+        if judged is not None and digest not in self._warned:
+            self._warned.add(digest)
+            log.warning(
+                "%s version %d was judged in %s and is served in %s: its answers may be others than those that were judged. Set dtype and "
+                "quantization of base_model in the fleet file to what it was judged in, or train it anew.",
+                served.key,
+                served.version,
+                judged,
+                self.engine.precision,
+            )
 
     def _requests(self, body: Body, served: Served) -> list[asked.Request]:
         """What the decoder is asked. In a thread, for long texts take long to tokenize."""

@@ -458,6 +458,21 @@ def test_the_service_is_ready_once_the_registry_could_be_read(
     assert [record.getMessage() for record in caplog.records] == ["listing models: the registry is away."] * 2
 
 
+def test_a_prefix_that_was_judged_in_another_precision_is_told_once(
+    fleet: Fleet, serving: Serving, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert fleet.engine.precision == "float32"
+    body = {"model": "acme", "prompt": TEXT, "max_tokens": 1}
+    with serving().client() as client:
+        client.post("/v1/completions", json=body)
+        assert not caplog.records
+        monkeypatch.setattr(fleet.engine, "quantization", "int8")
+        for _ in range(2):
+            assert client.post("/v1/completions", json=body).status_code == 200
+    (told,) = caplog.messages
+    assert "acme version 1 was judged in float32 and is served in float32 with int8 weights" in told
+
+
 WHOLE = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
