@@ -225,11 +225,11 @@ def _digest(secret: str) -> str:
 
 
 def _parse(content: Any, place: str) -> list[ApiKey]:
+    if not isinstance(content, dict) or content.get("format") != FORMAT:  # of a file `read_json` has seen it
+        raise ConfigError(f'{place}: has no "format": {FORMAT}. `prefixfleet keys create` writes what belongs there.')
     try:
         keys = [
-            ApiKey(
-                str(k["id"]), str(k["sha256"]), tuple(map(str, k["customers"])), str(k.get("created", "")), str(k.get("note", ""))
-            )
+            ApiKey(str(k["id"]), str(k["sha256"]), _customers(k["customers"]), str(k.get("created", "")), str(k.get("note", "")))
             for k in content["keys"]
         ]
     except (KeyError, TypeError, AttributeError) as error:
@@ -239,10 +239,20 @@ def _parse(content: Any, place: str) -> list[ApiKey]:
     for key in keys:
         if not re.fullmatch("[0-9a-f]{64}", key.sha256):
             raise ConfigError(f"{place}: key {key.id} has no SHA-256 of 64 hex digits. Only digests of keys belong there.")
+        if not key.customers:
+            raise ConfigError(
+                f'{place}: key {key.id} opens nobody. Its "customers" is a list of ids, such as ["acme"], or ["{EVERYBODY}"].'
+            )
         for customer in key.customers:
             if customer != EVERYBODY:
                 validate_id(customer)
     return keys
+
+
+def _customers(listed: Any) -> tuple[str, ...]:
+    """None if it is no list of texts: a single text would be taken letter by letter."""
+    texts = isinstance(listed, list) and all(isinstance(customer, str) for customer in listed)
+    return tuple(listed) if texts else ()
 
 
 def _write(file: Path, keys: list[ApiKey]) -> None:

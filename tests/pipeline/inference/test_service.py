@@ -280,7 +280,17 @@ def test_keys_from_the_environment_open_the_service(serving: Serving, tmp_path: 
             assert client.post("/v1/completions", json={"model": closed, **asked}).status_code == 404
     with running.client() as client:
         assert client.get("/v1/models").status_code == 401
-    for wrong, said in (("pf-secret", "is not JSON"), ('{"keys": [{"id": 1}]}', "is no list of API keys")):
+    whole = {"id": "k", "sha256": "0" * 64}
+    for wrong, said in (
+        ("pf-secret", "is not JSON"),
+        ('{"keys": []}', 'has no "format": 1'),
+        ("[]", 'has no "format": 1'),
+        ('{"format": 1, "keys": [{"id": 1}]}', "is no list of API keys"),
+        *(
+            (json.dumps({"format": 1, "keys": [{**whole, "customers": customers}]}), "key k opens nobody")
+            for customers in ("acme", [], [7], {"acme": 1}, None)
+        ),
+    ):
         monkeypatch.setenv("PREFIXFLEET_API_KEYS", wrong)
         with pytest.raises(ConfigError, match=f"PREFIXFLEET_API_KEYS: {said}") as told:
             KeyRing(tmp_path / "none.json")
