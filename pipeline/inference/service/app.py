@@ -177,6 +177,8 @@ class Service:
             ],
             exception_handlers={ApiError: _told, 404: _no_route, 405: _no_route, ClientDisconnect: _nobody, Exception: _failed},
         )
+        # A path that is nearly right is a wrong one: a redirect would name whatever host the client had named.
+        app.router.redirect_slashes = False
         return _Counted(app, self)
 
     async def _completions(self, request: Request) -> Response:
@@ -308,6 +310,11 @@ class Service:
 
     def _enter(self, request: Request) -> ApiKey | None:
         """Who asks, if keys are wanted; and whether they may ask now."""
+        # What a proxy in front may have read in another way than it is read here.
+        if len(request.headers.getlist("authorization")) > 1:
+            raise ApiError(400, "the header Authorization stands twice", "ambiguous_request")
+        if "content-length" in request.headers and "transfer-encoding" in request.headers:
+            raise ApiError(400, "a body has a Content-Length or comes in chunks, not both", "ambiguous_request")
         key = None
         if not self._open or self.keys.wanted:
             scheme, _, secret = request.headers.get("authorization", "").partition(" ")

@@ -68,6 +68,11 @@ class ImpatientProtocol(H11Protocol):
         super().on_response_complete()
         self._watch()
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """See uvicorn, which tells whoever runs it to install WebSockets whenever a client asks for an upgrade. There are none here, and the request
+        is answered as if it had not asked, as HTTP has it.
+        """
+
     def _watch(self) -> None:
         """Set the deadline for what the client owes now."""
         state = self.conn.their_state

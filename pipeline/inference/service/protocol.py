@@ -37,6 +37,8 @@ class ApiError(Exception):
     def headers(self) -> dict[str, str]:
         """Of the answer."""
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        if self.code == "ambiguous_request":
+            headers["Connection"] = "close"  # where its body ends, and the next request begins, is not sure
         return headers if self.status != 401 else {**headers, "WWW-Authenticate": "Bearer"}
 
     def body(self) -> dict[str, Any]:

@@ -251,10 +251,14 @@ def test_a_damaged_key_file_is_logged_once_and_its_keys_end_after_a_while(
     assert len(caplog.records) == 4 and "refused until" in caplog.messages[-1]
     file.write_text(whole)
     assert valid() == [True] * 3
+    assert "can be read again, and holds 2 keys" in caplog.messages[-1]
     revoke_key(file, read_keys(file)[1].id)
+    assert valid() == [True, True, False]
+    file.write_text("{")
     assert valid() == [True, True, False]
     file.unlink()
     assert valid() == [True, False, False]
+    assert caplog.messages[-1].endswith("keys.json: is gone, and so are its keys.")
 
 
 def test_a_key_file_that_appears_damaged_closes_an_open_service(serving: Serving) -> None:
@@ -481,6 +485,23 @@ def test_a_prefix_that_was_judged_in_another_precision_is_told_once(
             assert client.post("/v1/completions", json=body).status_code == 200
     (told,) = caplog.messages
     assert "acme version 1 was judged in float32 and is served in float32 with int8 weights" in told
+
+
+def test_what_a_proxy_may_have_read_in_another_way_is_refused(serving: Serving, caplog: pytest.LogCaptureFixture) -> None:
+    running, key, other = serving([["acme"], ["bistro"]])
+    said = b"Host: localhost\r\nAuthorization: Bearer " + key.encode() + b"\r\n"
+    twice = b"GET /v1/models HTTP/1.1\r\n" + said + b"Authorization: Bearer " + other.encode() + b"\r\n\r\n"
+    both = b"POST /v1/completions HTTP/1.1\r\n" + said + b"Content-Type: application/json\r\nContent-Length: 5\r\n"
+    both += b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n" + WHOLE
+    for sent in (twice, both):
+        with connected(running, sent) as opened:
+            got = all_of(opened)
+        assert got.startswith(b"HTTP/1.1 400") and b"ambiguous_request" in got and got.count(b"HTTP/1.1") == 1
+    with running.client(key) as client:
+        assert client.get("/v1/models/").status_code == 404
+        upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Key": "x", "Sec-WebSocket-Version": "13"}
+        assert client.get("/v1/models", headers=upgrade).status_code == 200
+    assert not [record for record in caplog.records if record.name.startswith("uvicorn") and record.levelname == "WARNING"]
 
 
 WHOLE = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
