@@ -207,7 +207,9 @@ class KeyRing:
             if changed:
                 log.error("%s Keys that were read before are refused after %g s.", error, self.grace_seconds)
             return
-        if self._damaged is not None:
+        if self._damaged is not None and self._stamp is None:
+            log.warning("%s: is gone, and so are its keys.", self.file)
+        elif self._damaged is not None:
             log.warning("%s: can be read again, and holds %d keys.", self.file, len(self._keys) - len(self._fixed))
         self._damaged = None
 
