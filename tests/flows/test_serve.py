@@ -62,6 +62,17 @@ def test_a_service_for_other_machines_wants_a_key_first(home: Home, capsys: pyte
     assert "64 hex digits" in capsys.readouterr().err
 
 
+def test_keys_are_made_without_torch_or_mlflow(home: Home) -> None:
+    code = "import sys; from flows.cli import main; main(['keys', 'create', '--customer', 'acme']); heavy = {'torch', 'transformers', 'mlflow'}"
+    said = subprocess.run(
+        [sys.executable, "-c", f"{code}; print(heavy & set(sys.modules))"], capture_output=True, text=True, check=True
+    )
+    assert said.stdout.splitlines()[-1] == "set()"
+    import pipeline.inference as room
+
+    assert all(hasattr(room, name) for name in room.__all__) and not hasattr(room, "nothing")
+
+
 def test_keys_are_made_listed_and_revoked_and_only_their_digests_are_kept(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["keys", "create", "--customer", "acme", "--customer", "bolt", "--note", "till"]) == 0
     secret = capsys.readouterr().out.strip()
