@@ -561,6 +561,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     home = Home.current()
     keys = KeyRing(arguments.keys or key_file(home))
     check_binding(arguments.host, len(keys))
+    import gc
     import logging
 
     from flows.serving import base_to_serve
@@ -596,6 +597,8 @@ def _serve(arguments: argparse.Namespace) -> int:
         sys.stdout.flush()
 
     serve(service, arguments.host, arguments.port, arguments.grace, ready)
+    # Python's last collection would look through all objects of torch and MLflow: 2.2 CPU seconds after the last answer, 0.3 without.
+    gc.freeze()
     return OK
 
 
