@@ -52,7 +52,8 @@ def write_prefix(
         "chat": chat,
         "generation": {"num_beams": 1, "max_new_tokens": 8, **generation},
         "base": {
-            "id": "tiny", "path": str(base.folder), "revision": None, "digest": digest, "model_type": "llama", "is_encoder_decoder": False,
+            "id": "tiny", "path": str(base.folder), "revision": None, "digest": digest,
+            "model_type": base.model.config.model_type, "is_encoder_decoder": base.is_encoder_decoder,
             "tokenizer_digest": resolve_base(str(base.folder)).tokenizer_digest, "dtype": "float32", "quantization": None,
         },
         "training": {},
@@ -125,10 +126,12 @@ def serving(fleet: Fleet, tmp_path: Path) -> Iterator[Callable[..., Running]]:
     """`serving(customers=…, limits…)` starts a service; with `keys`, a list of customers for each key, its keys are `.keys`."""
     stops: list[Callable[[], None]] = []
 
-    def start(keys: list[list[str]] | None = None, log_texts: bool = False, **limits: Any) -> Any:
+    def start(
+        keys: list[list[str]] | None = None, log_texts: bool = False, engine: PrefixEngine = fleet.engine, **limits: Any
+    ) -> Any:
         file = tmp_path / "keys.json"
         secrets = [create_key(file, customers)[1] for customers in keys or []]
-        service = Service(fleet.engine, KeyRing(file), Limits(**limits), log_texts=log_texts)
+        service = Service(engine, KeyRing(file), Limits(**limits), log_texts=log_texts)
         server, listening = make_server(service, "127.0.0.1", 0, grace_seconds=20)
         service.start()
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})

@@ -17,13 +17,16 @@ import httpx
 import openai
 import pytest
 
+from pipeline.base import resolve_base
 from pipeline.errors import ConfigError, RegistryError
+from pipeline.inference import load_engine
 from pipeline.inference.service import app
 from pipeline.inference.service.app import Service
 from pipeline.inference.service.connection import ImpatientProtocol
 from pipeline.inference.service.limits import RateLimit
 from pipeline.inference.service.protocol import ApiError, ChatBody, CompletionBody, parse_body
 from pipeline.inference.service.run import check_binding
+from pipeline.training.job import JobBase
 
 from .conftest import Fleet, Running
 
@@ -112,6 +115,30 @@ def test_the_official_client_gets_what_each_customers_prefix_says(fleet: Fleet, 
     assert {choice.finish_reason for choice in both.choices} <= {"length", "stop"}
     assert {model.id for model in client.models.list()} >= {"acme", "bistro", "harbour", "chatty"}
     assert client.models.retrieve("acme").id == "acme"
+
+
+def test_an_encoder_decoder_is_served_in_company_as_alone(
+    fleet: Fleet, serving: Serving, tiny_encoder_decoder: Path, tmp_path: Path
+) -> None:
+    base = JobBase("t5", str(tiny_encoder_decoder), None, resolve_base(str(tiny_encoder_decoder)).digest, "float32", None, "auto")
+    second = Fleet(fleet.home, base, load_engine(base), tmp_path)
+    expected = {}
+    for seed, name in ((13, "twofold"), (19, "forked")):
+        _, folder = second.register(name, seed)
+        expected[name] = second.answer(folder, TEXT)
+    assert len(set(expected.values()) - {""}) == 2
+    running = serving(engine=second.engine)
+    client = official(running)
+    with ThreadPoolExecutor() as pool:
+        asked = [(name, pool.submit(client.completions.create, model=name, prompt=TEXT)) for name in [*expected] * 3]
+        assert all(answer.result().choices[0].text == expected[name] for name, answer in asked)
+    for name, text in expected.items():
+        pieces = client.completions.create(model=name, prompt=TEXT, stream=True)
+        assert "".join(piece.choices[0].text for piece in pieces) == text
+    with pytest.raises(openai.NotFoundError):  # of another base
+        client.completions.create(model="acme", prompt=TEXT)
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("acme")
 
 
 def test_chat_completions_go_through_the_bases_chat_template(fleet: Fleet, serving: Serving) -> None:
