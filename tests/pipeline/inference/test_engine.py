@@ -183,7 +183,7 @@ def test_answer_prompts_and_decodes_as_was_saved_with_the_prefix(trained: Job) -
 
 def test_prefix_of_another_base_is_refused_with_both_digests(trained: Job) -> None:
     engine = load_engine(trained.base)
-    engine._base_digest = "f" * 64
+    engine.base_digest = "f" * 64
     with pytest.raises(BaseModelError, match=f"{trained.base.digest[:16]}.*ffffffffffffffff"):
         engine.add(Path(trained.customers[0].prefix_dir))
 
