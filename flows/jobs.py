@@ -20,7 +20,7 @@ from flows.notes import times_again
 from pipeline.base import BaseModelInfo
 from pipeline.config import Customer, EvaluationSettings, Fleet, LaunchSettings, PrefixSettings, PromptSettings, TrainingSettings
 from pipeline.errors import ConfigError, PrefixFleetError, StorageError
-from pipeline.files import digest_of, read_json, write_json
+from pipeline.files import digest_of, is_whole, read_json, write_json
 from pipeline.home import Home
 from pipeline.keys import CustomerKey
 from pipeline.training.job import (
@@ -35,7 +35,7 @@ from pipeline.training.job import (
     JobTraining,
     write_job,
 )
-from pipeline.training.results import EVALUATION_FILES, PREFIX_FILES, is_whole, read_result, result_path, write_result
+from pipeline.training.results import EVALUATION_FILES, PREFIX_FILES, read_result, result_path, write_result
 
 # Raised when the same settings and data would give another prefix, or the same prefix another score: everything is then due again.
 METHOD_VERSION = 1
@@ -135,12 +135,12 @@ def _start(init_prefix: str | None) -> str | None:
 
 def is_trained(customer: JobCustomer) -> bool:
     """Whether its prefix is there."""
-    return is_whole(Path(customer.prefix_dir), PREFIX_FILES)
+    return is_whole(customer.prefix_dir, PREFIX_FILES)
 
 
 def is_evaluated(customer: JobCustomer) -> bool:
     """Whether its evaluation is there."""
-    return is_whole(Path(customer.evaluation_dir), EVALUATION_FILES)
+    return is_whole(customer.evaluation_dir, EVALUATION_FILES)
 
 
 @dataclass(frozen=True)

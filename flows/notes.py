@@ -16,7 +16,7 @@ from pipeline.keys import CustomerKey
 
 
 def _note(home: Home, kind: str, key: CustomerKey) -> Path:
-    return key.below(home.root / kind).with_suffix(".json")
+    return key.below(home.root, kind).with_suffix(".json")
 
 
 def _read(home: Home, kind: str, key: CustomerKey) -> dict[str, Any] | None:

@@ -24,7 +24,7 @@ from pipeline.queued import is_queued, unqueue
 from pipeline.training.job import JobCustomer
 
 if TYPE_CHECKING:
-    from pipeline.registry import ModelStatus
+    from pipeline.registry import Held
 
 log = logging.getLogger(__name__)
 # How often a job that stopped at a checkpoint is started again: halved so many times, any budget of tokens is one.
@@ -297,14 +297,14 @@ def survey(work: Work) -> None:
             work.due[key], work.waiting[key] = (), hour
 
 
-def _leaves_new_data(work: Work, customer: Customer, known: "ModelStatus | None") -> bool:
+def _leaves_new_data(work: Work, customer: Customer, known: "Held | None") -> bool:
     """Whether changed data alone is no reason to train this customer, who has a champion: its `retrain` says so, and nothing has fallen."""
     if customer.retrain.when == "data" or known is None or known.champion_version is None:
         return False
     return customer.retrain.when == "never" or not is_queued(work.home, customer.key)
 
 
-def _as_before(work: Work, key: CustomerKey, known: "ModelStatus | None", receipt: dict[str, Any] | None) -> None:
+def _as_before(work: Work, key: CustomerKey, known: "Held | None", receipt: dict[str, Any] | None) -> None:
     """Take a customer's data as it was when it was prepared, if then nothing is due. If anything else has changed too, it is prepared anew."""
     from pipeline.data import read_card
 
@@ -350,7 +350,7 @@ def alone(work: Work) -> Iterator[None]:
         yield
 
 
-def _due(work: Work, key: CustomerKey, known: "ModelStatus | None", receipt: dict[str, Any] | None) -> tuple[str, ...]:
+def _due(work: Work, key: CustomerKey, known: "Held | None", receipt: dict[str, Any] | None) -> tuple[str, ...]:
     """The stages due for a customer whose data is prepared; `known` is its newest registered version, `receipt` what was registered last."""
     member = work.members[key]
     due = [stage for stage, done in (("train", jobs.is_trained(member)), ("evaluate", jobs.is_evaluated(member))) if not done]
@@ -362,15 +362,15 @@ def _due(work: Work, key: CustomerKey, known: "ModelStatus | None", receipt: dic
     return ()
 
 
-def _registered_versions(work: Work) -> "dict[CustomerKey, ModelStatus]":
-    from pipeline.registry import status
+def _registered_versions(work: Work) -> "dict[CustomerKey, Held]":
+    from pipeline.registry import held
 
     # One question for the whole fleet, or one for each of a few customers.
     everybody = len(work.customers) == len(work.fleet.customers) or len(work.customers) > _FEW
-    return {known.key: known for known in status(None if everybody else [c.key for c in work.customers])}
+    return held(None if everybody else [c.key for c in work.customers])
 
 
-def _registered_version(member: JobCustomer, known: "ModelStatus | None", receipt: dict[str, Any] | None) -> int | None:
+def _registered_version(member: JobCustomer, known: "Held | None", receipt: dict[str, Any] | None) -> int | None:
     """The version that stage 4 has made of this evaluation in the store in use, if that was the last thing it did for this customer.
 
     The receipt tells a registration that was interrupted before its alias was set from one whose alias somebody has moved since; the store tells
@@ -390,7 +390,7 @@ def _registered_version(member: JobCustomer, known: "ModelStatus | None", receip
 
 def _receipt(home: Home, key: CustomerKey) -> Path:
     """What was registered last for a customer. One, so that it says which of two settings between which somebody goes back and forth."""
-    return key.below(home.root / "registered").with_suffix(".json")
+    return key.below(home.root, "registered").with_suffix(".json")
 
 
 def _read_receipt(home: Home, key: CustomerKey) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ class Home:
 
     def prepared(self, key: CustomerKey) -> Path:
         """Folder of the prepared data of one customer."""
-        return key.below(self.root / "prepared")
+        return key.below(self.root, "prepared")
 
     def job(self, name: str) -> Path:
         """Folder of one job."""
@@ -28,11 +28,11 @@ class Home:
 
     def prefix(self, key: CustomerKey, digest: str) -> Path:
         """Folder of one trained prefix; `digest` is that of everything it is trained from."""
-        return key.below(self.root / "prefixes") / digest[:16]
+        return key.below(self.root, "prefixes", digest[:16])
 
     def evaluation(self, key: CustomerKey, digest: str) -> Path:
         """Folder of one evaluation; `digest` is that of the prefix, the test set and the evaluation settings."""
-        return key.below(self.root / "evaluations") / digest[:16]
+        return key.below(self.root, "evaluations", digest[:16])
 
     def sweep(self, key: CustomerKey) -> Path:
         """Folder of the sweeps of one customer: a home of its own for the settings tried, and `reports/<digest>/` for what came of them."""

@@ -16,7 +16,7 @@ FORMAT = 1
 
 def queued_file(home: Home, key: CustomerKey) -> Path:
     """Where the reason stands."""
-    return key.below(home.root / "queued").with_suffix(".json")
+    return key.below(home.root, "queued").with_suffix(".json")
 
 
 def queue(home: Home, key: CustomerKey, why: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from pipeline.data.prompt import encode_prompts, encode_targets, load_tokenizer
 from pipeline.data.read import Row, check_source, read_rows, source_note
 from pipeline.data.records import CARD, FORMAT, QUARANTINE, SPLITS, Record, read_card, read_split, write_split
 from pipeline.errors import ConfigError, DataError, PrefixFleetError, StorageError
-from pipeline.files import digest_of, whole_folder, write_json
+from pipeline.files import digest_of, is_whole, whole_folder, write_json
 
 if TYPE_CHECKING:  # pydantic is not at hand on a bare GPU node, which reads what this room wrote
     from pipeline.base import BaseModelInfo
@@ -283,8 +283,7 @@ def _unchanged(folder: Path, card: dict[str, Any] | None, digest: str) -> dict[s
     """The card of `folder` if it is of the same data and settings and all files are there."""
     if card is None or card.get("source_digest") != digest:
         return None
-    whole = all((folder / name).is_file() for name in (QUARANTINE, *(f"{name}.parquet" for name in SPLITS)))
-    return card if whole else None
+    return card if is_whole(folder, (QUARANTINE, *(f"{name}.parquet" for name in SPLITS))) else None
 
 
 @functools.lru_cache(maxsize=2)

@@ -40,12 +40,12 @@ from pipeline.evaluation.report import write_reports
 from pipeline.evaluation.scores import SEED, Scores, score_systems
 from pipeline.evaluation.slices import slices_of
 from pipeline.evaluation.tracking import log_evaluation
-from pipeline.files import digest_of, read_json, whole_folder, write_json
+from pipeline.files import digest_of, is_whole, read_json, whole_folder, write_json
 from pipeline.home import Home
 from pipeline.progress import Progress
 from pipeline.sweep.found import newest_length_sweep
 from pipeline.training.job import Job, JobBase, JobCustomer, JobPrompt
-from pipeline.training.results import EVALUATION_FILES, is_whole, result_path, write_result
+from pipeline.training.results import EVALUATION_FILES, result_path, write_result
 
 FORMAT = 1
 

@@ -5,6 +5,7 @@ Importing this imports no MLflow (a second or more); its functions do.
 
 from pipeline.registry.aliases import Moved, promote, rollback
 from pipeline.registry.base_lookup import base_of
+from pipeline.registry.held import Held, held
 from pipeline.registry.lookup import Found, lookup
 from pipeline.registry.register import Registration, find, register, register_imported
 from pipeline.registry.state import Difference, ModelStatus, Version, diff, history, status
@@ -14,6 +15,7 @@ from pipeline.registry.tombstones import forgotten_customers, lift
 __all__ = [
     "Difference",
     "Found",
+    "Held",
     "ModelStatus",
     "Moved",
     "Registration",
@@ -23,6 +25,7 @@ __all__ = [
     "ensure_store",
     "find",
     "forgotten_customers",
+    "held",
     "history",
     "lift",
     "lookup",

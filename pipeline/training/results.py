@@ -12,11 +12,6 @@ PREFIX_FILES = ("prefix.json", "prefix.safetensors")
 EVALUATION_FILES = ("generations.jsonl", "metrics.json", "decision.json", "report.html", "report.md")
 
 
-def is_whole(folder: Path, files: tuple[str, ...]) -> bool:
-    """Whether a stage's outcome is there. Stages write folders whole, but somebody may have deleted a file since."""
-    return all((folder / file).is_file() for file in files)
-
-
 def result_path(job: Job, key: CustomerKey, stage: str) -> Path:
     """`<job folder>/<customer>/<task>/train_result.json` or `eval_result.json`; `stage` is `train` or `eval`."""
     return key.below(Path(job.folder)) / f"{stage}_result.json"

@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from pipeline.data import Record, read_card, read_split
 from pipeline.data.prompt import load_tokenizer
 from pipeline.errors import ConfigError, DataError, PrefixFleetError, StorageError, TrainingError
-from pipeline.files import write_text
+from pipeline.files import is_whole, write_text
 from pipeline.keys import CustomerKey
 from pipeline.prefix import FrozenBase, load_base, save_prefix
 from pipeline.prefix.base import choose_dtype
@@ -51,7 +51,7 @@ from pipeline.training.job import Job, JobCustomer
 from pipeline.training.mixed import Interrupted, Mixed, OutOfMemoryAlone, Report
 from pipeline.training.plan import refuse_what_cannot_fit
 from pipeline.training.resident import Resident
-from pipeline.training.results import PREFIX_FILES, is_whole, write_result
+from pipeline.training.results import PREFIX_FILES, write_result
 from pipeline.training.tracking import Run, Tracker
 
 _WAIT_SECONDS = 30.0  # for another process on the same job to end
