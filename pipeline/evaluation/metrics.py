@@ -5,7 +5,6 @@ and sums of such rows into corpus scores. So a bootstrap resample costs one matr
 Knows nothing of models, customers or files.
 """
 
-import functools
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,8 +14,6 @@ from importlib.metadata import version
 from typing import Literal, cast
 
 import numpy as np
-from rouge_score import rouge_scorer, tokenizers
-from rouge_score import tokenize as rouge_tokenize
 from sacrebleu.metrics.bleu import BLEU, MAX_NGRAM_ORDER
 from sacrebleu.metrics.chrf import CHRF
 from sacrebleu.metrics.ter import TER
@@ -264,40 +261,20 @@ def _nist(references: Sequence[Sequence[str]], preset: Preset) -> Metric:
 
 
 def _rouge(name: str, references: Sequence[Sequence[str]]) -> Metric:
-    scorer = rouge_scorer.RougeScorer([name], tokenizer=_StemmingTokenizer())
+    from pipeline.evaluation import rouge  # not at the top: see there
+
+    scorer = rouge.scorer(name)
 
     def best(outputs: Sequence[str]) -> np.ndarray:
         found = (scorer.score_multi(own, output)[name].fmeasure for output, own in zip(outputs, references, strict=True))
         return np.array([100 * value for value in found])
 
-    judges = any(_rouge_tokens(text) for own in references for text in own)
+    judges = any(rouge.tokens(text) for own in references for text in own)
     return _mean(
         best,
         f"{name}|{_counted(references)}|refs:best|stem:yes|package:rouge-score|version:{version('rouge-score')}",
         None if judges else f"{name} sees only a-z and digits and no reference holds any; use chrf for such texts.",
     )
-
-
-class _StemmingTokenizer(tokenizers.Tokenizer):
-    """rouge-score's tokeniser with its stemmer, remembering texts: it meets an output again with every reference and metric."""
-
-    def tokenize(self, text: str) -> list[str]:
-        return _rouge_tokens(text)
-
-
-class _Stemmer:
-    """The Porter stemmer that rouge-score uses, remembering words: it takes nine tenths of ROUGE's time."""
-
-    def __init__(self) -> None:
-        self.stem = functools.lru_cache(maxsize=100_000)(tokenizers.porter.PorterStemmer().stem)
-
-
-_stemmer = _Stemmer()
-
-
-@functools.lru_cache(maxsize=20_000)
-def _rouge_tokens(text: str) -> list[str]:
-    return list(rouge_tokenize.tokenize(text, _stemmer))
 
 
 def _same(text: str) -> str:
