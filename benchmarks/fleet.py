@@ -5,14 +5,18 @@
     python benchmarks/fleet.py --plan 10000                             load, survey and plan alone, for nobody done yet and for everybody up to date
 
 Customers have 20 rows each, and a Llama of two layers with random weights trains two steps for each; MLflow is the embedded store on SQLite. One
-customer in twenty (--failing) has data that cannot be used. Overhead is what the flow's process takes beyond its child processes (training and
-evaluation), in wall-clock seconds by customer; of it `prepare` and `register` are work of the stages, the rest is Prefect's and ours. CPU seconds of
-the flow's process and of the server stand beside it, for wall-clock seconds of a busy machine say little. Prints a line of JSON for each count.
+customer in twenty (--failing) has data that cannot be used.
+
+What is done is done twice, in two homes: by the flow `fleet`, and by the functions of the stages alone, as the commands `prefixfleet prepare`, `train`,
+`evaluate` and `register` call them, without Prefect. `outside_children_s_per_customer` is what the process that drives takes beyond its child
+processes (training and evaluation); the difference of the two is the overhead of orchestration. CPU seconds of both processes and of the server stand
+beside it, for wall-clock seconds of a busy machine say little. Prints a line of JSON for each count.
 """
 
 import argparse
 import contextlib
 import json
+import logging
 import os
 import resource
 import socket
@@ -122,46 +126,58 @@ def cpu_of(process: psutil.Process) -> float:
     return sum(sum(one.cpu_times()[:2]) for one in family)
 
 
-def run_flow(file: Path) -> None:
-    """What the measured process does: the flow `fleet`, as a deployment would run it."""
+def drive(file: Path, how: str) -> None:
+    """What the measured process does: the flow `fleet`, as a deployment would run it, or the same stages without Prefect."""
+    from flows import jobs, launch, work
     from flows.prefect_api import set_environment
     from pipeline.home import Home
+    from pipeline.registry import ensure_store
 
-    set_environment(Home.current())
-    from flows import launch
-    from flows.fleet import fleet
-
-    children: list[tuple[str, float]] = []
+    children: list[float] = []
     real = launch.run_module
 
-    def timed(module: str, *rest: Any) -> None:
+    def timed(*arguments: Any) -> None:
         started = time.perf_counter()
         try:
-            real(module, *rest)
+            real(*arguments)
         finally:
-            children.append((module, time.perf_counter() - started))
+            children.append(time.perf_counter() - started)
 
     launch.run_module = timed
-    started = time.perf_counter()
-    outcome = fleet(file, return_state=True).result(raise_on_failure=False)
+    if how == "flow":
+        set_environment(Home.current())
+        from flows.fleet import fleet
+
+        started = time.perf_counter()
+        outcome = fleet(file, return_state=True).result(raise_on_failure=False)
+        if isinstance(outcome, BaseException):
+            raise outcome
+    else:
+        started = time.perf_counter()
+        ensure_store()
+        todo = work.open_work(file)
+        with work.alone(todo):
+            for stage in jobs.STAGES:
+                # Each command looks anew at what is due.
+                todo.due = {key: due[due.index(stage) :] if stage in due else due for key, due in todo.due.items()}
+                work.run_stage(todo, stage, logging.getLogger("stages"))
+            outcome = work.outcome(todo)
     wall = time.perf_counter() - started
-    if isinstance(outcome, BaseException):
-        raise outcome
     usage = resource.getrusage(resource.RUSAGE_SELF)
     failed = len(outcome.failed)
     registered = sum(row.version is not None for row in outcome.rows)
     found = {
         "customers": len(outcome.rows), "failed": failed, "registered": registered, "lost": len(outcome.rows) - failed - registered,
-        "wall_s": round(wall, 1), "children_s": round(sum(seconds for _, seconds in children), 1), "children": len(children),
-        "overhead_s_per_customer": round((wall - sum(seconds for _, seconds in children)) / len(outcome.rows), 3),
+        "wall_s": round(wall, 1), "children_s": round(sum(children), 1), "children": len(children),
+        "outside_children_s_per_customer": round((wall - sum(children)) / len(outcome.rows), 3),
         "stages_s": {stage: round(seconds, 1) for stage, seconds in outcome.stage_seconds.items()},
-        "flow_cpu_s": round(usage.ru_utime + usage.ru_stime, 1), "flow_memory_mib": round(usage.ru_maxrss / 1024),
+        "cpu_s": round(usage.ru_utime + usage.ru_stime, 1), "memory_mib": round(usage.ru_maxrss / 1024),
     }  # fmt: skip
     print(json.dumps(found), flush=True)
 
 
 def measure(count: int, failing: float, postgresql: str | None) -> dict[str, Any]:
-    """Run a fleet of `count` customers against a fresh server, twice: everybody new, then nobody due."""
+    """Run a fleet of `count` customers against a fresh server, twice: everybody new, then nobody due; and its stages without Prefect."""
     with tempfile.TemporaryDirectory(prefix="prefixfleet-bench-") as name:
         folder = Path(name)
         file = write_fleet(folder, count, failing)
@@ -169,14 +185,22 @@ def measure(count: int, failing: float, postgresql: str | None) -> dict[str, Any
             env = {**os.environ, "PREFECT_API_URL": url, "PREFIXFLEET_HOME": str(folder / "home"), "PYTHONPATH": str(ROOT)}
             env.pop("MLFLOW_TRACKING_URI", None)
             before, cpu = size(), cpu_of(server)
-            first = _child(file, env)
+            first = _child(file, env, "flow")
             first |= {"server_cpu_s": round(cpu_of(server) - cpu, 1), "database_growth_kib": round((size() - before) / 1024)}
-            again = _child(file, env)
-        return {"database": "PostgreSQL" if postgresql else "SQLite", **first, "second_run_s": again["wall_s"]}
+            again = _child(file, env, "flow")
+            alone = _child(file, {**env, "PREFIXFLEET_HOME": str(folder / "alone")}, "stages")
+        each = "outside_children_s_per_customer"
+        overhead = {
+            "overhead_s_per_customer": round(first[each] - alone[each], 3),
+            "overhead_cpu_s_per_customer": round((first["cpu_s"] + first["server_cpu_s"] - alone["cpu_s"]) / count, 3),
+        }
+        told = {"database": "PostgreSQL" if postgresql else "SQLite", **overhead, **first, "second_run_s": again["wall_s"]}
+        return {**told, "stages_alone": alone}
 
 
-def _child(file: Path, env: dict[str, str]) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, __file__, "--flow", str(file)], env=env, stdout=subprocess.PIPE, text=True, check=True)
+def _child(file: Path, env: dict[str, str], how: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--drive", how, str(file)]
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -296,11 +320,11 @@ def main() -> None:
         "--postgresql", metavar="URL", help="give the Prefect server this database, postgresql://…, which must be empty"
     )
     parser.add_argument("--plan", type=int, metavar="N", help="only plan a fleet of N customers")
-    parser.add_argument("--flow", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--drive", nargs=2, metavar=("HOW", "FILE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     sys.path.insert(0, str(ROOT))
-    if arguments.flow is not None:
-        run_flow(arguments.flow)
+    if arguments.drive is not None:
+        drive(Path(arguments.drive[1]), arguments.drive[0])
     elif arguments.plan is not None:
         for line in plan(arguments.plan):
             print(json.dumps(line), flush=True)
