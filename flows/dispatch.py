@@ -41,6 +41,10 @@ _LATE_SECONDS = 60.0  # after which it is said that nobody takes a run
 _SERVER_AWAY_SECONDS = 900.0
 
 
+class _RunLost(ProcessCrash):
+    """A flow run ended without a word of its process: its machine is gone, or it was killed or deleted. The customers need have nothing to do with it."""
+
+
 @dataclass
 class _Piece:
     """A job, or some customers of one, in one stage."""
@@ -54,6 +58,7 @@ class _Piece:
     adopted: bool = False
     heard: tuple[float, float] = (0.0, 0.0)  # the time of its file, and when that was seen to change
     told: bool = False
+    lost: bool = False  # whether a run of it was lost before
 
     @property
     def tries(self) -> int:
@@ -125,6 +130,9 @@ def _after(
         return [
             _Piece(piece.whole, piece.job, piece.stage)
         ]  # what an earlier run of the fleet had asked for is not all that is due now
+    if isinstance(error, _RunLost) and left and not piece.lost:
+        get_run_logger().warning("%s. It is asked for once more.", error)
+        return [_Piece(piece.whole, piece.job, piece.stage, lost=True)]
     if isinstance(error, ProcessCrash) and len(left) > 1:
         half = len(left) // 2
         get_run_logger().warning(
@@ -196,7 +204,7 @@ def _ended(running: list[_Piece]) -> Iterator[tuple[_Piece, BaseException | None
         return
     for piece, run in zip(running, _runs([piece.run for piece in running if piece.run is not None]), strict=True):
         if run is None:
-            yield piece, ProcessCrash(f"the flow run of job {piece.job.job.name} was deleted in Prefect")
+            yield piece, _RunLost(f"the flow run of job {piece.job.job.name} was deleted in Prefect")
         elif run.state is None:
             continue
         elif run.state.is_final():
@@ -205,7 +213,7 @@ def _ended(running: list[_Piece]) -> Iterator[tuple[_Piece, BaseException | None
             text = f"nothing was heard of its process for {_SILENT_SECONDS:.0f} seconds; its machine may be gone"
             with contextlib.suppress(Exception), get_client(sync_client=True) as client:
                 client.set_flow_run_state(run.id, Crashed(message=text), force=True)
-            yield piece, ProcessCrash(f"job {piece.job.job.name}: {text}")
+            yield piece, _RunLost(f"job {piece.job.job.name}: {text}")
         else:
             _tell(piece, run)
 
@@ -271,7 +279,7 @@ def _error(piece: _Piece, run: FlowRun) -> BaseException | None:
             return kind(str(ended["text"]))
     except (PrefixFleetError, KeyError):
         pass  # it did not come to writing one
-    return ProcessCrash(f"the flow run {run.name} ended as {run.state.name}: {run.state.message or 'without a message'}")
+    return _RunLost(f"the flow run {run.name} ended as {run.state.name}: {run.state.message or 'without a message'}")
 
 
 def note_end(job_file: Path, error: BaseException) -> None:
