@@ -7,9 +7,9 @@
 Customers have 20 rows each, and a Llama of two layers with random weights trains two steps for each; MLflow is the embedded store on SQLite. One
 customer in twenty (--failing) has data that cannot be used.
 
-What is done is done twice, in two homes: by the flow `fleet`, and by the functions of the stages alone, as the commands `prefixfleet prepare`, `train`,
-`evaluate` and `register` call them, without Prefect. `outside_children_s_per_customer` is what the process that drives takes beyond its child
-processes (training and evaluation); the difference of the two is the overhead of orchestration. CPU seconds of both processes and of the server stand
+The same is done twice, in two homes: by the flow `fleet`, and by the functions of the stages alone, as the commands `prefixfleet prepare`, `train`,
+`evaluate` and `register` call them, without Prefect. `outside_children_s_per_customer` is what the process that drives takes beyond its children
+(training and evaluation); the difference of the two is the overhead of orchestration. CPU seconds of both processes and of the server stand
 beside it, for wall-clock seconds of a busy machine say little. Prints a line of JSON for each count.
 """
 

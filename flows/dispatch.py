@@ -42,7 +42,7 @@ _SERVER_AWAY_SECONDS = 900.0
 
 
 class _RunLost(ProcessCrash):
-    """A flow run ended without a word of its process: its machine is gone, or it was killed or deleted. The customers need have nothing to do with it."""
+    """A flow run ended without a word of its process: its machine is gone, or somebody killed or deleted it. Its customers may be blameless."""
 
 
 @dataclass

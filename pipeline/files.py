@@ -92,7 +92,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 def is_whole(folder: Path | str, files: Iterable[str]) -> bool:
     """Whether a stage's outcome is there. Stages write folders whole, but somebody may have deleted a file since."""
-    return all(os.path.isfile(f"{folder}/{file}") for file in files)  # a fleet's planning asks it of tens of thousands: no Path for each
+    return all(
+        os.path.isfile(f"{folder}/{file}") for file in files
+    )  # a fleet's planning asks it of tens of thousands: no Path for each
 
 
 def _sync(path: Path) -> None:

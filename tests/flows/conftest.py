@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import sqlite3
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from flows import launch
+from flows import jobs, launch, work
 from flows.prefect_api import prefect_api, set_environment
 from pipeline.home import Home
 from pipeline.registry import ensure_store, store
@@ -65,6 +66,16 @@ def home(tmp_path: Path, fresh_home: Path, monkeypatch: pytest.MonkeyPatch) -> H
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(store, "_uri_set_here", None)
     return Home(root)
+
+
+def without_prefect(fleet_file: Path, customers: list[str] | None = None) -> work.Outcome:
+    """Bring a fleet up to date by the functions of the stages alone: for tests of what is in files and registry, of which flows know nothing."""
+    todo = work.open_work(fleet_file, customers)
+    with work.alone(todo):
+        for stage in jobs.STAGES:
+            todo.due = {key: due[due.index(stage) :] if stage in due else due for key, due in todo.due.items()}
+            work.run_stage(todo, stage, logging.getLogger("stages"))
+        return work.outcome(todo)
 
 
 @pytest.fixture

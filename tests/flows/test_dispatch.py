@@ -22,7 +22,7 @@ from pipeline.queued import queue, read_queued
 from pipeline.training.job import read_job
 from pipeline.training.results import write_result
 
-from .conftest import write_rows
+from .conftest import without_prefect, write_rows
 from .fake_stage import write_evaluation, write_prefix
 
 pytestmark = pytest.mark.usefixtures("prefect_session")
@@ -55,6 +55,12 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
     return made
 
 
+@pytest.fixture
+def registers_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of jobs alone: MLflow takes longer than all else."""
+    monkeypatch.setattr(work, "register", lambda member, home: work.Registered(1, "champion", 0.0))
+
+
 def write_fleet(folder: Path, base: Path, names: list[str], more: str = "", each: str = "") -> Path:
     for name in names:
         if not (folder / f"{name}.jsonl").exists():
@@ -76,6 +82,7 @@ def run(file: Path, customers: list[str] | None = None, **more: Any) -> Outcome:
 EIGHT = list("abcdefgh")
 
 
+@pytest.mark.usefixtures("registers_at_once")
 def test_a_job_that_crashes_is_tried_again_and_then_halved_until_the_customer_that_causes_it_is_alone(
     home: Home, tmp_path: Path, example_base: Path, stages: Stages
 ) -> None:
@@ -95,6 +102,7 @@ def test_a_job_that_crashes_is_tried_again_and_then_halved_until_the_customer_th
     assert sorted(stages.launched) == [("evaluation", ["c", "g"]), ("training", ["c"])]
 
 
+@pytest.mark.usefixtures("registers_at_once")
 def test_those_due_are_cut_into_jobs_and_stay_in_theirs_until_they_are_through(
     home: Home, tmp_path: Path, example_base: Path, stages: Stages
 ) -> None:
@@ -123,16 +131,16 @@ def test_the_reason_for_which_a_customer_is_due_is_said(home: Home, tmp_path: Pa
 
     file = write_fleet(tmp_path, example_base, ["a", "b"])
     assert whys(file, home) == {"a": "new", "b": "new"}
-    assert [row.why for row in run(file).rows] == ["new", "new"]
-    assert whys(file, home) == {} and [row.why for row in run(file).rows] == ["", ""]
+    assert [row.why for row in without_prefect(file).rows] == ["new", "new"]
+    assert whys(file, home) == {} and [row.why for row in without_prefect(file).rows] == ["", ""]
 
     write_rows(tmp_path / "a.jsonl", "a", 20)
     assert whys(file, home) == {"a": "new data"}
     stages.crashes = {("evaluation", "a")}
-    run(file, ["a"])
+    without_prefect(file, ["a"])
     assert whys(file, home) == {"a": "unfinished"}
     stages.crashes = set()
-    run(file)
+    without_prefect(file)
 
     write_fleet(tmp_path, example_base, ["a", "b"], "defaults: {training: {lr: 0.01}}\n")
     assert whys(file, home) == {"a": "new settings", "b": "new settings"}
@@ -160,7 +168,7 @@ def test_another_base_is_the_reason_where_the_base_has_changed(
 
     shutil.copytree(example_base, tmp_path / "base")
     file = write_fleet(tmp_path, tmp_path / "base", ["a"])
-    run(file)
+    without_prefect(file)
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-4}))
     assert whys(file, home) == {"a": "new base"}
@@ -172,7 +180,7 @@ def test_a_customer_is_trained_again_only_if_it_is_asked_for_and_then_once(
     from prefect.client.orchestration import get_client
 
     file = write_fleet(tmp_path, example_base, ["a", "b"])
-    run(file)
+    without_prefect(file)
     stages.launched = []
     assert [row.status for row in run(file, ["a"]).rows] == ["unchanged"] and stages.launched == []
     (row,) = run(file, ["a"], force=True).rows
@@ -181,7 +189,7 @@ def test_a_customer_is_trained_again_only_if_it_is_asked_for_and_then_once(
         newest = max(client.read_flow_runs(), key=lambda flow_run: flow_run.created)
     assert newest.name.startswith("a · ") and newest.name.endswith(" · retrain (asked for)")
     stages.launched = []
-    assert [row.status for row in run(file).rows] == ["unchanged", "unchanged"] and stages.launched == []
+    assert [row.status for row in without_prefect(file).rows] == ["unchanged", "unchanged"] and stages.launched == []
     with pytest.raises(ConfigError, match="name them"):
         from flows.fleet import fleet
 
@@ -194,18 +202,20 @@ def test_a_customer_with_an_hour_of_its_own_waits_for_it_and_a_missed_hour_is_ca
     write_fleet(tmp_path, example_base, ["a", "b"])
     file = tmp_path / "fleet.yaml"
     file.write_text(file.read_text().replace("a.jsonl", "a.jsonl, schedule: 0 3 1 1 *"), encoding="utf-8")
-    assert [row.status for row in run(file).rows] == ["done", "done"], "who was never looked at does not wait"
+    assert [row.status for row in without_prefect(file).rows] == ["done", "done"], "who was never looked at does not wait"
     write_rows(tmp_path / "a.jsonl", "a", 14)
     write_rows(tmp_path / "b.jsonl", "b", 14)
-    rows = run(file).rows
+    rows = without_prefect(file).rows
     assert [(row.status, row.version) for row in rows] == [("waiting", None), ("done", 2)]
     assert rows[0].why.startswith("new data, at ") and "-01-01 03:00 UTC" in rows[0].why
-    assert [row.status for row in run(file, ["a"]).rows] == ["done"], "asked for by name"
+    assert [row.status for row in without_prefect(file, ["a"]).rows] == ["done"], "asked for by name"
     write_rows(tmp_path / "a.jsonl", "a", 15)
     (customer,) = [one for one in work.open_work(file, None, home).customers if one.id == "a"]
     (home.root / "looked" / "a" / "default.json").unlink()
     notes.looked(home, customer, datetime.now(UTC) - timedelta(days=400))
-    assert [row.status for row in run(file).rows] == ["done", "unchanged"], "an hour has passed in which nobody looked"
+    assert [row.status for row in without_prefect(file).rows] == ["done", "unchanged"], (
+        "an hour has passed in which nobody looked"
+    )
 
 
 def test_the_customer_flow_takes_settings_for_one_run_and_refuses_what_no_fleet_file_could_say(
@@ -216,7 +226,7 @@ def test_the_customer_flow_takes_settings_for_one_run_and_refuses_what_no_fleet_
     from flows.customer import customer
 
     file = write_fleet(tmp_path, example_base, ["a", "b"])
-    run(file)
+    without_prefect(file)
     state = customer(file, "a", prefix={"length": 4}, training={"max_steps": 3}, return_state=True)  # type: ignore[arg-type]
     (row,) = state.result().rows
     assert (row.why, row.version) == ("new settings", 2)

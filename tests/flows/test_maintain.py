@@ -23,6 +23,7 @@ from pipeline.registry.store import connect
 from pipeline.training.job import read_job
 from pipeline.training.results import write_result
 
+from .conftest import without_prefect
 from .fake_stage import write_evaluation, write_prefix
 
 pytestmark = pytest.mark.usefixtures("prefect_session", "stages")
@@ -55,12 +56,10 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
 
 
 def run(fleet_file: Path, lr: float | None = None) -> work.Outcome:
-    from flows.fleet import fleet
-
     if lr is not None:
         change(fleet_file, defaults={"training": {"lr": lr}})
-    result = fleet(fleet_file, None, return_state=True).result(raise_on_failure=False)
-    assert isinstance(result, work.Outcome) and not result.failed, result
+    result = without_prefect(fleet_file)
+    assert not result.failed, result
     return result
 
 

@@ -48,7 +48,9 @@ class Pool:
         self.forced.append((run, str(state.message)))
         self.runs[run].state = state
 
-    def run_deployment(self, name: str, parameters: dict[str, Any], tags: list[str], idempotency_key: str, **_more: Any) -> FlowRun:
+    def run_deployment(
+        self, name: str, parameters: dict[str, Any], tags: list[str], idempotency_key: str, **_more: Any
+    ) -> FlowRun:
         assert name == "job/gpu"
         known = [run for run in self.runs.values() if run.idempotency_key == idempotency_key]
         return known[0] if known else self.add(parameters, tags, idempotency_key)
@@ -132,7 +134,9 @@ def test_a_run_whose_machine_is_gone_is_given_up_after_four_minutes_of_silence_a
     dispatch.work_through(todo, plan, evaluated.append)
     assert todo.errors == {} and len(evaluated) == 2
     assert [one for one, _ in pool.forced] == list(silent) and "240 seconds" in pool.forced[0][1]
-    trained = [(who, asked["at"]) for (stage, who), asked in zip(pool.names(), pool.asked.values(), strict=True) if stage == "train"]
+    trained = [
+        (who, asked["at"]) for (stage, who), asked in zip(pool.names(), pool.asked.values(), strict=True) if stage == "train"
+    ]
     assert sorted(who for who, _ in trained) == ["a", "b", "b"], "a's run was left alone for 1,000 s"
     first, second = (at for who, at in trained if who == "b")
     assert 240 < second - first < 260

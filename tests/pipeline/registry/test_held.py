@@ -20,7 +20,14 @@ def by_mlflow() -> dict[CustomerKey, Held]:
 
 def test_what_a_database_is_asked_for_is_what_mlflows_search_finds_whatever_was_changed_behind_our_back(sqlite: Home) -> None:
     client = MlflowClient()
-    for name in ("prefixfleet.acme", "prefixfleet.acme.menu", "prefixfleet.bolt", "prefixfleet.none", "prefixfleet.Not Ours", "other"):
+    for name in (
+        "prefixfleet.acme",
+        "prefixfleet.acme.menu",
+        "prefixfleet.bolt",
+        "prefixfleet.none",
+        "prefixfleet.Not Ours",
+        "other",
+    ):
         client.create_registered_model(name)
     for number in range(3):
         version(client, "prefixfleet.acme", f"{number}" * 64, **{"prefixfleet.customer": "acme"})
