@@ -9,20 +9,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
 import pytest
-from prefect.client.schemas.objects import FlowRun
-from prefect.states import Cancelled, Completed, Pending, Running, State
 
-from flows import dispatch, jobs, work
+from flows import jobs, work
 from pipeline.home import Home
 from pipeline.training.job import read_job
 from pipeline.training.results import write_result
 
 from .fake_stage import write_evaluation, write_prefix
 from .test_dispatch import write_fleet
+
+# Prefect reads its settings when it is imported, and other tests of this session set them first: nothing here imports it at the top.
+if TYPE_CHECKING:
+    from prefect.client.schemas.objects import FlowRun
+    from prefect.states import State
 
 
 class Pool:
@@ -39,23 +42,26 @@ class Pool:
     def client(self, sync_client: bool) -> Iterator["Pool"]:
         yield self
 
-    def read_flow_runs(self, flow_run_filter: Any, sort: Any = None, limit: int = 200) -> list[FlowRun]:
+    def read_flow_runs(self, flow_run_filter: Any, sort: Any = None, limit: int = 200) -> "list[FlowRun]":
         ids, tags = flow_run_filter.id, flow_run_filter.tags
         found = [run for run in self.runs.values() if ids is None or run.id in ids.any_]
         return [run for run in reversed(found) if tags is None or set(tags.all_) <= set(run.tags)]
 
-    def set_flow_run_state(self, run: UUID, state: State, force: bool = False) -> None:
+    def set_flow_run_state(self, run: UUID, state: "State", force: bool = False) -> None:
         self.forced.append((run, str(state.message)))
         self.runs[run].state = state
 
     def run_deployment(
         self, name: str, parameters: dict[str, Any], tags: list[str], idempotency_key: str, **_more: Any
-    ) -> FlowRun:
+    ) -> "FlowRun":
         assert name == "job/gpu"
         known = [run for run in self.runs.values() if run.idempotency_key == idempotency_key]
         return known[0] if known else self.add(parameters, tags, idempotency_key)
 
-    def add(self, parameters: dict[str, Any], tags: list[str], key: str) -> FlowRun:
+    def add(self, parameters: dict[str, Any], tags: list[str], key: str) -> "FlowRun":
+        from prefect.client.schemas.objects import FlowRun
+        from prefect.states import Pending
+
         members = read_job(Path(parameters["job_file"])).customers  # the file is written anew for every request
         run = FlowRun(id=uuid4(), flow_id=uuid4(), name=key, tags=tags, idempotency_key=key, state=Pending())
         self.runs[run.id], self.asked[run.id] = run, {**parameters, "members": members, "at": self.now}
@@ -73,8 +79,10 @@ class Pool:
         return [(one["stage"], "".join(member.customer for member in one["members"])) for one in self.asked.values()]
 
 
-def finish(pool: Pool, run: FlowRun, asked: dict[str, Any], only: str = "") -> None:
+def finish(pool: Pool, run: "FlowRun", asked: dict[str, Any], only: str = "") -> None:
     """The stage, for all that it was asked for or `only` some."""
+    from prefect.states import Completed
+
     job = read_job(Path(asked["job_file"]))
     for member in asked["members"]:
         if not only or member.customer in only:
@@ -84,7 +92,9 @@ def finish(pool: Pool, run: FlowRun, asked: dict[str, Any], only: str = "") -> N
 
 
 @pytest.fixture
-def pool(monkeypatch: pytest.MonkeyPatch) -> Pool:
+def pool(prefect_session: Home, monkeypatch: pytest.MonkeyPatch) -> Pool:
+    from flows import dispatch
+
     made = Pool()
     monkeypatch.setattr(dispatch, "get_client", made.client)
     monkeypatch.setattr(dispatch, "run_deployment", made.run_deployment)
@@ -108,11 +118,15 @@ def planned(home: Home, folder: Path, base: Path, names: list[str], each: int) -
 def test_a_run_whose_machine_is_gone_is_given_up_after_four_minutes_of_silence_and_one_that_is_heard_of_never(
     home: Home, tmp_path: Path, example_base: Path, pool: Pool
 ) -> None:
+    from prefect.states import Running
+
+    from flows import dispatch
+
     todo, plan = planned(home, tmp_path, example_base, ["a", "b"], each=1)
     ticks = itertools.count(1)
     silent: set[UUID] = set()
 
-    def works(run: FlowRun, asked: dict[str, Any]) -> None:
+    def works(run: "FlowRun", asked: dict[str, Any]) -> None:
         first = asked["stage"] == "train" and not run.state.is_running()  # type: ignore[union-attr]
         who = asked["members"][0].customer
         alive = Path(asked["job_file"]).with_name(dispatch.ALIVE)
@@ -145,6 +159,10 @@ def test_a_run_whose_machine_is_gone_is_given_up_after_four_minutes_of_silence_a
 def test_a_run_that_outlived_its_fleet_is_waited_for_and_what_it_was_not_asked_for_is_asked_for_after_it(
     home: Home, tmp_path: Path, example_base: Path, pool: Pool
 ) -> None:
+    from prefect.states import Running
+
+    from flows import dispatch
+
     _, plan = planned(home, tmp_path, example_base, ["a", "b", "c"], each=8)
     (job,) = plan
     # What a fleet left that was killed: a run for a and b, under way.
@@ -163,9 +181,13 @@ def test_a_run_that_outlived_its_fleet_is_waited_for_and_what_it_was_not_asked_f
 def test_a_run_that_somebody_cancels_fails_its_customers_with_words_and_what_is_finished_is_kept(
     home: Home, tmp_path: Path, example_base: Path, pool: Pool
 ) -> None:
+    from prefect.states import Cancelled
+
+    from flows import dispatch
+
     todo, plan = planned(home, tmp_path, example_base, ["a", "b"], each=8)
 
-    def works(run: FlowRun, asked: dict[str, Any]) -> None:
+    def works(run: "FlowRun", asked: dict[str, Any]) -> None:
         finish(pool, run, asked, only="a")
         if asked["stage"] == "train":
             run.state = Cancelled()
