@@ -22,7 +22,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run as this_run
-from prefect.states import Cancelling, Crashed
+from prefect.states import Cancelling, Crashed, State
 
 from flows import events, jobs, tasks, work
 from flows.launch import ProcessCrash, told_to_workers
@@ -37,6 +37,7 @@ ENDED, ALIVE = "ended.json", "alive"  # in the job's folder: how its run ended, 
 ALIVE_SECONDS = 15.0
 _POLL_SECONDS = 2.0
 _SILENT_SECONDS = 240.0  # after which a run that was at work and touches its file no more is taken for dead: its machine is gone
+_PENDING_SECONDS = 900.0  # the same for one that a worker took and that does not begin; an image may have to be pulled first
 _LATE_SECONDS = 60.0  # after which it is said that nobody takes a run
 _SERVER_AWAY_SECONDS = 900.0
 
@@ -209,8 +210,8 @@ def _ended(running: list[_Piece]) -> Iterator[tuple[_Piece, BaseException | None
             continue
         elif run.state.is_final():
             yield piece, _error(piece, run)
-        elif run.state.is_running() and _is_silent(piece):
-            text = f"nothing was heard of its process for {_SILENT_SECONDS:.0f} seconds; its machine may be gone"
+        elif (limit := _patience(run.state)) is not None and _is_silent(piece, limit):
+            text = f"nothing was heard of its process for {limit:.0f} seconds; its machine may be gone"
             with contextlib.suppress(Exception), get_client(sync_client=True) as client:
                 client.set_flow_run_state(run.id, Crashed(message=text), force=True)
             yield piece, _RunLost(f"job {piece.job.job.name}: {text}")
@@ -236,8 +237,15 @@ def _runs(ids: list[UUID]) -> list[FlowRun | None]:
             time.sleep(_POLL_SECONDS * 5)
 
 
-def _is_silent(piece: _Piece) -> bool:
-    """Whether the process that works on a piece has not touched its file for long, by our clock: that of its machine may be wrong."""
+def _patience(state: State[Any]) -> float | None:
+    """How long a run in this state may be silent; for ever while no worker has taken it. A worker that is killed leaves its runs as they are."""
+    if state.is_running():
+        return _SILENT_SECONDS
+    return _PENDING_SECONDS if state.is_pending() else None
+
+
+def _is_silent(piece: _Piece, seconds: float) -> bool:
+    """Whether the process that works on a piece has not touched its file for so long, by our clock: that of its machine may be wrong."""
     now = time.monotonic()
     try:
         at = piece.job.path.with_name(ALIVE).stat().st_mtime
@@ -245,7 +253,7 @@ def _is_silent(piece: _Piece) -> bool:
         at = 0.0
     if piece.heard[1] == 0.0 or at != piece.heard[0]:
         piece.heard = (at, now)
-    return now - piece.heard[1] > _SILENT_SECONDS
+    return now - piece.heard[1] > seconds
 
 
 def _tell(piece: _Piece, run: FlowRun) -> None:

@@ -15,5 +15,5 @@ if __name__ == "__main__":
     if silent := os.environ.get("FAKE_SILENT"):
         from flows import dispatch  # imports Prefect, for which the command sets the environment first where no server is given
 
-        dispatch._SILENT_SECONDS = float(silent)
+        dispatch._SILENT_SECONDS = dispatch._PENDING_SECONDS = float(silent)
     sys.exit(cli.main())

@@ -156,6 +156,29 @@ def test_a_run_whose_machine_is_gone_is_given_up_after_four_minutes_of_silence_a
     assert 240 < second - first < 260
 
 
+def test_a_run_that_a_worker_took_and_never_began_is_given_up_and_one_that_waits_for_a_worker_is_not(
+    home: Home, tmp_path: Path, example_base: Path, pool: Pool
+) -> None:
+    from prefect.states import Scheduled
+
+    from flows import dispatch
+
+    todo, plan = planned(home, tmp_path, example_base, ["a"], each=1)
+
+    def works(run: "FlowRun", asked: dict[str, Any]) -> None:
+        if len(pool.runs) == 1:
+            pass  # the worker was killed between taking it and starting its process
+        elif pool.now - asked["at"] < 3000 and asked["stage"] == "train":
+            run.state = Scheduled()
+        else:
+            finish(pool, run, asked)
+
+    pool.works = works
+    dispatch.work_through(todo, plan, lambda _: None)
+    assert todo.errors == {} and pool.names() == [("train", "a"), ("train", "a"), ("evaluate", "a")]
+    assert [one for one, _ in pool.forced] == [next(iter(pool.runs))] and "900 seconds" in pool.forced[0][1]
+
+
 def test_a_run_that_outlived_its_fleet_is_waited_for_and_what_it_was_not_asked_for_is_asked_for_after_it(
     home: Home, tmp_path: Path, example_base: Path, pool: Pool
 ) -> None:
