@@ -372,8 +372,17 @@ def _error(name: str, status: int, lines: list[str]) -> PrefixFleetError:
             status = int(next(group for group in ended[-1] if group))
     if status > 128 and status - 128 in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT):
         status = 128 - status
-    lines = _own_lines(lines)[-_LAST_LINES:]
+    lines = _own_lines(lines)
+    # Whatever was said after it: a disk that is full has many consequences, and a remedy of its own.
+    full = next(
+        (line for line in lines if re.search(r"the disk is full|No space left on device|Disk quota exceeded", line)), None
+    )
+    lines = lines[-_LAST_LINES:]
     kind = EvaluationError if name.endswith("evaluation") else TrainingError
+    if full is not None:
+        return kind(
+            f"{name} found the disk full. Free some space and run the same command again: what is finished is kept.\n    {full}"
+        )
     shown = "".join(f"\n    {line}" for line in lines) if lines else " it printed nothing."
     if status == 2:
         return kind(f"{name} refused the job:{shown}")

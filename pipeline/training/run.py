@@ -252,6 +252,7 @@ class _Training:
         self.unwritten: set[CustomerKey] = set()  # of those, whom that was told of
         self.parked: dict[CustomerKey, State] = {}
         self.failed: dict[CustomerKey, str] = {}
+        self.untold: StorageError | None = None  # why a failure could not even be noted
         self.done = len(job.customers) - len(due) if saved is None else saved.done
         self.settled = 0  # steps of those who have left, all that they might have taken
         self.shortage = _of_first(noted_shortage(self.folder, job.mixing.max_tokens_per_micro_batch), accelerator)
@@ -291,7 +292,11 @@ class _Training:
         accelerator.wait_for_everyone()
 
     def work(self) -> int:
-        """Until the queue is empty and every slot is free; returns the number of failed customers."""
+        """Until the queue is empty and every slot is free; returns the number of failed customers.
+
+        Raises:
+            StorageError: a checkpoint, or why a customer failed, cannot be written.
+        """
         status: str | None = "FAILED"
         patience = _FLUSH_SECONDS
         try:
@@ -345,6 +350,8 @@ class _Training:
             if self.run is not None:
                 self.run.close(status)
             self.tracker.close(patience)
+        if self.untold is not None:
+            raise self.untold  # otherwise whoever started us would find no word about these customers
         return len(self.failed) + len(self.finished)
 
     def _budget(self, saved: Checkpoint | None) -> int:
@@ -525,12 +532,14 @@ class _Training:
         self._message(str(customer.key), "failed", reason)
 
     def _note(self, customer: JobCustomer, seconds: float, reason: str | None = None) -> None:
-        """Write a customer's result. One that cannot be written is that customer's trouble alone."""
+        """Write a customer's result. One that cannot be written stops nobody else."""
         if self.main:
             try:
                 write_result(self.job, customer, "train", time.monotonic() - seconds, reason)
             except StorageError as error:
                 self._message(str(customer.key), "warning", str(error))
+                if reason is not None:
+                    self.untold = error
 
     def _checkpoint(self) -> None:
         """Save where everybody stands, and only then write the prefixes of those who are through.

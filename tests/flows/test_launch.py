@@ -90,6 +90,13 @@ def test_refused_job_is_no_crash_and_not_worth_a_retry(name: str, kind: type[Exc
     assert not isinstance(caught.value, launch.ProcessCrash)
 
 
+@pytest.mark.parametrize("status", [1, 2])
+def test_full_disk_is_named_whatever_was_said_after_it(status: int) -> None:
+    with pytest.raises(TrainingError, match=r"found the disk full\. Free some space.*\n.*No space left on device") as caught:
+        run(f"import sys; print('OSError: [Errno 28] No space left on device'); print('noise\\n' * 50); sys.exit({status})")
+    assert not isinstance(caught.value, launch.ProcessCrash)
+
+
 def test_child_that_stopped_at_a_checkpoint_wants_to_be_started_again() -> None:
     with pytest.raises(launch.ProcessPaused, match="stopped at a checkpoint"):
         run(f"import sys; sys.exit({RESUME})")
