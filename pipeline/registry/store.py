@@ -51,6 +51,10 @@ _AWAY = (
     "{doing}: MLflow at {where} does not answer. Start it, or correct MLFLOW_TRACKING_URI and MLFLOW_REGISTRY_URI; with both unset an embedded "
     "store is used. What is trained stays on disk: run the same command again. ({reason})"
 )
+_FAILING = (
+    "{doing}: MLflow at {where} does not answer as it should: it fails with status {status} each time. Its log says why; mostly its database or "
+    "its artifact store is away, full or refuses writes. What is trained stays on disk: run the same command again."
+)
 _REMEDY = "Check PREFIXFLEET_HOME and its permissions."
 
 _uri_set_here: str | None = None
@@ -218,6 +222,9 @@ def translated(doing: str) -> Iterator[None]:
         if not of_s3 and not isinstance(error, MlflowException | RequestException | SQLAlchemyError):
             raise
         reason = redact(str(error)).strip()
+        # MLflow 3.17 retries a 500 as if nobody were there; urllib3 says at the end of a long line what there was.
+        if failing := re.search(r"too many (\d{3}) error responses", reason):
+            raise RegistryError(_FAILING.format(doing=doing, where=shown_uri(), status=failing[1])) from error
         # MLflow 3.17 has no class of its own for a server that does not answer (rest_utils.http_request).
         if isinstance(error, RequestException) or "API request to" in reason or "Could not connect to the endpoint" in reason:
             raise RegistryError(_AWAY.format(doing=doing, where=shown_uri(), reason=reason[:300])) from error

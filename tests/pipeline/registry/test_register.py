@@ -1,6 +1,8 @@
 """Registration: once a prefix, whatever happens; lineage whole; the alias only to those that passed the gate."""
 
+import http.server
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from pipeline.home import Home
 from pipeline.keys import CustomerKey
 from pipeline.registry import find, lookup, register
 from pipeline.registry.register import Registration
+from pipeline.registry.store import translated
 
 InChild = Callable[..., Any]
 
@@ -166,6 +169,30 @@ def test_upload_that_fails_makes_no_version(sqlite: Home, make, monkeypatch: pyt
     with pytest.raises(RegistryError, match="does not answer"):
         register(*make())
     assert versions("acme") == []
+
+
+def test_a_server_that_fails_is_not_told_to_be_started(sqlite: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(500)
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Failing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
+    client = MlflowClient(f"http://127.0.0.1:{server.server_port}")
+    try:
+        with (
+            pytest.raises(RegistryError, match=r"asking: MLflow .* fails with status 500 .* log says why") as told,
+            translated("asking"),
+        ):
+            client.get_experiment("0")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert "Start it" not in str(told.value)
 
 
 def test_registry_of_its_own_gets_the_versions(
