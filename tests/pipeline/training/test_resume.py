@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 
+import pipeline.training.run as training_run
 from pipeline.errors import StorageError
 from pipeline.files import file_digest
 from pipeline.process import RESUME, paused_note
 from pipeline.training.checkpoint import read_checkpoint
-from pipeline.training.job import Job, write_job
+from pipeline.training.job import Job, JobCustomer, write_job
 from pipeline.training.results import read_result
 from pipeline.training.run import Paused, run_job
 
@@ -223,6 +224,25 @@ def test_an_unwritable_folder_is_an_error_that_names_it(make_job: MakeJob) -> No
     (Path(job.folder) / "checkpoint.json").mkdir(parents=True)  # root may write anywhere, but not over a folder
     with pytest.raises(StorageError, match=r"checkpoint\.json"):
         run_job(job)
+
+
+def test_a_failure_that_cannot_even_be_noted_is_raised_once_the_others_are_through(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, _ = make_job(customers=2, mixing=MIXING)
+    lost, other = job.customers
+    (Path(lost.prepared) / "train.parquet").unlink()
+    real = training_run.write_result
+
+    def full(job: Job, customer: JobCustomer, stage: str, started: float, reason: str | None = None) -> None:
+        if reason is not None:
+            raise StorageError("the disk is full")
+        real(job, customer, stage, started)
+
+    monkeypatch.setattr(training_run, "write_result", full)
+    with pytest.raises(StorageError, match="disk is full"):
+        run_job(job)
+    assert (Path(other.prefix_dir) / "prefix.json").is_file()
 
 
 def test_a_prefix_that_cannot_be_written_is_not_lost(make_job: MakeJob) -> None:
