@@ -53,6 +53,10 @@ _ATTEMPTS = 3
 _ABANDONED_SECONDS = 3600.0
 # On runs that are made here, because this store does not have the run of the training.
 _OWN_RUN = f"{TAG}made_by"
+# On MLflow's record of the files: the registry that the version is to appear in, for several may share a tracking store; and MLflow's own tag, which
+# names the versions once they are there.
+_REGISTRY = f"{TAG}registry"
+_VERSIONS = "mlflow.modelVersions"
 
 
 @dataclass(frozen=True)
@@ -209,12 +213,17 @@ def model_id_of(version: "ModelVersion") -> str | None:
 
 
 def _sweep(client: "MlflowClient", candidate: _Candidate, experiment: str, seconds: float) -> None:
-    """Remove what registrations of this customer left that died before their version appeared, if it is older than `seconds`."""
+    """Remove what registrations of this customer left that died before their version appeared, if it is older than `seconds`.
+
+    Whether a version appeared is known of the registry in use only: what was made for another one is left alone, and so is what ever had a version.
+    """
+    ours = redact(client._registry_uri)
     used = {model_id_of(version) for version in versions_of(client, candidate.key.model_name)}
     before = (time.time() - seconds) * 1000
     try:
         for model in client.search_logged_models([experiment], _of_customer(candidate)):
-            if model.model_id not in used and model.creation_timestamp < before:
+            abandoned = model.tags.get(_REGISTRY) == ours and _VERSIONS not in model.tags
+            if abandoned and model.model_id not in used and model.creation_timestamp < before:
                 erase_model(client, model)
         begun = f"{_of_customer(candidate)} and tags.`{_OWN_RUN}` = 'registration' and attributes.status = 'RUNNING'"
         for run in client.search_runs([experiment], begun):
@@ -284,8 +293,9 @@ def _create(client: "MlflowClient", candidate: _Candidate, home: Home) -> int:
             name, source, run_id=run_id, tags=tags, description=_description(candidate), model_id=model.model_id
         )
     # As `mlflow.register_model` does: the model's page in MLflow's UI names its versions by this tag.
-    versions = json.dumps([{"name": name, "version": int(version.version)}])
-    client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": versions})
+    known = json.loads(model.tags.get(_VERSIONS, "[]"))
+    versions = json.dumps([*known, {"name": name, "version": int(version.version)}])
+    client.set_logged_model_tags(model.model_id, {_VERSIONS: versions})
     return int(version.version)
 
 
@@ -382,14 +392,17 @@ def _logged_model(client: "MlflowClient", candidate: _Candidate, run_id: str) ->
     """MLflow's record of the files: the one that a registration left which died before its version appeared, or a new one."""
     from mlflow.entities import LoggedModelOutput
 
+    registry = redact(client._registry_uri)
     known = _known_model(client, candidate, run_id)
     if known is not None:
+        if known.tags.get(_REGISTRY) != registry:
+            client.set_logged_model_tags(known.model_id, {_REGISTRY: registry})
         return known
     model = client.create_logged_model(
         client.get_run(run_id).info.experiment_id,
         name=candidate.key.model_name.replace(".", "-"),
         source_run_id=run_id,
-        tags=_tags(candidate),
+        tags={**_tags(candidate), _REGISTRY: registry},
         params=_params(candidate),
         model_type="prefix",
     )

@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -202,6 +203,22 @@ def test_registry_of_its_own_gets_the_versions(
     assert register(*make(customer=customer)).alias == "champion"
     assert lookup(CustomerKey(customer)).version == 1
     assert MlflowClient(registry_uri=f"sqlite:///{sqlite.mlflow_database}").search_registered_models() == []
+
+
+@pytest.mark.parametrize("died", [False, True])
+def test_a_registration_in_one_registry_leaves_the_files_of_another_on_the_same_tracking_store(
+    sqlite: Home, fresh_home: Path, make, monkeypatch: pytest.MonkeyPatch, died: bool
+) -> None:
+    register(*make(seed=1))
+    if died:  # after the version appeared, before its files were noted as belonging to it
+        client = MlflowClient()
+        model = client.get_model_version("prefixfleet.acme", "1").source.removeprefix("models:/")
+        client.delete_logged_model_tag(model, "mlflow.modelVersions")
+    shutil.copyfile(fresh_home / "mlflow.db", sqlite.root / "registry.db")
+    with monkeypatch.context() as patch:
+        patch.setenv("MLFLOW_REGISTRY_URI", f"sqlite:///{sqlite.root}/registry.db")
+        assert register(*make(seed=2)).version == 1
+    assert lookup("acme", fresh=True).tags["seed"] == "1"
 
 
 @pytest.mark.parametrize("name", ["generations.jsonl", "metrics.json", "decision.json", "report.html"])
