@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.keys import CustomerKey, validate_id
+from pipeline.keys import CustomerKey, validate_digest, validate_id
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class Home:
 
     def prefix(self, key: CustomerKey, digest: str) -> Path:
         """Folder of one trained prefix; `digest` is that of everything it is trained from."""
-        return key.below(self.root, "prefixes", digest[:16])
+        return key.below(self.root, "prefixes", validate_digest(digest)[:16])
 
     def evaluation(self, key: CustomerKey, digest: str) -> Path:
         """Folder of one evaluation; `digest` is that of the prefix, the test set and the evaluation settings."""
-        return key.below(self.root, "evaluations", digest[:16])
+        return key.below(self.root, "evaluations", validate_digest(digest)[:16])
 
     def sweep(self, key: CustomerKey) -> Path:
         """Folder of the sweeps of one customer: a home of its own for the settings tried, and `reports/<digest>/` for what came of them."""
@@ -44,7 +44,7 @@ class Home:
 
     def cached_prefix(self, key: CustomerKey, digest: str) -> Path:
         """Folder of a prefix that was downloaded from the registry; `digest` is that of its content."""
-        return key.below(self.root / "cache" / "prefixes") / digest[:16]
+        return key.below(self.root / "cache" / "prefixes") / validate_digest(digest)[:16]
 
     def cached_prefixes(self, customer: str) -> Path:
         """All that was downloaded from the registry for one customer."""

@@ -8,6 +8,8 @@ from pathlib import Path
 from pipeline.errors import ConfigError
 
 ID_PATTERN = r"[a-z0-9][a-z0-9_-]{0,62}"
+# SHA-256 in hex.
+DIGEST_PATTERN = "[0-9a-f]{64}"
 DEFAULT_TASK = "default"
 
 
@@ -21,6 +23,17 @@ def validate_id(value: str, what: str = "customer") -> str:
         raise ConfigError(
             f"{what} id {value!r} is not valid: use 1 to 63 of the characters a-z, 0-9, '-' and '_', beginning with a letter or digit."
         )
+    return value
+
+
+def validate_digest(value: str) -> str:
+    """Return `value` if it is a SHA-256 in hex, which may become part of a path.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not isinstance(value, str) or not re.fullmatch(DIGEST_PATTERN, value):
+        raise ConfigError(f"digest {str(value)[:80]!r} is not valid: it must be 64 hexadecimal digits.")
     return value
 
 

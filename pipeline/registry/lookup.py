@@ -10,6 +10,7 @@ In: a customer. Out: a folder on this machine with a prefix that was checked aga
 
 import logging
 import os
+import re
 import shutil
 import threading
 import time
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING
 from pipeline.errors import BaseModelError, NotRegisteredError, PrefixFleetError, RegistryError, StorageError
 from pipeline.files import file_digest, whole_folder
 from pipeline.home import Home
-from pipeline.keys import CustomerKey
+from pipeline.keys import DIGEST_PATTERN, CustomerKey
 from pipeline.registry.package import PREFIX_PATH
 from pipeline.registry.store import cache_lock, client_of, ensure_store, shown_uri, stores_in_use, translated
 from pipeline.registry.tombstones import forgotten_among, forgotten_since, sentence
@@ -343,7 +344,8 @@ def _unchanged(client: "MlflowClient", due: Iterable[_Question]) -> set[_Questio
 def _cached(home: Home, question: _Question, version: int, tags: dict[str, str]) -> Path:
     """The folder in the cache that holds this content, downloaded if need be. Whether it is what it should be is seen at every look-up."""
     name = question.key.model_name
-    if not tags.get("content_digest") or not tags.get("weights_sha256"):
+    # A digest becomes part of a path below: whoever can set a tag must not choose a place on this machine.
+    if not all(re.fullmatch(DIGEST_PATTERN, tags.get(tag, "")) for tag in ("content_digest", "weights_sha256")):
         raise RegistryError(
             f"{name} version {version} at {shown_uri()} has no digest of its content in its tags, so it cannot "
             "be trusted. It was not registered by PrefixFleet, or its tags were changed: register the prefix again."

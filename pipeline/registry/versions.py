@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ConfigError, RegistryError
 from pipeline.files import digest_of, file_digest
-from pipeline.keys import CustomerKey
+from pipeline.keys import DIGEST_PATTERN, CustomerKey
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -61,7 +61,7 @@ def find_version(client: "MlflowClient", name: str, fingerprint: str) -> int | N
 
 def find_versions(client: "MlflowClient", name: str, fingerprint: str) -> "list[ModelVersion]":
     """All versions with this fingerprint, the lowest first; see `find_version`."""
-    if not re.fullmatch("[0-9a-f]{64}", fingerprint):
+    if not re.fullmatch(DIGEST_PATTERN, fingerprint):
         raise RegistryError(f"{name}: {fingerprint[:80]!r} is no fingerprint (64 hex digits). Train the prefix again.")
     found = pages(client.search_model_versions, f"name = '{name}' and tags.`{TAG}fingerprint` = '{fingerprint}'")
     return sorted(found, key=lambda version: int(version.version))

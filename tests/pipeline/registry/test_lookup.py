@@ -14,7 +14,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from pipeline.errors import BaseModelError, RegistryError
+from pipeline.errors import BaseModelError, ConfigError, RegistryError
 from pipeline.home import Home
 from pipeline.keys import CustomerKey
 from pipeline.registry import ModelStatus, lookup, promote, register, rollback, status
@@ -130,6 +130,21 @@ def test_version_of_others_under_our_name_is_not_trusted(sqlite: Home, make) -> 
     client.create_model_version("prefixfleet.acme", "file:///somewhere")
     with pytest.raises(RegistryError, match="cannot be trusted"):
         lookup(CustomerKey("acme"), version=1)
+
+
+@pytest.mark.parametrize("tag", ["content_digest", "weights_sha256"])
+def test_a_tag_that_is_no_digest_becomes_no_path(sqlite: Home, make, tag: str) -> None:
+    register(*make())
+    bystander = sqlite.root / "x" / ".of-others.tmp"
+    bystander.mkdir(parents=True)
+    for hostile in ("../../../../x/yy", "..", "AB" * 32, "ab" * 33):
+        MlflowClient().set_model_version_tag("prefixfleet.acme", "1", f"prefixfleet.{tag}", hostile)
+        with pytest.raises(RegistryError, match="has no digest of its content in its tags"):
+            lookup("acme", fresh=True)
+    assert bystander.exists() and sorted(place.name for place in (sqlite.root / "x").iterdir()) == [".of-others.tmp"]
+    for place in (sqlite.cached_prefix, sqlite.prefix, sqlite.evaluation):
+        with pytest.raises(ConfigError, match="64 hexadecimal digits"):
+            place(CustomerKey("acme"), "../../x" * 10)
 
 
 def test_status_has_the_newest_version_its_scores_and_the_champion(sqlite: Home, make) -> None:
