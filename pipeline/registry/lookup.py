@@ -25,7 +25,7 @@ from pipeline.files import file_digest, whole_folder
 from pipeline.home import Home
 from pipeline.keys import DIGEST_PATTERN, CustomerKey
 from pipeline.registry.package import PREFIX_PATH
-from pipeline.registry.store import cache_lock, client_of, ensure_store, shown_uri, stores_in_use, translated
+from pipeline.registry.store import away, cache_lock, client_of, ensure_store, shown_uri, stores_in_use, translated
 from pipeline.registry.tombstones import forgotten_among, forgotten_since, sentence
 from pipeline.registry.versions import (
     CHAMPION,
@@ -91,9 +91,13 @@ class _Question:
 
 @dataclass
 class _Answer:
-    """What MLflow said, or why there is nothing (`missing`); `asked` and `used` are times of `time.monotonic`."""
+    """What MLflow said, or why there is nothing (`missing`); `asked` and `used` are times of `time.monotonic`.
+
+    `created` is when MLflow made the version, in its milliseconds.
+    """
 
     version: int | None
+    created: int
     tags: dict[str, str]
     missing: str
     asked: float
@@ -141,6 +145,21 @@ def lookup(
     ensure_store(home)
     question = _Question(stores_in_use(), key, alias, version)
     answer = _answer(question, home, fresh)
+    try:
+        return _given(question, answer, home, base_digest)
+    except RegistryError as error:
+        if answer.version is None or away(error):
+            raise
+        # Not without asking again: another machine may have forgotten the customer meanwhile, or registered another prefix under the same number.
+        again = _answer(question, home, fresh=True)
+        if (again.version, again.tags) == (answer.version, answer.tags):
+            raise
+    return _given(question, again, home, base_digest)
+
+
+def _given(question: _Question, answer: _Answer, home: Home, base_digest: str | None) -> Found:
+    """What `lookup` returns of an answer, or its error."""
+    key = question.key
     if answer.version is None:
         raise NotRegisteredError(answer.missing)
     if base_digest is not None and answer.tags.get("base_digest") != base_digest:
@@ -150,7 +169,7 @@ def lookup(
         )
     with translated(f"looking up customer {key}"):
         folder = _cached(home, question, answer.version, answer.tags)
-    return Found(key.model_name, answer.version, alias if version is None else None, folder, dict(answer.tags))
+    return Found(key.model_name, answer.version, question.alias if question.version is None else None, folder, dict(answer.tags))
 
 
 def outdated(name: str) -> None:
@@ -214,11 +233,11 @@ def _ask(client: "MlflowClient", question: _Question, home: Home) -> _Answer:
         # An unknown alias is RESOURCE_DOES_NOT_EXIST or INVALID_PARAMETER_VALUE, depending on the store (MLflow 3.17).
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
-    return _Answer(None, {}, _what_there_is(client, question, home), now, now)
+    return _Answer(None, 0, {}, _what_there_is(client, question, home), now, now)
 
 
 def _found(version: "ModelVersion", now: float) -> _Answer:
-    return _Answer(int(version.version), own_tags(version.tags), "", now, now)
+    return _Answer(int(version.version), int(version.creation_timestamp), own_tags(version.tags), "", now, now)
 
 
 def _what_there_is(client: "MlflowClient", question: _Question, home: Home) -> str:
@@ -261,7 +280,7 @@ def _buried(key: CustomerKey, since: str, home: Home) -> _Answer:
         with cache_lock(home, key.customer):
             shutil.rmtree(kept, ignore_errors=True)
     now = time.monotonic()
-    return _Answer(None, {}, sentence(key.customer, since), now, now)
+    return _Answer(None, 0, {}, sentence(key.customer, since), now, now)
 
 
 def _refresh_later(stores: tuple[str, str], home: Home) -> None:
@@ -298,7 +317,7 @@ def _refresh(stores: tuple[str, str], home: Home, due: list[_Question]) -> None:
                     with translated(f"refreshing customer {question.key}"):
                         _renew(client, question, home)
                 except RegistryError as error:
-                    if "does not answer" in str(error):  # nor will it for the others, and each would wait for it as long
+                    if away(error):  # nor will it for the others, and each would wait for it as long
                         raise
                     log.warning("%s", error)  # what is said of one customer is no reason to let the others grow stale
     except Exception as error:  # a thread has nobody to tell; whoever looks up after STALE_SECONDS is told
@@ -328,15 +347,21 @@ def _replace(question: _Question, before: _Answer | None, answer: _Answer) -> No
 
 
 def _unchanged(client: "MlflowClient", due: Iterable[_Question]) -> set[_Question]:
-    """Those whose alias is still held by the version that is known, or still by none: one question to MLflow for all."""
+    """Those whose alias is still held by the version that is known, or still by none: one question to MLflow for all.
+
+    A model that was removed and made anew counts its versions from 1 again, so a version that is older than its model is another one.
+    """
     global _listed
-    held = {model.name: model.aliases for model in pages(client.search_registered_models, f"name LIKE '{MODELS}%'")}
+    held = {model.name: model for model in pages(client.search_registered_models, f"name LIKE '{MODELS}%'")}
     _listed = len(held)
     same = set()
     for question in due:
         known = _answers.get(question)
-        number = held.get(question.key.model_name, {}).get(question.alias)
-        if known is not None and question.version is None and known.version == (None if number is None else int(number)):
+        model = held.get(question.key.model_name)
+        number = None if model is None else model.aliases.get(question.alias)
+        if known is None or question.version is not None or known.version != (None if number is None else int(number)):
+            continue
+        if known.version is None or (model is not None and known.created >= model.creation_timestamp):
             same.add(question)
     return same
 

@@ -231,6 +231,11 @@ def translated(doing: str) -> Iterator[None]:
         raise RegistryError(f"{doing}: MLflow at {shown_uri()} refused: {reason[:500]}") from error
 
 
+def away(error: RegistryError) -> bool:
+    """Whether an error of `translated` says that MLflow does not answer, so that there is no use in asking it something else."""
+    return "does not answer" in str(error)
+
+
 _RACED = re.compile(r"UniqueViolation|UNIQUE constraint|Duplicate entry")
 
 

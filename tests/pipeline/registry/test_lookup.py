@@ -14,10 +14,11 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from pipeline.errors import BaseModelError, ConfigError, RegistryError
+from pipeline.errors import BaseModelError, ConfigError, NotRegisteredError, RegistryError
 from pipeline.home import Home
 from pipeline.keys import CustomerKey
 from pipeline.registry import ModelStatus, lookup, promote, register, rollback, status
+from pipeline.registry.forget import forget_in_mlflow
 
 burying: Any = importlib.import_module("pipeline.registry.tombstones")
 looking: Any = importlib.import_module("pipeline.registry.lookup")  # `pipeline.registry.lookup` is the function
@@ -291,6 +292,46 @@ def test_many_customers_are_refreshed_by_one_question(sqlite: Home, make, clock:
     assert lookup("c7").version == 2 and {lookup(name).version for name in names if name not in ("c7", "c9")} == {1}
     with pytest.raises(RegistryError, match="customer c9: no prefix is registered"):
         lookup("c9")
+
+
+def made_anew(make, customer: str) -> None:
+    """As other machines do: the customer's model is removed, and another prefix becomes version 1."""
+    known = OrderedDict(looking._answers)
+    MlflowClient().delete_registered_model(f"prefixfleet.{customer}")
+    assert register(*make(customer=customer, seed=9)).version == 1
+    looking._answers.update(known)
+
+
+def test_a_prefix_that_was_removed_is_not_answered_with_because_another_has_its_number(
+    home: Home, make, customer: str, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(*make(customer=customer, seed=1))
+    monkeypatch.setattr(looking, "_ONE_BY_ONE", 0)
+    assert lookup(customer).tags["seed"] == "1"
+    made_anew(make, customer)
+    clock[0] += looking.FRESH_SECONDS
+    assert lookup(customer).tags["seed"] == "1"  # at once, while a thread asks about all
+    refreshed()
+    assert looking._listed and lookup(customer).tags["seed"] == "9"
+
+
+def test_nobody_is_accused_before_mlflow_was_asked_again(sqlite: Home, make, clock: list[float]) -> None:
+    register(*make(seed=1))
+    lookup("acme")
+    made_anew(make, "acme")
+    shutil.rmtree(sqlite.root / "cache")
+    assert lookup("acme").tags["seed"] == "9"
+
+
+def test_a_lookup_just_after_a_forget_elsewhere_says_that_the_customer_was_forgotten(sqlite: Home, make, clock: list[float]) -> None:
+    register(*make())
+    lookup("acme")
+    known = OrderedDict(looking._answers)
+    forget_in_mlflow("acme", home=sqlite)
+    looking._answers.update(known)
+    shutil.rmtree(sqlite.root / "cache")
+    with pytest.raises(NotRegisteredError, match="customer acme: was forgotten on"):
+        lookup("acme")
 
 
 @pytest.mark.parametrize(
