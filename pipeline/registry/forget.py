@@ -69,8 +69,8 @@ def forget_in_mlflow(
         database = database_of(client, backend_store_uri)
         done = Forgotten(customer, tombstones.leave_tombstone(client, customer))
         names = _models_of(client, customer)
-        found = _logged_models(client, customer, database)
         runs = _runs(client, customer)
+        found = _logged_models(client, customer, runs, database)
         total = len(names) + len(found) + len(runs)
         for number, name in enumerate(names):
             count(number, total)
@@ -85,8 +85,9 @@ def forget_in_mlflow(
             count(number, total)
             _erase(client, done, database, "run", run.info.run_id, run, erase_run)
         count(total, total)
+        hidden = tombstones.still_hidden(client, customer)
         if database is None:
-            done.left += _for_an_administrator(customer, tombstones.hidden(client, customer))
+            done.left += _for_an_administrator(customer, hidden)
         else:
             done.left += _compact([*stores_in_use(), backend_store_uri or ""])
     return done
@@ -155,8 +156,10 @@ def _models_of(client: "MlflowClient", customer: str) -> list[str]:
     return sorted(model.name for model in found if (key := key_of(model.name)) is not None and key.customer == customer)
 
 
-def _logged_models(client: "MlflowClient", customer: str, database: Any | None) -> "list[LoggedModel]":
-    """MLflow's records of the files of versions, also those that it hides, where that can be seen."""
+def _logged_models(client: "MlflowClient", customer: str, runs: "list[Run]", database: Any | None) -> "list[LoggedModel]":
+    """MLflow's records of the files of versions, also those that it hides: a database lists them, a server names them as what `runs` have made."""
+    from mlflow.exceptions import MlflowException
+
     found: list[LoggedModel] = []
     for some in in_parts(experiments(client)):
         token = None
@@ -168,7 +171,17 @@ def _logged_models(client: "MlflowClient", customer: str, database: Any | None) 
                 break
     if database is not None:
         hidden = (database.get_logged_model(number, allow_deleted=True) for number in database._get_deleted_logged_models())
-        found += [model for model in hidden if model.tags.get(f"{TAG}customer") == customer]
+        return found + [model for model in hidden if model.tags.get(f"{TAG}customer") == customer]
+    known = {model.model_id for model in found} | set(tombstones.hidden(client, customer))
+    made = {output.model_id for run in runs if run.outputs for output in run.outputs.model_outputs}
+    for number in sorted(made - known):
+        try:
+            model = tombstones.hidden_model(client, number)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            continue
+        found += [model] if model.tags.get(f"{TAG}customer") == customer else []
     return found
 
 
@@ -237,10 +250,12 @@ def _for_an_administrator(customer: str, hidden: dict[str, str]) -> list[str]:
         return []
     runs, models = ([number for number, kind in sorted(hidden.items()) if kind == wanted] for wanted in ("run", "model"))
     named = [f"--run-ids {','.join(runs)}"] * bool(runs) + [f"--logged-model-ids {','.join(models)}"] * bool(models)
+    # Of a kind that it is given no ids of, `mlflow gc` removes whatever is deleted (MLflow 3.17).
+    others = ["experiments with their runs", *(["runs"] * (not runs)), *(["logged models"] * (not models))]
     return [
         f"{len(hidden)} entries (names, tags, settings, metrics) in the database of MLflow at {shown_uri()}: the server only hides what is deleted "
         "through it. Somebody with access to its database must run `MLFLOW_BACKEND_STORE_URI=<the server's --backend-store-uri> prefixfleet forget "
-        f"--customer {customer} --yes`; or, which also removes everything else that was deleted, `mlflow gc --backend-store-uri <the same> "
+        f"--customer {customer} --yes`; or, which also removes everybody's deleted {' and '.join(others)}, `mlflow gc --backend-store-uri <the same> "
         f"--tracking-uri {redact(stores_in_use()[0])} {' '.join(named)}`."
     ]
 

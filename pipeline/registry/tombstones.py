@@ -14,6 +14,7 @@ from pipeline.registry.versions import TAG, own_tags, pages
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
 
 _NAME = "prefixfleet-forgotten."
 _HIDDEN = "hidden."
@@ -102,7 +103,7 @@ def lift(customer: str) -> bool:
         client = connect()
         if forgotten_since(client, customer) is None:
             return False
-        left = hidden(client, customer)
+        left = still_hidden(client, customer)
         if left:
             raise RegistryError(
                 f"customer {customer}: MLflow still holds {len(left)} deleted entries of this customer. Remove them first: "
@@ -126,3 +127,27 @@ def hidden(client: "MlflowClient", customer: str) -> dict[str, str]:
     """What `hide` has noted: kinds by id."""
     tags = own_tags(client.get_registered_model(f"{_NAME}{validate_id(customer)}").tags)
     return {name.removeprefix(_HIDDEN): kind for name, kind in tags.items() if name.startswith(_HIDDEN)}
+
+
+def still_hidden(client: "MlflowClient", customer: str) -> dict[str, str]:
+    """As `hidden`, less what is gone for good: removed by `mlflow gc`, or by a `forget` that was killed before it could take the note back."""
+    from mlflow.exceptions import MlflowException
+
+    left = hidden(client, customer)
+    for number, kind in list(left.items()):
+        try:
+            if kind == "run":
+                client.get_run(number)  # also one that is hidden
+            else:
+                hidden_model(client, number)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            removed(client, customer, number)
+            del left[number]
+    return left
+
+
+def hidden_model(client: "MlflowClient", number: str) -> "LoggedModel":
+    """MLflow's record of the files of a version, also one that it hides: what no public function gives (MLflow 3.17)."""
+    return client._tracking_client.store.get_logged_model(number, allow_deleted=True)

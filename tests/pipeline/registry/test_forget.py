@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import signal
 import sqlite3
 import threading
@@ -16,7 +17,9 @@ from typing import Any
 import mlflow.artifacts
 import pytest
 import yaml
+from click.testing import CliRunner
 from mlflow import MlflowClient
+from mlflow.cli import cli as mlflow_cli
 from mlflow.exceptions import MlflowException
 
 from pipeline.errors import ConfigError, RegistryError, StorageError
@@ -110,6 +113,34 @@ def test_without_the_database_what_stays_is_named_with_the_command_and_that_comm
         lift(customer)
     assert forget_in_mlflow(customer, sqlite_server.backend, server).left == []
     assert rows_with(SECRET, sqlite_server.backend) == [] and lift(customer)
+
+
+@pytest.mark.parametrize("remedy", ["gc", "killed"])
+def test_what_is_gone_for_good_is_not_said_to_be_left(
+    server: Home, sqlite_server: Any, make, customer: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what was hidden before anybody forgot: by a registration that withdrew a version, or in MLflow's pages."""
+    client = MlflowClient()
+    register(*make(customer=customer, seed=1))
+    number = client.get_model_version(f"prefixfleet.{customer}", "1").source.removeprefix("models:/")
+    client.delete_model_version(f"prefixfleet.{customer}", "1")
+    client.delete_logged_model(number)
+    (left,) = forget_in_mlflow(customer, home=server).left
+    assert number in hidden(client, customer) and number in left and len(hidden(client, customer)) == 2
+    assert "which also removes everybody's deleted experiments with their runs, `mlflow gc" in left
+    if remedy == "gc":
+        options = re.search(r"`mlflow gc .* (--run-ids \S+ --logged-model-ids [^`]+)`", left)
+        assert options is not None
+        # The environment names the server; the option would name it for the tests to come, too.
+        command = ["gc", "--backend-store-uri", sqlite_server.backend, *options[1].split()]
+        assert CliRunner().invoke(mlflow_cli, command).exit_code == 0
+        assert forget_in_mlflow(customer, home=server).left == []
+    else:  # after the entries were removed, before that was noted
+        with monkeypatch.context() as patch:
+            patch.setattr("pipeline.registry.tombstones.removed", lambda *_: None)
+            assert forget_in_mlflow(customer, sqlite_server.backend, server).left == []
+        assert len(hidden(client, customer)) == 2
+    assert lift(customer)
 
 
 def test_a_wrong_database_is_refused_before_anything_is_removed(
