@@ -119,14 +119,12 @@ def rollback(key: CustomerKey, version: int | None = None, *, home: Home | None 
         held = _held(client, key)
         target = held.get(PREVIOUS) if version is None else version
         before = held.get(CHAMPION)
-        if version is None and before is not None and target == before:
-            return _finish_rollback(client, key, before)
+        if before is not None and target == before:
+            return _finish_rollback(client, key, before, held.get(PREVIOUS), named=version is not None)
         if target is None:
             raise RegistryError(
                 f"customer {key}: no version was champion before, so there is nothing to go back to at {shown_uri()}. {_choice(client, name)}"
             )
-        if target == before:
-            raise RegistryError(f"customer {key}: version {target} is champion already. {_choice(client, name)}")
         found = lookup(key, version=target, home=home, fresh=True)
         if found.tags.get("decision") == "reject" and "promoted" not in found.tags:
             raise RegistryError(
@@ -134,43 +132,55 @@ def rollback(key: CustomerKey, version: int | None = None, *, home: Home | None 
                 f"no going back to it. `prefixfleet promote --customer {key} --version {target} --force` promotes it nevertheless."
             )
         _note(client, name, target, "rollback")
+        if held.get(CHALLENGER) == target:
+            client.delete_registered_model_alias(name, CHALLENGER)
         # The champion first: to die before the second step must not lose the version that was to be gone back to.
         written(client.set_registered_model_alias, name, CHAMPION, str(target))
         if before is not None:
             written(client.set_registered_model_alias, name, PREVIOUS, str(before))
-        if held.get(CHALLENGER) == target:
-            client.delete_registered_model_alias(name, CHALLENGER)
         outdated(name)
         return Moved(name, target, before, before)
 
 
-def _finish_rollback(client: "MlflowClient", key: CustomerKey, champion: int) -> Moved:
-    """The champion is its own predecessor, so a move was cut short: name the one before it, if it was a rollback that had come that far."""
+def _finish_rollback(client: "MlflowClient", key: CustomerKey, champion: int, previous: int | None, *, named: bool) -> Moved:
+    """The version to go back to is champion: if a rollback was cut short before it could name the one before it, name that now.
+
+    Args:
+        previous: the version that is noted as the one before.
+        named: whether somebody asked for this version, rather than for the one before.
+    """
     name = key.model_name
     notes = {int(v.version): own_tags(v.tags).get("promoted", "") for v in versions_of(client, name)}
     own = notes.pop(champion, "")
     before = max((number for number in notes if notes[number]), key=lambda number: (notes[number][:_TIME], number), default=None)
     if before is None or not own.endswith("by rollback") or notes[before][:_TIME] > own[:_TIME]:
+        before = None
+    if before is None and not named:
         raise RegistryError(
             f"customer {key}: a promotion was interrupted before its version became champion, and version {champion} still is. Promote "
             f"again, or name the version to go back to. {_choice(client, name)}"
         )
+    if before is None or before == previous:
+        raise RegistryError(f"customer {key}: version {champion} is champion already. {_choice(client, name)}")
     written(client.set_registered_model_alias, name, PREVIOUS, str(before))
     outdated(name)
     return Moved(name, champion, before, before)
 
 
 def _crown(client: "MlflowClient", name: str, version: int, held: dict[str, int], by: str, rejected: bool = False) -> None:
-    """Make `version` champion. Whoever is it is noted as previous first, and the challenger goes last: whenever a process dies, the same call again
-    finds who was meant and who answered before. A `rejected` version is noted as promoted only once it is: that lets `rollback` pass it."""
+    """Make `version` champion. Whoever is it is noted as previous first. The challenger goes last if it is the one meant, for a call that names none
+    finds it by that; another goes before, for once the champion has moved nobody would know that it is to go. So whenever a process dies, the same
+    call again finds who was meant and who answered before, and finishes. A `rejected` version is noted as promoted only once it is: that lets `rollback` pass it."""
     if not rejected:
         _note(client, name, version, by)
     if held.get(CHAMPION) is not None:
         written(client.set_registered_model_alias, name, PREVIOUS, str(held[CHAMPION]))
+    if held.get(CHALLENGER) not in (None, version):
+        client.delete_registered_model_alias(name, CHALLENGER)
     written(client.set_registered_model_alias, name, CHAMPION, str(version))
     if rejected:
         _note(client, name, version, by)
-    if CHALLENGER in held:
+    if held.get(CHALLENGER) == version:
         client.delete_registered_model_alias(name, CHALLENGER)
 
 

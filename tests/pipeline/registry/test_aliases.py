@@ -116,6 +116,69 @@ def test_a_promotion_that_dies_between_two_aliases_is_repeated_and_a_rollback_lo
     assert rollback(ACME).champion == 3 and held() == {"champion": 3, "previous": 2}
 
 
+class _Killed(BaseException):
+    pass
+
+
+WRITES = ("set_model_version_tag", "set_registered_model_alias", "delete_registered_model_alias")
+MOVES: list[tuple[str, dict[str, int], Callable[..., object], dict[str, int]]] = [
+    ("the gate", {"champion": 1, "previous": 3, "challenger": 2}, lambda made: register(*made[4]), {"champion": 4, "previous": 1}),
+    ("another", {"champion": 1, "challenger": 3}, lambda _: promote(ACME, 2), {"champion": 2, "previous": 1}),
+    ("far back", {"champion": 3, "previous": 2}, lambda _: rollback(ACME, 1), {"champion": 1, "previous": 3}),
+    (
+        "back to challenger",
+        {"champion": 3, "previous": 1, "challenger": 1},
+        lambda _: rollback(ACME),
+        {"champion": 1, "previous": 3},
+    ),
+]
+
+
+def test_whatever_moves_aliases_finishes_what_its_like_began_wherever_that_died(
+    sqlite: Home, make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, name = MlflowClient(), "prefixfleet.acme"
+    made = {seed: make(seed=seed) for seed in (1, 2, 3, 4)}
+    for seed in made:
+        register(*made[seed])
+    for what, before, move, after in MOVES:
+        for step in range(1, 9):
+            for alias in held():
+                client.delete_registered_model_alias(name, alias)
+            for version in (1, 2, 3, 4):
+                client.set_model_version_tag(name, str(version), "prefixfleet.promoted", "")
+            for alias, version in before.items():
+                client.set_registered_model_alias(name, alias, str(version))
+            client.set_model_version_tag(
+                name, str(before["champion"]), "prefixfleet.promoted", "2026-11-01T00:00:00+00:00 by the gate"
+            )
+            calls: list[str] = []
+
+            def dying(real: Callable[..., Any], calls: list[str] = calls, step: int = step) -> Callable[..., Any]:
+                def call(self: MlflowClient, *arguments: Any) -> Any:
+                    calls.append("")
+                    if len(calls) == step:
+                        raise _Killed
+                    return real(self, *arguments)
+
+                return call
+
+            with monkeypatch.context() as patch:
+                for one in WRITES:
+                    patch.setattr(MlflowClient, one, dying(getattr(MlflowClient, one)))
+                try:
+                    move(made)
+                except _Killed:
+                    pass
+                else:
+                    assert held() == after and step > 3, what
+                    break
+            move(made)
+            assert held() == after, (what, step)
+        else:
+            pytest.fail(f"{what} never came to its end")
+
+
 def test_a_rollback_passes_no_version_that_the_gate_rejected_and_leaves_no_champion_that_is_challenger(
     sqlite: Home, make
 ) -> None:
