@@ -44,7 +44,7 @@ def check_loaded(folder: Path, config: Mapping[str, Any] | None) -> None:
 def _other(folder: Path, found: str, wanted: Any, who: str) -> RegistryError:
     return RegistryError(
         f"{folder}: is not the prefix that was registered: its content has digest {found[:16]}, and {who} says {str(wanted)[:16]}. "
-        "It was damaged or tampered with and does not answer. Delete the version in MLflow and register the prefix again."
+        "It was damaged or tampered with and does not answer. Delete the version in MLflow, and `prefixfleet run FLEET.yaml` registers it again."
     )
 
 

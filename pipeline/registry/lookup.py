@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.errors import BaseModelError, NotRegisteredError, PrefixFleetError, RegistryError, StorageError
+from pipeline.errors import BaseModelError, ConfigError, NotRegisteredError, PrefixFleetError, RegistryError, StorageError
 from pipeline.files import file_digest, whole_folder
 from pipeline.home import Home
 from pipeline.keys import DIGEST_PATTERN, CustomerKey
 from pipeline.registry.package import PREFIX_PATH
-from pipeline.registry.store import away, cache_lock, client_of, ensure_store, shown_uri, stores_in_use, translated
+from pipeline.registry.store import away, cache_lock, client_of, ensure_store, redact, shown_uri, stores_in_use, translated
 from pipeline.registry.tombstones import forgotten_among, forgotten_since, sentence
 from pipeline.registry.versions import (
     CHAMPION,
@@ -59,6 +59,11 @@ _SHOWN_CUSTOMERS = 20
 _LAST_VERSION = 2**31 - 1
 # MLflow's word for the newest version, whatever the gate said of it. It gives it as if it were an alias.
 _LATEST = "latest"
+# What helps against files that are lost or damaged. While the version stands, a run takes it for registered.
+_ANEW = (
+    "delete the version in MLflow, and `prefixfleet run FLEET.yaml` registers the prefix again as a new one, without training if this machine has "
+    "it; or promote another one that is whole."
+)
 
 
 @dataclass(frozen=True)
@@ -137,10 +142,13 @@ def lookup(
         NotRegisteredError: no such customer, alias or version (the message says what there is), or the customer was forgotten.
         RegistryError: the stored prefix is not the one that was registered, or MLflow failed.
         BaseModelError: the version was trained on another base.
-        ConfigError: `customer` is no valid id.
+        ConfigError: `customer` is no valid id, `alias` no text or `version` no whole number.
         StorageError: it cannot be written to the cache.
     """
     key = CustomerKey.parse(customer) if isinstance(customer, str) else customer
+    if not isinstance(alias, str) or not (version is None or type(version) is int):
+        wrong = f"alias={alias!r}: must be text" if not isinstance(alias, str) else f"version={version!r}: must be a whole number"
+        raise ConfigError(f"looking up customer {key}: {wrong}. Ask for a version by its number, or for an alias.")
     home = home or Home.current()
     ensure_store(home)
     question = _Question(stores_in_use(), key, alias, version)
@@ -388,20 +396,23 @@ def _cached(home: Home, question: _Question, version: int, tags: dict[str, str])
 
 def _download(question: _Question, version: int, tags: dict[str, str], folder: Path) -> None:
     import mlflow
+    from mlflow.exceptions import MlflowException
 
     name = question.key.model_name
     for left in folder.parent.glob(".*.tmp"):  # by a process that was killed; nobody else is here
         shutil.rmtree(left, ignore_errors=True)
     with whole_folder(folder) as new:
+        source = client_of(question.stores).get_model_version_download_uri(name, str(version))
         try:
-            source = client_of(question.stores).get_model_version_download_uri(name, str(version))
             got = Path(
                 mlflow.artifacts.download_artifacts(f"{source}/{PREFIX_PATH}", dst_path=str(new), tracking_uri=question.stores[0])
             )
-        except OSError as error:
+        except (OSError, MlflowException) as error:
+            if "API request to" in str(error):  # nobody answered, so nothing is known of the files
+                raise
             raise RegistryError(
-                f"{name} version {version}: its files cannot be read from {shown_uri()} ({error}). "
-                "They were moved or deleted; register the prefix again."
+                f"{name} version {version}: its files cannot be read from {shown_uri()} ({' '.join(redact(str(error)).split())[:300]}). "
+                f"If they were moved, put them back; if they are lost: {_ANEW}"
             ) from error
         if got != new:
             for file in [file for file in PREFIX_FILES if (got / file).is_file()]:
@@ -412,7 +423,7 @@ def _download(question: _Question, version: int, tags: dict[str, str], folder: P
         if damage:
             raise RegistryError(
                 f"{name} version {version} at {shown_uri()}: {damage} is not what was registered. It was damaged or "
-                "tampered with and is not used. Delete the version in MLflow and register the prefix again."
+                f"tampered with and is not used. What helps: {_ANEW}"
             )
     _checked.pop(folder, None)
 

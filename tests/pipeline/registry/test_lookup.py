@@ -90,12 +90,24 @@ def test_tampered_artifact_is_refused_by_name(sqlite: Home, make, name: str) -> 
     assert not list((sqlite.root / "cache").rglob("prefix.*"))
 
 
-def test_deleted_artifact_is_an_error_that_names_the_store(sqlite: Home, make) -> None:
-    register(*make())
-    for file in stored("prefixfleet.acme").iterdir():
-        file.unlink()
-    with pytest.raises(RegistryError, match="version 1"):
-        lookup(CustomerKey("acme"))
+def test_lost_files_are_an_error_whose_remedy_works(home: Home, sqlite_server: Any, make, customer: str) -> None:
+    folders = make(customer=customer)
+    name = register(*folders).name
+    model = MlflowClient().get_model_version(name, "1").source.removeprefix("models:/")
+    root = home.mlflow_artifacts if home.mlflow_database.exists() else sqlite_server.root / "artifacts"
+    (place,) = root.rglob(model)
+    shutil.rmtree(place)
+    with pytest.raises(RegistryError, match=rf"{name} version 1: its files cannot be read from .* delete the version in MLflow, and"):
+        lookup(customer)
+    MlflowClient().delete_model_version(name, "1")
+    assert register(*folders).alias == "champion" and same(lookup(customer).prefix_dir, folders[0])
+
+
+@pytest.mark.parametrize("wrong", [{"version": "1"}, {"version": True}, {"version": 1.0}, {"alias": 1}])
+def test_what_is_no_version_or_alias_is_named(wrong: dict[str, Any]) -> None:
+    (argument,) = wrong
+    with pytest.raises(ConfigError, match=f"customer acme: {argument}={wrong[argument]!r}: must be"):
+        lookup("acme", **wrong)
 
 
 def test_unknown_customer_is_told_who_exists(sqlite: Home, make) -> None:
