@@ -170,7 +170,8 @@ def _finish_rollback(client: "MlflowClient", key: CustomerKey, champion: int, pr
 def _crown(client: "MlflowClient", name: str, version: int, held: dict[str, int], by: str, rejected: bool = False) -> None:
     """Make `version` champion. Whoever is it is noted as previous first. The challenger goes last if it is the one meant, for a call that names none
     finds it by that; another goes before, for once the champion has moved nobody would know that it is to go. So whenever a process dies, the same
-    call again finds who was meant and who answered before, and finishes. A `rejected` version is noted as promoted only once it is: that lets `rollback` pass it."""
+    call again finds who was meant and who answered before, and finishes. A `rejected` version is noted as promoted only once it is: that lets
+    `rollback` pass it."""
     if not rejected:
         _note(client, name, version, by)
     if held.get(CHAMPION) is not None:

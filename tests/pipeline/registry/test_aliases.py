@@ -122,7 +122,12 @@ class _Killed(BaseException):
 
 WRITES = ("set_model_version_tag", "set_registered_model_alias", "delete_registered_model_alias")
 MOVES: list[tuple[str, dict[str, int], Callable[..., object], dict[str, int]]] = [
-    ("the gate", {"champion": 1, "previous": 3, "challenger": 2}, lambda made: register(*made[4]), {"champion": 4, "previous": 1}),
+    (
+        "the gate",
+        {"champion": 1, "previous": 3, "challenger": 2},
+        lambda made: register(*made[4]),
+        {"champion": 4, "previous": 1},
+    ),
     ("another", {"champion": 1, "challenger": 3}, lambda _: promote(ACME, 2), {"champion": 2, "previous": 1}),
     ("far back", {"champion": 3, "previous": 2}, lambda _: rollback(ACME, 1), {"champion": 1, "previous": 3}),
     (

@@ -97,7 +97,9 @@ def test_lost_files_are_an_error_whose_remedy_works(home: Home, sqlite_server: A
     root = home.mlflow_artifacts if home.mlflow_database.exists() else sqlite_server.root / "artifacts"
     (place,) = root.rglob(model)
     shutil.rmtree(place)
-    with pytest.raises(RegistryError, match=rf"{name} version 1: its files cannot be read from .* delete the version in MLflow, and"):
+    with pytest.raises(
+        RegistryError, match=rf"{name} version 1: its files cannot be read from .* delete the version in MLflow, and"
+    ):
         lookup(customer)
     MlflowClient().delete_model_version(name, "1")
     assert register(*folders).alias == "champion" and same(lookup(customer).prefix_dir, folders[0])
@@ -335,7 +337,9 @@ def test_nobody_is_accused_before_mlflow_was_asked_again(sqlite: Home, make, clo
     assert lookup("acme").tags["seed"] == "9"
 
 
-def test_a_lookup_just_after_a_forget_elsewhere_says_that_the_customer_was_forgotten(sqlite: Home, make, clock: list[float]) -> None:
+def test_a_lookup_just_after_a_forget_elsewhere_says_that_the_customer_was_forgotten(
+    sqlite: Home, make, clock: list[float]
+) -> None:
     register(*make())
     lookup("acme")
     known = OrderedDict(looking._answers)
