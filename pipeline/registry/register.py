@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import RegistryError
+from pipeline.errors import RegistryError, StorageError
 from pipeline.files import file_digest, read_json
 from pipeline.home import Home
 from pipeline.keys import CustomerKey
@@ -57,6 +57,14 @@ _OWN_RUN = f"{TAG}made_by"
 # names the versions once they are there.
 _REGISTRY = f"{TAG}registry"
 _VERSIONS = "mlflow.modelVersions"
+# What is read of the files, part by part.
+_PREFIX_FIELDS = {
+    "": ("customer", "task", "digest", "weights_sha256", "run_id", "prefix", "training", "lineage", "base"),
+    "lineage": ("config_digest", "data_fingerprint", "code_version", "seed"),
+    "base": ("id", "revision", "digest"),
+}
+_METRICS_FIELDS = {"": ("customer", "task", "digest", "prefix_digest", "scores"), "scores": ("prefix", "base")}
+_DECISION_FIELDS = {"": ("decision", "reasons")}
 
 
 @dataclass(frozen=True)
@@ -99,7 +107,7 @@ def register(prefix_dir: Path, evaluation_dir: Path) -> Registration:
     A rejected prefix is registered too, so that it can be looked at, but never takes an alias from another.
 
     Raises:
-        StorageError: a file is damaged, or prefix.json is missing.
+        StorageError: a file is damaged or lacks a field, or prefix.json is missing.
         RegistryError: a file of the evaluation is missing, prefix and evaluation do not belong together, the weights are not those
             that were trained, the customer was forgotten, or MLflow failed.
     """
@@ -118,7 +126,7 @@ def register_imported(prefix_dir: Path, source: str, *, champion: bool) -> Regis
     Raises:
         StorageError, RegistryError: see `register`.
     """
-    prefix = read_json(prefix_dir / "prefix.json", format=1)
+    prefix = _read_whole(prefix_dir / "prefix.json", _PREFIX_FIELDS)
     nothing: dict[str, Any] = {"prefix": {}, "base": {}}
     candidate = _Candidate(
         CustomerKey(prefix["customer"], prefix["task"]),
@@ -235,15 +243,28 @@ def _sweep(client: "MlflowClient", candidate: _Candidate, experiment: str, secon
         log.warning("what a registration of %s left could not be removed: %s", candidate.key, redact(str(error)))
 
 
+def _read_whole(file: Path, fields: dict[str, tuple[str, ...]]) -> dict[str, Any]:
+    """A file of format 1 with these fields; a `StorageError` names one that it lacks."""
+    content = read_json(file, format=1)
+    for part, names in fields.items():
+        inner = content[part] if part else content
+        for name in names:
+            if not isinstance(inner, dict) or name not in inner:
+                raise StorageError(
+                    f"{file}: lacks {'.'.join(filter(None, (part, name)))}. Delete {file.parent}, and run the stage that writes it again."
+                )
+    return content
+
+
 def _read(prefix_dir: Path, evaluation_dir: Path) -> _Candidate:
-    prefix = read_json(prefix_dir / "prefix.json", format=1)
+    prefix = _read_whole(prefix_dir / "prefix.json", _PREFIX_FIELDS)
     for name in (*EVALUATION_FILES, GENERATIONS):
         if not (evaluation_dir / name).is_file():
             raise RegistryError(
                 f"{evaluation_dir / name}: is missing. Delete {evaluation_dir} and run the same command again: the prefix is evaluated anew."
             )
-    metrics = read_json(evaluation_dir / "metrics.json", format=1)
-    decision = read_json(evaluation_dir / "decision.json", format=1)
+    metrics = _read_whole(evaluation_dir / "metrics.json", _METRICS_FIELDS)
+    decision = _read_whole(evaluation_dir / "decision.json", _DECISION_FIELDS)
     key = CustomerKey(prefix["customer"], prefix["task"])
     judged = (metrics["customer"], metrics["task"], metrics["prefix_digest"])
     if judged != (key.customer, key.task, prefix["digest"]):

@@ -13,7 +13,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from pipeline.errors import RegistryError
+from pipeline.errors import RegistryError, StorageError
 from pipeline.files import file_digest, read_json, write_json
 from pipeline.home import Home
 from pipeline.keys import CustomerKey
@@ -227,6 +227,26 @@ def test_missing_file_of_an_evaluation_is_named_with_the_remedy(make, name: str)
     (evaluation / name).unlink()
     with pytest.raises(RegistryError, match=f"{name}: is missing. Delete .* and run the same command again"):
         register(prefix, evaluation)
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("prefix.json", "weights_sha256"),
+        ("prefix.json", "lineage.seed"),
+        ("metrics.json", "scores"),
+        ("decision.json", "reasons"),
+    ],
+)
+def test_a_field_that_is_missing_is_named_with_the_remedy(make, name: str, field: str) -> None:
+    folders = make()
+    file = next(folder / name for folder in folders if (folder / name).exists())
+    content = json.loads(file.read_text())
+    part, _, last = field.rpartition(".")
+    del (content[part] if part else content)[last]
+    file.write_text(json.dumps(content))
+    with pytest.raises(StorageError, match=f"{name}: lacks {field}. Delete {file.parent}, and run"):
+        register(*folders)
 
 
 def test_a_prefix_that_is_no_better_than_the_champion_is_registered_and_leaves_it(home: Home, make, customer: str) -> None:
