@@ -14,6 +14,7 @@ import json
 import logging
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -225,7 +226,7 @@ def _sweep(client: "MlflowClient", candidate: _Candidate, experiment: str, secon
 
     Whether a version appeared is known of the registry in use only: what was made for another one is left alone, and so is what ever had a version.
     """
-    ours = redact(client._registry_uri)
+    ours = redact(client._registry_uri or client.tracking_uri)
     used = {model_id_of(version) for version in versions_of(client, candidate.key.model_name)}
     before = (time.time() - seconds) * 1000
     try:
@@ -243,7 +244,7 @@ def _sweep(client: "MlflowClient", candidate: _Candidate, experiment: str, secon
         log.warning("what a registration of %s left could not be removed: %s", candidate.key, redact(str(error)))
 
 
-def _read_whole(file: Path, fields: dict[str, tuple[str, ...]]) -> dict[str, Any]:
+def _read_whole(file: Path, fields: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
     """A file of format 1 with these fields; a `StorageError` names one that it lacks."""
     content = read_json(file, format=1)
     for part, names in fields.items():
@@ -413,7 +414,7 @@ def _logged_model(client: "MlflowClient", candidate: _Candidate, run_id: str) ->
     """MLflow's record of the files: the one that a registration left which died before its version appeared, or a new one."""
     from mlflow.entities import LoggedModelOutput
 
-    registry = redact(client._registry_uri)
+    registry = redact(client._registry_uri or client.tracking_uri)
     known = _known_model(client, candidate, run_id)
     if known is not None:
         if known.tags.get(_REGISTRY) != registry:
