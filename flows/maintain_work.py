@@ -17,7 +17,7 @@ from typing import Any
 
 from flows import jobs, locks, work
 from pipeline.config import Customer, PromptSettings
-from pipeline.errors import PrefixFleetError, StorageError
+from pipeline.errors import ConfigError, PrefixFleetError, StorageError
 from pipeline.evaluation.drift import Drop, drop_between
 from pipeline.evaluation.metrics import METRICS
 from pipeline.files import digest_of, read_json, whole_folder, write_json
@@ -329,7 +329,7 @@ def _named_runs(home: Home, in_use: InUse) -> set[str]:
         for digest in digests:
             try:
                 runs.add(str(read_json(home.prefix(key, digest) / "prefix.json", 1).get("run_id")))
-            except StorageError:
+            except (ConfigError, StorageError):  # a version of somebody else has no digest
                 continue
     return runs
 

@@ -54,14 +54,14 @@ def unmade(member: JobCustomer, base: BaseModelInfo, home: Home, receipt: dict[s
         return UNFINISHED
     if receipt.get("again", 0) != times_again(home, member.key):
         return ASKED
-    changed = _changed(member, base, home.prefix(member.key, str(receipt.get("train_digest"))))
+    changed = _changed(member, base, home, str(receipt.get("train_digest")))
     return ", ".join(changed) or SETTINGS
 
 
-def _changed(member: JobCustomer, base: BaseModelInfo, before: Path) -> list[str]:
-    """What differs from the prefix in the folder `before`."""
+def _changed(member: JobCustomer, base: BaseModelInfo, home: Home, before: str) -> list[str]:
+    """What differs from the prefix with the digest `before`; nothing if that is no digest, or the prefix is not here."""
     try:
-        prefix = read_json(before / "prefix.json", 1)
+        prefix = read_json(home.prefix(member.key, before) / "prefix.json", 1)
         card = read_json(Path(member.prepared) / "card.json", 1)
         lineage, old = prefix["lineage"], prefix["base"]
         data = lineage["data_fingerprint"] not in (card["train_fingerprint"], card["fingerprint"])
