@@ -1,13 +1,13 @@
 """`prefixfleet forget`: everything that was made from one customer's data, wherever it lies: in MLflow, on this machine, in Prefect.
 
 In: a customer's id. Out: a `Forgotten` that says what is gone and what is not. MLflow comes first, for its tombstone keeps others from beginning
-anew. Each part finds what is left by itself, so a process that is killed is simply run again. Imports Prefect only where there is a Prefect.
+anew. Of a Prefect server that others use too, only what is of our flows is read or removed. Each part finds what is left by itself, so a process that is killed is simply run again. Imports Prefect only where there is a Prefect.
 """
 
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from flows import locks
@@ -18,6 +18,11 @@ from pipeline.home import Home
 from pipeline.keys import DEFAULT_TASK, CustomerKey, validate_id
 from pipeline.leftovers import give_up_free_pages, remove_leftovers, tasks_on_disk
 from pipeline.registry.forget import Forgotten, forget_in_mlflow
+
+TAG = "prefixfleet"
+# Others may have flows of these names too: see `_ours`.
+_FLOWS = ("fleet", "customer", "sweep", "maintain", "job")
+_OUR_PARAMETERS = {"fleet_file", "job_file"}
 
 
 def forget(customer: str, home: Home, backend_store_uri: str | None = None) -> Forgotten:
@@ -62,7 +67,8 @@ def forget(customer: str, home: Home, backend_store_uri: str | None = None) -> F
 
 
 def forget_in_prefect(client: Any, customer: str) -> Iterator[str]:
-    """Remove deployments and schedules that train the customer, flow runs that were about it alone, and its rows in the tables of other runs.
+    """Remove our deployments and schedules that train the customer, our flow runs that were about it alone, and its rows in the tables of others
+    of ours.
 
     Args:
         client: of Prefect, synchronous.
@@ -71,9 +77,14 @@ def forget_in_prefect(client: Any, customer: str) -> Iterator[str]:
     Returns:
         what was removed, in words.
     """
-    yield from _deployments(client, customer)
-    own = [run.id for run in pages(client.read_flow_runs) if _without(run.parameters or {}, customer) is None]
-    yield from _artifacts(client, customer, set(own))
+    from prefect.client.schemas.filters import FlowFilter, FlowFilterName
+
+    named = FlowFilter(name=FlowFilterName(any_=list(_FLOWS)))
+    deployments = [one for one in pages(client.read_deployments, flow_filter=named) if _ours(one)]
+    yield from _deployments(client, deployments, customer)
+    runs = [run for run in pages(client.read_flow_runs, flow_filter=named) if _ours(run)]
+    own = [run.id for run in runs if _without(run.parameters or {}, customer) is None]
+    yield from _artifacts(client, customer, {run.id for run in runs}, set(own))
     # With a flow run go its task runs and its log.
     for run in own:
         client.delete_flow_run(run)
@@ -81,10 +92,16 @@ def forget_in_prefect(client: Any, customer: str) -> Iterator[str]:
         yield f"{len(own)} Prefect flow runs about {customer} alone"
 
 
-def _deployments(client: Any, customer: str) -> Iterator[str]:
+def _ours(one: Any) -> bool:
+    """Whether a deployment or flow run of a flow that is called as one of ours is of ours: others may have a flow `customer` too."""
+    by_hand = str(getattr(one, "entrypoint", None) or "").replace("/", ".").startswith(tuple(f"flows.{flow}." for flow in _FLOWS))
+    return TAG in one.tags or by_hand or not _OUR_PARAMETERS.isdisjoint(one.parameters or {})
+
+
+def _deployments(client: Any, deployments: Iterable[Any], customer: str) -> Iterator[str]:
     from prefect.client.schemas.actions import DeploymentUpdate
 
-    for deployment in pages(client.read_deployments):
+    for deployment in deployments:
         left = _without(deployment.parameters or {}, customer)
         if left is None:
             client.delete_deployment(deployment.id)
@@ -104,8 +121,8 @@ def _deployments(client: Any, customer: str) -> Iterator[str]:
                 yield f"{customer} in a schedule of Prefect deployment {deployment.name}"
 
 
-def _artifacts(client: Any, customer: str, own: set[Any]) -> Iterator[str]:
-    """Those of the flow runs `own`, and the customer's rows in the tables of others."""
+def _artifacts(client: Any, customer: str, ours: set[Any], own: set[Any]) -> Iterator[str]:
+    """Those of the flow runs `own`, and the customer's rows in the tables of `ours`."""
     from prefect.client.schemas.actions import ArtifactUpdate
 
     changed = 0
@@ -114,7 +131,7 @@ def _artifacts(client: Any, customer: str, own: set[Any]) -> Iterator[str]:
             client.delete_artifact(artifact.id)
             changed += 1
             continue
-        if artifact.type != "table" or not isinstance(artifact.data, str):
+        if artifact.flow_run_id not in ours or artifact.type != "table" or not isinstance(artifact.data, str):
             continue
         rows = json.loads(artifact.data)
         if not isinstance(rows, list):

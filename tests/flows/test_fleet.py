@@ -422,7 +422,7 @@ def test_prefect_forgets_deployments_schedules_runs_and_rows_of_tables() -> None
     mark = uuid.uuid4().hex[:8]
     acme, bolt = f"a{mark}", f"b{mark}"
 
-    @flow(name=f"customer-{mark}", persist_result=False)
+    @flow(name="customer", persist_result=False)
     def customer(fleet_file: str, customer_id: str) -> None:
         if customer_id == bolt:
             rows = [
@@ -437,12 +437,16 @@ def test_prefect_forgets_deployments_schedules_runs_and_rows_of_tables() -> None
     for name in (acme, bolt, f"{acme}/menu"):
         customer("fleet.yaml", name)
     with get_client(sync_client=True) as client:
-        kind = client.read_flow_by_name(f"customer-{mark}").id
+        kind = client.read_flow_by_name("customer").id
 
         def deploy(name: str, parameters: dict[str, Any], schedules: list[dict[str, Any]]) -> None:
             cron = CronSchedule(cron="0 3 * * *")
             made = [DeploymentScheduleCreate(schedule=cron, parameters=given, slug=f"s{i}") for i, given in enumerate(schedules)]
-            client.create_deployment(flow_id=kind, name=f"{mark}-{name}", parameters=parameters, schedules=made)
+            tags = ["prefixfleet"] if name != "own" else []  # that one was made by hand
+            where = "flows.customer.customer"
+            client.create_deployment(
+                flow_id=kind, name=f"{mark}-{name}", parameters=parameters, schedules=made, tags=tags, entrypoint=where
+            )
 
         deploy("own", {"customer_id": f"{acme}/menu"}, [])
         deploy("some", {"customers": [acme, bolt]}, [])
@@ -459,6 +463,38 @@ def test_prefect_forgets_deployments_schedules_runs_and_rows_of_tables() -> None
         (table,) = [a for a in client.read_artifacts() if str(a.key).endswith(mark)]
         assert json.loads(table.data) == [{"customer": bolt, "why": "good"}]
         assert f"2 Prefect flow runs about {acme} alone" in said and list(forget_in_prefect(client, acme)) == []
+
+
+@pytest.mark.parametrize("name", ["bill", "customer"])
+def test_prefect_keeps_what_others_have_about_somebody_of_the_same_name(name: str) -> None:
+    from prefect import flow
+    from prefect.artifacts import create_table_artifact
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import DeploymentScheduleCreate
+    from prefect.client.schemas.schedules import CronSchedule
+
+    from flows.forget import forget_in_prefect
+
+    mark = uuid.uuid4().hex[:8]
+    acme = f"a{mark}"
+
+    @flow(name=name, persist_result=False)
+    def bill(customer: str) -> None:
+        create_table_artifact(key=f"bill-{mark}", table=[{"customer": customer, "sum": 3}])
+
+    bill(acme)
+    with get_client(sync_client=True) as client:
+        schedule = DeploymentScheduleCreate(schedule=CronSchedule(cron="0 3 * * *"), parameters={"customer": acme}, slug="theirs")
+        client.create_deployment(
+            flow_id=client.read_flow_by_name(name).id, name=mark, parameters={"customer": acme}, schedules=[schedule],
+            entrypoint="billing/flows.py:bill",
+        )  # fmt: skip
+        assert list(forget_in_prefect(client, acme)) == []
+        deployment = client.read_deployment_by_name(f"{name}/{mark}")
+        assert deployment.parameters == {"customer": acme} == deployment.schedules[0].parameters
+        assert [run.parameters for run in client.read_flow_runs() if mark in str(run.parameters)] == [{"customer": acme}]
+        (table,) = [one for one in client.read_artifacts() if one.key == f"bill-{mark}"]
+        assert json.loads(table.data) == [{"customer": acme, "sum": 3}]
 
 
 def test_a_sweep_is_a_flow_run_that_leaves_its_table(home: Home, fleet_file: Path, sweep_stages: list[tuple[str, Any]]) -> None:
