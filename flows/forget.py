@@ -1,7 +1,8 @@
 """`prefixfleet forget`: everything that was made from one customer's data, wherever it lies: in MLflow, on this machine, in Prefect.
 
 In: a customer's id. Out: a `Forgotten` that says what is gone and what is not. MLflow comes first, for its tombstone keeps others from beginning
-anew. Of a Prefect server that others use too, only what is of our flows is read or removed. Each part finds what is left by itself, so a process that is killed is simply run again. Imports Prefect only where there is a Prefect.
+anew. Of a Prefect server that others use too, only what is of our flows is removed. Each part finds what is left by itself, so a process that is
+killed is simply run again. Imports Prefect only where there is a Prefect.
 """
 
 import contextlib
@@ -40,8 +41,9 @@ def forget(customer: str, home: Home, backend_store_uri: str | None = None) -> F
     validate_id(customer)
     keys = {CustomerKey(customer, DEFAULT_TASK), *tasks_on_disk(home, customer)}
     with contextlib.ExitStack() as stack:
-        # A sweep holds its customer in a home of its own.
-        homes = [home, *(Home(home.sweep(key)) for key in sorted(keys) if home.sweep(key).is_dir())]
+        # A sweep and a drift check hold their customer in a home of their own.
+        own = [place for key in sorted(keys) for place in (home.sweep(key), home.drift(key))]
+        homes = [home, *(Home(place) for place in own if place.is_dir())]
         if not all([stack.enter_context(locks.holding_all_of(one, customer)) for one in homes]):
             raise PrefixFleetError(
                 f"customer {customer}: a run is at work on {customer}. Stop it or wait for it, and run the "

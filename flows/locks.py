@@ -51,13 +51,15 @@ def holding(home: Home, keys: Iterable[CustomerKey], kind: str = "customers") ->
 
 @contextlib.contextmanager
 def holding_all_of(home: Home, customer: str) -> Iterator[bool]:
-    """Hold all tasks of a customer meanwhile, also those of which there is nothing yet; yields whether nobody else holds one.
+    """Hold all tasks of a customer meanwhile, also those of which there is nothing yet; yields whether no run and no job holds one.
 
     Raises:
         StorageError: the lock file cannot be written.
     """
-    with _locked(home.root / "locks" / "customers", _place(customer)) as got:
-        yield got
+    # A job on another machine may outlive the run that asked for it.
+    locks = home.root / "locks"
+    with _locked(locks / "customers", _place(customer)) as run, _locked(locks / "jobs", _place(customer)) as job:
+        yield run and job
 
 
 @contextlib.contextmanager

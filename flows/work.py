@@ -4,6 +4,7 @@ The stages themselves are in `pipeline`; the Prefect flows and the stage command
 """
 
 import contextlib
+import dataclasses
 import logging
 import threading
 import time
@@ -433,7 +434,8 @@ def run_job(
 ) -> None:
     """Stage 2 or 3 for the customers of one job, in a child process. Nothing is launched if nobody is due any more.
 
-    A customer on whom the job of another run is at work (on another machine, or of a run that was killed) fails.
+    A customer on whom the job of another run is at work (on another machine, or of a run that was killed) fails. Who was forgotten since the job was
+    asked for leaves it without a trace.
 
     Raises:
         ProcessPaused, ProcessCrash, TrainingError, EvaluationError: see `flows.launch.run_module`.
@@ -441,7 +443,23 @@ def run_job(
     keys = [member.key for member in jobs.due_in(planned, stage)]
     # Below the home that the job is in, which may be that of a sweep.
     with locks.holding(Home(planned.path.parents[2]), keys, "jobs") as busy:
-        _run_job(planned, stage, dict.fromkeys(busy, _BUSY), logger, on_event)
+        # Asked under the lock that `forget` takes: nobody is forgotten from here on.
+        _run_job(_without_forgotten(planned, logger), stage, dict.fromkeys(busy, _BUSY), logger, on_event)
+
+
+def _without_forgotten(planned: jobs.PlannedJob, logger: "logging.Logger | logging.LoggerAdapter[Any]") -> jobs.PlannedJob:
+    from pipeline.registry import forgotten_customers
+
+    try:
+        forgotten = forgotten_customers()
+    except PrefixFleetError as error:  # MLflow is away: training needs nothing of it, and nobody forgotten is registered
+        logger.warning("whether somebody of the job was forgotten is not known: %s", error)
+        return planned
+    left = [member for member in planned.job.customers if member.customer not in forgotten]
+    if len(left) == len(planned.job.customers):
+        return planned
+    logger.warning("%s customers of the job were forgotten since and leave it", len(planned.job.customers) - len(left))
+    return dataclasses.replace(planned, job=dataclasses.replace(planned.job, customers=left))
 
 
 def _run_job(
