@@ -112,8 +112,7 @@ def deploy(fleet_file: Path, home: Home, *, dry_run: bool = False) -> list[Chang
 
 def slug(fleet: Fleet) -> str:
     """The fleet's name as Prefect takes names; two fleets whose names differ have two, however odd these are."""
-    plain = jobs.readable(fleet.name)
-    return plain if plain == fleet.name else f"{plain[:33]}-{digest_of(fleet.name)[:6]}"
+    return jobs.distinct(fleet.name)
 
 
 def fleet_tag(fleet: Fleet) -> str:

@@ -110,9 +110,11 @@ def work_through(todo: work.Work, planned: list[jobs.PlannedJob], evaluated: Cal
             for piece, error in list(_ended(running)):
                 running.remove(piece)
                 waiting.extend(_after(todo, piece, error, [*waiting, *running], evaluated))
-    except BaseException:
+    except BaseException as error:
+        # Of a run that fails, what it found under way goes on without it, as it did before; of one that is cancelled nothing does.
+        ours = [piece.run for piece in running if not (piece.adopted and isinstance(error, Exception))]
         with contextlib.suppress(Exception):
-            cancel([piece.run for piece in running if piece.run is not None])
+            cancel([run for run in ours if run is not None])
         raise
 
 

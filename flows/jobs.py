@@ -157,9 +157,10 @@ def plan(
 ) -> list[PlannedJob]:
     """Jobs of at most `launch.customers_per_job` customers for each distinct way to launch, in the order of the fleet file. Writes nothing.
 
-    A job is named by the fleet, the customers that the run is about, the way to launch and the number of its part, not by who of them is still due or
-    how the work is cut into micro-batches: a run that goes on where another one ended finds the same folder, and with it the checkpoint. Who was in
-    which part is told by the parts' files (`keep`): whoever is still due stays where it was.
+    A job is named by the home, the fleet file's place (one that is moved begins its unfinished jobs anew), the customers that the run is about,
+    the way to launch and the number of its part, not by who of them is still due or how the work is cut into micro-batches: a run that goes on
+    where another one ended finds the same folder, and with it the checkpoint. Who was in which part is told by the parts' files (`keep`): whoever
+    is still due stays where it was.
 
     Args:
         fleet: the fleet file.
@@ -175,13 +176,15 @@ def plan(
         groups.setdefault(how, (customer.launch, []))[1].append(customer)
     everybody = len(chosen) == len(fleet.customers)
     scope = None if everybody else sorted(str(customer.key) for customer in chosen)
+    # Two files of one name are two fleets, and so are those of two homes that share a server.
+    whose = [str(home.root), str(fleet.file)]
     jobs: list[PlannedJob] = []
     names: set[str] = set()
     for launch, group in groups.values():
         launched = launch.model_dump(mode="json", exclude_unset=True, exclude=set(_CHANGES_NO_JOB))
         name, number = "", 0
         while not name or name in names:  # groups that differ in nothing else are numbered
-            name = f"{readable(fleet.name)}-{digest_of([base.path.as_posix(), scope, launched, number])[:10]}"
+            name = f"{readable(fleet.name)}-{digest_of([*whose, base.path.as_posix(), scope, launched, number])[:10]}"
             number += 1
         names.add(name)
         members = [due[customer.key] for customer in group if customer.key in due]
@@ -332,3 +335,9 @@ def result_of(planned: PlannedJob, customer: JobCustomer, stage: str) -> tuple[s
 def readable(name: str) -> str:
     """`name` as part of a file or folder name."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40] or "fleet"
+
+
+def distinct(name: str) -> str:
+    """`readable`, but two names that differ, in case alone too, have two."""
+    plain = readable(name)
+    return plain if plain == name else f"{plain[:33]}-{digest_of(name)[:6]}"

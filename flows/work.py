@@ -18,7 +18,7 @@ from flows import events, jobs, launch, locks, notes, reasons
 from pipeline.base import BaseModelInfo, resolve_base
 from pipeline.config import Customer, Fleet, load_fleet
 from pipeline.errors import ConfigError, EvaluationError, PrefixFleetError
-from pipeline.files import read_json, write_json
+from pipeline.files import digest_of, read_json, write_json
 from pipeline.home import Home
 from pipeline.keys import CustomerKey
 from pipeline.queued import is_queued, unqueue
@@ -602,7 +602,7 @@ def outcome(work: Work) -> Outcome:
             if is_queued(work.home, customer.key):  # its data is what its prefix was made of: there is nothing to retrain it on
                 unqueue(work.home, customer.key)
     rows = [_row(work, customer) for customer in work.customers]
-    page = work.home.root / "reports" / f"{jobs.readable(work.fleet.name)}.html"
+    page = _page(work)
     report: Path | None = page
     try:
         from pipeline.evaluation.report import fleet_report
@@ -613,6 +613,16 @@ def outcome(work: Work) -> Outcome:
         log.warning("the fleet report could not be written: %s", error)
         report = None
     return Outcome(work.fleet.name, rows, work.stage_seconds, report, work.home.root)
+
+
+def _page(work: Work) -> Path:
+    """The page of the fleet's report: another fleet file of the same name has its own."""
+    page = work.home.root / "reports" / f"{jobs.distinct(work.fleet.name)}.html"
+    with contextlib.suppress(PrefixFleetError):  # none yet, or damaged
+        before = read_json(page.with_suffix(".json"), 1).get("fleet_file")
+        if before not in (None, str(work.fleet.file)):
+            return page.with_name(f"{page.stem}-{digest_of(str(work.fleet.file))[:6]}.html")
+    return page
 
 
 def _row(work: Work, customer: Customer) -> Row:

@@ -14,7 +14,17 @@ from typing import Annotated, Any, Literal, get_args
 from zoneinfo import ZoneInfo
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from pipeline.customers import DATA_SUFFIXES, SPLITS, Entry, from_folder, from_table
@@ -595,6 +605,12 @@ class Fleet(Settings):
     work_pools: dict[Annotated[str, Field(pattern=_NAME)], WorkPoolSettings] = {}
     deploy: DeploySettings = DeploySettings()
     retention: RetentionSettings = RetentionSettings()
+    _file: Path | None = PrivateAttr(None)
+
+    @property
+    def file(self) -> Path | None:
+        """Where it was read from, as an absolute path without links; None if it was not read from a file."""
+        return self._file
 
     @model_validator(mode="after")
     def _keys_are_unique(self) -> "Fleet":
@@ -670,7 +686,9 @@ def load_fleet(path: Path | str) -> Fleet:
         given = _expanded(content, path)
         if given is not None:
             content = {**content, "customers": [entry for entry, _ in given]}
-        return Fleet.model_validate(_with_defaults(content, path.resolve()))
+        fleet = Fleet.model_validate(_with_defaults(content, path.resolve()))
+        fleet._file = path.resolve()
+        return fleet
     except ValidationError as error:
         items = error.errors()
         # A list whose entries are all wrong counts as empty too; that says nothing new.

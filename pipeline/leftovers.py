@@ -164,9 +164,11 @@ def _leave_report(file: Path, customer: str) -> bool:
     from pipeline.evaluation.report import fleet_report
 
     others: list[dict[str, Any]] = []
+    of_file: str | None = None
     if file.is_file():
         try:
-            rows = read_json(file, 1)["customers"]
+            content = read_json(file, 1)
+            rows, of_file = content["customers"], content.get("fleet_file")
             others = [row for row in rows if CustomerKey.parse(row["key"]).customer != customer]
         except (KeyError, TypeError, AttributeError, ConfigError) as error:
             raise _damaged(file, error) from error
@@ -175,7 +177,7 @@ def _leave_report(file: Path, customer: str) -> bool:
     elif not any(_names(page.read_text(encoding="utf-8", errors="replace"), customer) for page in _written(file)):
         return False  # of a process that was killed before it wrote the JSON, or is at it
     if others:
-        fleet_report(others, file.with_suffix(".html"))
+        fleet_report(others, file.with_suffix(".html"), of_file)
     else:
         for suffix in _PAGES:
             delete(file.with_suffix(suffix))

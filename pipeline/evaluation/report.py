@@ -320,7 +320,7 @@ def _settings(prefix: Mapping[str, Any], metrics: Mapping[str, Any], decision: M
     )
 
 
-def fleet_report(rows: Sequence[Row], path: Path) -> None:
+def fleet_report(rows: Sequence[Row], path: Path, fleet_file: str | None = None) -> None:
     """Write the page of a fleet's run to `path`, and the same as JSON and Markdown beside it; its title is the file's stem.
 
     Args:
@@ -329,6 +329,7 @@ def fleet_report(rows: Sequence[Row], path: Path) -> None:
             `seconds`, `error` and `report`, the path of the customer's own page, linked relative to `path`. Whatever is None or absent is
             left blank.
         path: the HTML file, replaced as a whole.
+        fleet_file: where the fleet file is, for the JSON: of two of the same name it says whose the page is.
 
     Raises:
         StorageError: it cannot be written.
@@ -359,7 +360,7 @@ def fleet_report(rows: Sequence[Row], path: Path) -> None:
     write_text(path.with_suffix(".md"), fleet_markdown(path.stem, rows, summary))
     # Last: whoever takes a customer off the pages asks this file who is on them, so it must not be ahead of the others.
     plain = [{name: str(value) if isinstance(value, Path) else value for name, value in row.items()} for row in rows]
-    write_json(path.with_suffix(".json"), {"format": 1, "fleet": path.stem, "customers": plain})
+    write_json(path.with_suffix(".json"), {"format": 1, "fleet": path.stem, "fleet_file": fleet_file, "customers": plain})
 
 
 def _signatures(rows: Iterable[Row]) -> str:

@@ -115,6 +115,8 @@ def test_one_job_for_each_way_to_launch(tmp_path: Path) -> None:
     assert planned[0].path.parent == home.job(planned[0].job.name)
     # The same work finds the same folder, and so its checkpoints.
     assert [p.job.name for p in plan(fleet, members, home)] == [p.job.name for p in planned]
+    # Homes share Prefect servers, where a job is found by its name.
+    assert {p.job.name for p in plan(fleet, members, Home(tmp_path / "other"))}.isdisjoint(p.job.name for p in planned)
 
 
 def test_a_job_keeps_its_folder_when_fewer_are_due_or_the_work_is_cut_otherwise(tmp_path: Path) -> None:
