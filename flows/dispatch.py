@@ -8,7 +8,7 @@ the customer that causes it is alone. Must run inside a flow. Knows nothing of w
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ def work_through(todo: work.Work, planned: list[jobs.PlannedJob], evaluated: Cal
                     waiting.extend(_after(todo, piece, None, others, evaluated))
                 elif piece.job.launch.work_pool is not None:
                     try:
-                        _start(piece)
+                        _start(piece, todo.fleet.deploy.env)
                         running.append(piece)
                     except Exception as refused:  # the server's, or there is no such deployment: the other jobs go on
                         waiting.extend(_after(todo, piece, refused, others, evaluated))
@@ -155,8 +155,13 @@ def _after(
     return []
 
 
-def _start(piece: _Piece) -> None:
-    """Have a piece worked on by the pool, or find the flow run that is at it already: one that outlived the run of the fleet that started it.
+def _start(piece: _Piece, environment: Mapping[str, str]) -> None:
+    """Have a piece worked on by the pool, or find the flow run that is at it already: one that outlived the run of the fleet that started it. A job's
+    name is that of its home and fleet file, so no other fleet's run is taken for it.
+
+    Args:
+        piece: what is to be done.
+        environment: the fleet's `deploy.env`.
 
     Raises:
         ConfigError: the pool has no deployment.
@@ -186,8 +191,8 @@ def _start(piece: _Piece) -> None:
                 "tries": piece.tries,
             },
             timeout=0,
-            # The deployment is shared with other fleets, so it has no environment of its own.
-            job_variables={"env": told_to_workers(job.path.parents[2])},
+            # The deployment is shared with other fleets, so the environment goes along with each run; Prefect lays it over the deployment's.
+            job_variables={"env": {**told_to_workers(job.path.parents[2]), **environment}},
             tags=[TAG, OF_JOB.format(job.job.name), OF_RUN.format(this_run.id)],
             flow_run_name=f"{job.job.name} · {piece.stage} · {names[0] if len(names) == 1 else f'{len(names):,} customers'}",
             # The same request, sent twice because its answer was lost, makes one run; one made after that has ended makes another.
