@@ -16,8 +16,14 @@ from uuid import UUID
 
 from prefect import get_run_logger
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterTags
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    FlowRunFilterTags,
+)
+from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
@@ -26,6 +32,7 @@ from prefect.states import Cancelling, Crashed, State
 
 from flows import events, jobs, tasks, work
 from flows.launch import ProcessCrash, told_to_workers
+from flows.prefect_api import pages
 from pipeline.errors import ConfigError, PrefixFleetError, TrainingError
 from pipeline.files import digest_of, read_json, write_json
 from pipeline.training.job import JobCustomer
@@ -318,6 +325,6 @@ def cancel_jobs_of(flow: Any, flow_run: FlowRun, state: Any) -> None:
 
 
 def _living_jobs(client: SyncPrefectClient, run: UUID) -> list[FlowRun]:
-    tags = FlowRunFilterTags(all_=[TAG, OF_RUN.format(run)])
-    found = client.read_flow_runs(flow_run_filter=FlowRunFilter(tags=tags), limit=200)
-    return [job for job in found if job.state is not None and not job.state.is_final()]
+    ended = FlowRunFilterStateType(not_any_=list(TERMINAL_STATES))
+    wanted = FlowRunFilter(tags=FlowRunFilterTags(all_=[TAG, OF_RUN.format(run)]), state=FlowRunFilterState(type=ended))
+    return pages(client.read_flow_runs, flow_run_filter=wanted)
