@@ -13,7 +13,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows import artifacts, dispatch, jobs, notes, tasks, work
+from flows import artifacts, dispatch, jobs, tasks, work
 from pipeline.config import Fleet
 from pipeline.errors import ConfigError
 from pipeline.home import Home
@@ -29,6 +29,8 @@ def _run_name() -> str:
     return f"{Path(flow_run.parameters['fleet_file']).stem} · {datetime.date.today().isoformat()} · {who}"
 
 
+# The tag that Prefect's scheduler gives the runs that it makes.
+_SCHEDULED = "auto-scheduled"
 # More threads would only wait for one another: preparing is serial, registering writes to one store.
 THREADS: Any = ThreadPoolTaskRunner(max_workers=4)
 
@@ -47,7 +49,7 @@ def fleet(fleet_file: Path, customers: list[str] | None = None, force: bool = Fa
 
     Args:
         fleet_file: see `pipeline.config`.
-        customers: only these; by default all, without those whose own hour has not come.
+        customers: only these; by default all, without those whose own hour has not come. Names that are not in the file are reported as failed.
         force: train those named again although nothing has changed.
 
     Returns:
@@ -67,14 +69,13 @@ def bring_up_to_date(
     """
     home = Home.current()
     ensure_store(home)
-    todo = work.open_work(fleet_file, customers, home, change)
-    if force:
-        if not customers:
-            raise ConfigError("force trains customers again although nothing has changed; name them.")
-        for customer in todo.customers:
-            notes.ask_again(home, customer.key, str(flow_run.id))
+    # A deployment's customers may be of an older file: one that is gone is no reason to leave the others.
+    todo = work.open_work(fleet_file, customers, home, change, strict=False)
+    todo.scheduled = _SCHEDULED in flow_run.tags
+    if force and not customers:
+        raise ConfigError("force trains customers again although nothing has changed; name them.")
     _check_pools(todo)
-    with work.alone(todo):
+    with work.alone(todo, again=str(flow_run.id) if force else None):
         _rename(todo.name())
         _work_through(todo)
         outcome = work.outcome(todo)

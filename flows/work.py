@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 _RESUMPTIONS = 14
 
 _FEW = 50
+_UNKNOWN = "is not in the fleet file. If it was removed there, `prefixfleet deploy FLEET.yaml` takes it out of the schedules. If not, correct it"
 _BUSY = "another run is at work on this customer; wait for it or stop it"
 
 _preparing = threading.Lock()
@@ -125,6 +126,8 @@ class Work:
         errors: why a customer went no further.
         forgotten: customers that are not to be trained again, with the time when they were forgotten.
         named: whether somebody asked for these customers by name, and not for the fleet.
+        scheduled: whether that somebody was a schedule, which may be older than the fleet file.
+        unknown: names asked for that are not in the fleet file.
         seconds: time spent on a customer.
     """
 
@@ -133,6 +136,8 @@ class Work:
     base: BaseModelInfo
     home: Home
     named: bool = False
+    scheduled: bool = False
+    unknown: tuple[str, ...] = ()
     due: dict[CustomerKey, tuple[str, ...]] = field(default_factory=dict)
     why: dict[CustomerKey, str] = field(default_factory=dict)
     waiting: dict[CustomerKey, datetime] = field(default_factory=dict)
@@ -227,8 +232,10 @@ def open_work(
     wanted: list[str] | None = None,
     home: Home | None = None,
     change: Callable[[Fleet], Fleet] | None = None,
+    strict: bool = True,
 ) -> Work:
-    """Read the fleet file and find the base; `change` is made to the fleet in between.
+    """Read the fleet file and find the base; `change` is made to the fleet in between. Unless `strict`, names that are not in the file are noted as
+    long as one is.
 
     Raises:
         ConfigError: the fleet file is wrong, or names no customer of `wanted`.
@@ -237,12 +244,18 @@ def open_work(
     fleet = load_fleet(fleet_file)
     if change is not None:
         fleet = change(fleet)
-    customers = fleet.select(wanted or [])
+    known = wanted or []
+    unknown: tuple[str, ...] = ()
+    if not strict:
+        names = {name for customer in fleet.customers for name in (customer.id, f"{customer.id}/{customer.task}")}
+        if found := [name for name in known if name in names]:
+            known, unknown = found, tuple(dict.fromkeys(name for name in known if name not in names))
+    customers = fleet.select(known)
     for config in {customer.launch.model_dump_json(exclude_unset=True): customer.launch for customer in customers}.values():
         launch.config_file(config)
     home = home or Home.current()
     base = resolve_base(fleet.base_model.path, fleet.base_model.revision, home.root / "cache" / "base_digests.json")
-    return Work(fleet, customers, base, home, named=bool(wanted))
+    return Work(fleet, customers, base, home, named=bool(wanted), unknown=unknown)
 
 
 def open_one(fleet_file: Path | str, customer: str, home: Home | None = None) -> tuple[Work, Customer]:
@@ -319,7 +332,7 @@ def _as_before(work: Work, key: CustomerKey, known: "Held | None", receipt: dict
 
 
 def leave_forgotten(work: Work) -> None:
-    """Note who was forgotten: of a fleet they are left out and reported, but whoever asks for one by name is told that it failed.
+    """Note who was forgotten: of a fleet or a schedule they are left out and reported, but who asks for one by name is told that it failed.
 
     Raises:
         RegistryError: MLflow failed.
@@ -332,22 +345,33 @@ def leave_forgotten(work: Work) -> None:
         if customer.id in forgotten:
             work.due[customer.key] = ()
             work.forgotten[customer.key] = forgotten[customer.id]
-            if work.named:
+            if work.named and not work.scheduled:
                 work.fail(customer.key, jobs.STAGES[0], sentence(customer.id, forgotten[customer.id]))
 
 
 @contextlib.contextmanager
-def alone(work: Work) -> Iterator[None]:
+def alone(work: Work, again: str | None = None) -> Iterator[None]:
     """Keep other runs from the customers of this one meanwhile, and `survey` them. Those that another run holds and that are due here fail.
+
+    Args:
+        work: the run's work.
+        again: the id of a run that trains them all again although nothing has changed, but for those who fail here and the forgotten.
 
     Raises:
         StorageError, RegistryError: see `flows.locks.holding` and `survey`.
     """
     with locks.holding(work.home, [customer.key for customer in work.customers]) as busy:
+        if again is not None:
+            from pipeline.registry import forgotten_customers
+
+            forgotten = forgotten_customers()
+            for customer in work.customers:
+                if customer.key not in busy and customer.id not in forgotten:
+                    notes.ask_again(work.home, customer.key, again)
         survey(work)
         for key in sorted(busy):
-            if work.due[key]:
-                work.fail(key, work.due[key][0], _BUSY)
+            if work.due[key] or (again is not None and key not in work.forgotten):
+                work.fail(key, (work.due[key] or jobs.STAGES)[0], _BUSY)
         yield
 
 
@@ -607,11 +631,14 @@ def outcome(work: Work) -> Outcome:
     try:
         from pipeline.evaluation.report import fleet_report
 
-        fleet_report([vars(row) for row in rows if row.status != "forgotten"], page)
+        of_file = None if work.fleet.file is None else str(work.fleet.file)
+        fleet_report([vars(row) for row in rows if row.status != "forgotten"], page, of_file)
     except PrefixFleetError as error:
         # The work is done and registered: a page that could not be written must not make it look otherwise.
         log.warning("the fleet report could not be written: %s", error)
         report = None
+    # Not on the page, which keeps to keys that are customers'.
+    rows += [Row(name, status="failed", error=_UNKNOWN) for name in work.unknown]
     return Outcome(work.fleet.name, rows, work.stage_seconds, report, work.home.root)
 
 
