@@ -1,6 +1,8 @@
 """Jobs that crash, and why customers are due: the fleet flow with stages in this process."""
 
+import contextlib
 import json
+import logging
 import os
 import random
 import signal
@@ -9,13 +11,15 @@ import sys
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
-from flows import launch, notes, work
+from flows import jobs, launch, locks, notes, work
 from flows.work import Outcome
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, PrefixFleetError
 from pipeline.home import Home
 from pipeline.keys import CustomerKey
 from pipeline.queued import queue, read_queued
@@ -266,6 +270,163 @@ def test_a_file_whose_time_was_set_back_after_a_change_is_seen_to_have_changed(
     os.utime(data, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert data.stat().st_size == before.st_size and data.stat().st_mtime_ns == before.st_mtime_ns
     assert prepared_card(customer, todo.base, folder) is None
+
+
+@pytest.mark.usefixtures("registers_at_once")
+def test_two_fleet_files_of_one_name_have_jobs_and_pages_of_their_own(
+    home: Home, tmp_path: Path, example_base: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place in ("eu", "us"):
+        (tmp_path / place).mkdir()
+    eu, us = (write_fleet(tmp_path / place, example_base, [name]) for place, name in (("eu", "a"), ("us", "b")))
+    waiting, pages = [us], []
+
+    def meanwhile(module: str, path: Path, *rest: Any) -> None:
+        if waiting:  # the child of eu takes seconds to start; us is run then
+            pages.append(run(waiting.pop()).report)
+        stages(module, path, *rest)
+
+    monkeypatch.setattr(launch, "run_module", meanwhile)
+    outcome = run(eu)
+    assert not outcome.failed and [who for _, who in stages.launched] == [["b"], ["b"], ["a"], ["a"]]
+    pages += [outcome.report, run(us).report]
+    assert pages[0] == pages[2] != pages[1]
+    assert [[one["key"] for one in json.loads(page.with_suffix(".json").read_text())["customers"]] for page in pages[:2]] == [
+        ["b"],
+        ["a"],
+    ]
+    # Names that differ in case alone are two as well.
+    shop = write_fleet(tmp_path / "eu", example_base, ["a"], "name: Fleet\n")
+    assert run(shop).report not in pages
+
+
+@pytest.mark.usefixtures("registers_at_once")
+def test_a_schedule_older_than_the_fleet_file_is_carried_out_for_those_who_are_left(
+    home: Home, tmp_path: Path, example_base: Path, stages: Stages
+) -> None:
+    from prefect import tags
+
+    from flows.forget import forget
+
+    file = write_fleet(tmp_path, example_base, ["a", "b"])
+    forget("b", home)
+    with tags("auto-scheduled"):  # as Prefect's scheduler
+        rows = run(file, ["a/default", "b/default", "gone/default"]).rows
+    assert [(row.key, row.status) for row in rows] == [("a", "done"), ("b", "forgotten"), ("gone/default", "failed")]
+    assert "prefixfleet deploy" in str(rows[2].error)
+    assert [row.status for row in run(file, ["b"]).rows] == ["failed"], "somebody asked for the forgotten by name"
+    with pytest.raises(ConfigError, match="'gone' is not in the fleet file"):
+        run_raising(file, ["gone"])
+
+
+def run_raising(file: Path, customers: list[str]) -> None:
+    from flows.fleet import fleet
+
+    fleet(file, customers)
+
+
+def test_asking_again_counts_only_where_the_training_begins(
+    home: Home, tmp_path: Path, example_base: Path, stages: Stages
+) -> None:
+    from flows.forget import forget
+
+    file = write_fleet(tmp_path, example_base, ["a", "b"])
+    forget("a", home)
+    code = "from flows import locks; from pipeline.home import Home; from pipeline.keys import CustomerKey as K\n"
+    code += "with locks.holding(Home.current(), [K('b')]): print('held', flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"held\n"
+        rows = run(file, ["a", "b"], force=True).rows
+        other.communicate(b"\n")
+    assert [row.status for row in rows] == ["failed", "failed"] and "another run is at work" in str(rows[1].error)
+    assert not (home.root / "again").exists() and not list(home.root.glob("*/a")) and stages.launched == []
+
+
+def test_nobody_is_forgotten_under_a_job_and_who_was_forgotten_leaves_it(
+    home: Home, tmp_path: Path, example_base: Path, stages: Stages
+) -> None:
+    """A job on a work pool may outlive the run that asked for it."""
+    from flows.forget import forget
+
+    todo = work.open_work(write_fleet(tmp_path, example_base, ["a", "b"]), None, home)
+    for customer in todo.customers:
+        todo.due[customer.key] = jobs.STAGES
+        todo.prepared(customer.key, work.prepare(customer, todo.base, home))
+    (job,) = todo.plan()
+    with locks.holding(home, [CustomerKey("a")], "jobs"), pytest.raises(PrefixFleetError, match="a run is at work on a"):
+        forget("a", home)
+    forget("a", home)
+    work.run_job(job, "train", logging.getLogger("job"))
+    assert stages.launched == [("training", ["b"])] and not list(home.root.glob("**/a/**/*"))
+
+
+@pytest.mark.parametrize(("stopped", "cancelled_too"), [(RuntimeError, 0), (KeyboardInterrupt, 1)])
+def test_jobs_on_a_pool_get_the_fleet_file_s_environment_and_end_with_their_run_and_what_it_found_under_way_only_if_it_is_cancelled(
+    home: Home,
+    tmp_path: Path,
+    example_base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stopped: type[BaseException],
+    cancelled_too: int,
+) -> None:
+    from prefect.client.schemas.objects import FlowRun
+    from prefect.states import Running
+
+    from flows import dispatch
+
+    more = "launch: {work_pool: gpu}\nwork_pools: {gpu: {}}\ndeploy: {env: {HF_HUB_OFFLINE: '1', PREFIXFLEET_HOME: /mnt/home}}\n"
+    todo = work.open_work(write_fleet(tmp_path, example_base, ["a"], more), None, home)
+    (customer,) = todo.customers
+    todo.due[customer.key] = jobs.STAGES
+    todo.prepared(customer.key, work.prepare(customer, todo.base, home))
+    asked: list[dict[str, Any]] = []
+
+    def run_deployment(name: str, **given: Any) -> SimpleNamespace:
+        asked.append(given)
+        return SimpleNamespace(id=uuid4())
+
+    def sleep(_: float) -> None:
+        raise stopped
+
+    living: list[FlowRun] = []
+    server = SimpleNamespace(read_flow_runs=lambda **_: list(living))
+    cancelled: list[Any] = []
+    monkeypatch.setattr(dispatch, "run_deployment", run_deployment)
+    monkeypatch.setattr(dispatch, "cancel", cancelled.append)
+    monkeypatch.setattr(dispatch, "get_run_logger", lambda: logging.getLogger("dispatch"))
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
+        patch.setattr(dispatch, "get_client", lambda sync_client: contextlib.nullcontext(server))
+        with pytest.raises(stopped):
+            dispatch.work_through(todo, todo.plan(), lambda _: None)
+        living.append(FlowRun(flow_id=uuid4(), name="of a run that was killed", state=Running()))
+        with pytest.raises(stopped):
+            dispatch.work_through(todo, todo.plan(), lambda _: None)
+    assert len(asked) == 1, "what is under way is not asked for again"
+    environment = asked[0]["job_variables"]["env"]
+    assert (environment["HF_HUB_OFFLINE"], environment["PREFIXFLEET_HOME"]) == ("1", "/mnt/home")
+    assert [len(runs) for runs in cancelled] == [1, cancelled_too]
+
+
+def test_the_jobs_of_a_cancelled_run_are_all_found_however_many_have_ended() -> None:
+    from prefect import flow
+    from prefect.client.orchestration import get_client
+    from prefect.states import Completed, Running
+
+    from flows import dispatch
+
+    @flow(name="job-of-a-run", persist_result=False)
+    def job() -> None: ...
+
+    run = uuid4()
+    with get_client(sync_client=True) as client:
+        tags = [dispatch.TAG, dispatch.OF_RUN.format(run)]
+        living = [client.create_flow_run(job, state=Running(), tags=tags).id for _ in range(3)]
+        for _ in range(3):
+            client.create_flow_run(job, state=Completed(), tags=tags)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("flows.prefect_api._PAGE", 2)
+            assert {one.id for one in dispatch._living_jobs(client, run)} == set(living)
 
 
 @pytest.mark.slow
