@@ -351,7 +351,7 @@ def lived_in(tmp_path: Path) -> Home:
     ]
     from pipeline.evaluation.report import fleet_report
 
-    fleet_report(rows, home.root / "reports" / "fleet.html")
+    fleet_report(rows, home.root / "reports" / "fleet.html", "/srv/fleet.yaml")
     fleet_report(rows[:2], home.root / "reports" / "acme-alone.html")
     (home.root / "jobs" / "acme").mkdir()  # a job may be called like a customer
     (home.root / "jobs" / "acme" / "metrics.jsonl").write_text("{}")
@@ -364,7 +364,8 @@ def test_files_of_one_customer_go_and_those_of_others_stay(lived_in: Home) -> No
     assert files_with("secret of acme", lived_in.root) == []
     kept = [file for file in files_with("secret of bistro", lived_in.root) if "/reports/" not in file]
     assert len(kept) == 7 * 2 + 1 + 1  # its folders, its receipt, the job
-    assert "secret of bistro" in (lived_in.root / "reports" / "fleet.json").read_text()
+    page = (lived_in.root / "reports" / "fleet.json").read_text()
+    assert "secret of bistro" in page and json.loads(page)["fleet_file"] == "/srv/fleet.yaml"
     assert any(line.startswith("prefixes/acme (") for line in removed) and "acme in reports/fleet.html" in removed
     manifest = json.loads((lived_in.root / "jobs/fleet-1/checkpoint.json").read_text())
     assert (manifest["slots"], manifest["finished"], manifest["parked"]) == ([None, None, "bistro", None], [], ["bistro"])
