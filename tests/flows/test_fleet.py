@@ -45,6 +45,7 @@ def children(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_every_customer_is_prepared_trained_evaluated_and_registered_in_one_run(home: Home, fleet_file: Path) -> None:
     from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
     from prefect.logging.handlers import APILogWorker
 
     from pipeline.registry import lookup
@@ -66,7 +67,7 @@ def test_every_customer_is_prepared_trained_evaluated_and_registered_in_one_run(
     APILogWorker.drain_all(timeout=10)
     with get_client(sync_client=True) as client:
         flow_run = max(client.read_flow_runs(), key=lambda r: r.created)
-        logs = client.read_logs()
+        logs = client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[flow_run.id])))
     assert flow_run.name.startswith("fleet · ") and flow_run.name.endswith(" · 3 of 3 due")
     assert "train works on acme" in {log.message for log in logs if log.flow_run_id == flow_run.id}
 
@@ -396,9 +397,10 @@ def test_customer_flow_runs_one_customer(home: Home, fleet_file: Path) -> None:
 def test_nothing_is_pickled_into_prefect_s_storage(
     home: Home, fleet_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    run(fleet_file, ["acme"])
     storage = Path(os.environ["PREFECT_HOME"]) / "storage"
-    assert not storage.exists() or not any(storage.rglob("*"))
+    before = set(storage.rglob("*"))
+    run(fleet_file, ["acme"])
+    assert set(storage.rglob("*")) == before
 
 
 def test_the_flow_reports_who_was_forgotten_and_completes(home: Home, fleet_file: Path) -> None:
