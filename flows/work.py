@@ -13,7 +13,7 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows import events, jobs, launch, locks, notes, reasons
+from flows import events, fleets, jobs, launch, locks, notes, reasons
 from pipeline.base import BaseModelInfo, resolve_base
 from pipeline.config import Customer, Fleet, load_fleet
 from pipeline.errors import ConfigError, EvaluationError, PrefixFleetError
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 _RESUMPTIONS = 14
 
 _FEW = 50
-_BUSY = "another run is at work on this customer; wait for it or stop it"
+_BUSY = "another run is at work on this customer, or `maintain` is judging its champion; wait for it or stop it"
 
 _preparing = threading.Lock()
 
@@ -125,6 +125,7 @@ class Work:
         forgotten: customers that are not to be trained again, with the time when they were forgotten.
         named: whether somebody asked for these customers by name, and not for the fleet.
         seconds: time spent on a customer.
+        file: the fleet file.
     """
 
     fleet: Fleet
@@ -143,6 +144,7 @@ class Work:
     seconds: dict[CustomerKey, float] = field(default_factory=dict)
     versions: dict[CustomerKey, tuple[int | None, str | None]] = field(default_factory=dict)
     stage_seconds: dict[str, float] = field(default_factory=dict)
+    file: Path = Path()
 
     def __post_init__(self) -> None:
         self._by_key = {customer.key: customer for customer in self.customers}
@@ -241,7 +243,8 @@ def open_work(
         launch.config_file(config)
     home = home or Home.current()
     base = resolve_base(fleet.base_model.path, fleet.base_model.revision, home.root / "cache" / "base_digests.json")
-    return Work(fleet, customers, base, home, named=bool(wanted))
+    home.identity()  # which training marks its MLflow runs with
+    return Work(fleet, customers, base, home, named=bool(wanted), file=Path(fleet_file))
 
 
 def open_one(fleet_file: Path | str, customer: str, home: Home | None = None) -> tuple[Work, Customer]:
@@ -297,6 +300,27 @@ def survey(work: Work) -> None:
             work.due[key], work.waiting[key] = (), hour
 
 
+def say_where(work: Work, what: str, logger: "logging.Logger | logging.LoggerAdapter[Any]") -> None:
+    """Say so if customers name a work pool for their jobs and what is about to start runs in this process all the same."""
+    pools = sorted({customer.launch.work_pool for customer in work.customers if customer.launch.work_pool is not None})
+    if pools:
+        logger.warning(
+            "launch.work_pool: %s runs on this machine and not on %s, which is for jobs of a fleet", what, ", ".join(pools)
+        )
+
+
+def look_again(work: Work, key: CustomerKey) -> Work:
+    """One customer of `work`, surveyed anew: what is due may have changed before its lock was held.
+
+    Raises:
+        RegistryError: MLflow failed.
+    """
+    (customer,) = (customer for customer in work.customers if customer.key == key)
+    one = Work(work.fleet, (customer,), work.base, work.home, file=work.file)
+    survey(one)
+    return one
+
+
 def _leaves_new_data(work: Work, customer: Customer, known: "Held | None") -> bool:
     """Whether changed data alone is no reason to train this customer, who has a champion: its `retrain` says so, and nothing has fallen."""
     if customer.retrain.when == "data" or known is None or known.champion_version is None:
@@ -344,6 +368,7 @@ def alone(work: Work) -> Iterator[None]:
     """
     with locks.holding(work.home, [customer.key for customer in work.customers]) as busy:
         survey(work)
+        fleets.note(work.home, work.fleet, work.file, work.forgotten)
         for key in sorted(busy):
             if work.due[key]:
                 work.fail(key, work.due[key][0], _BUSY)
