@@ -228,7 +228,7 @@ def test_what_a_killed_process_left_of_pages_and_jobs_is_removed_by_the_next(
 
     with monkeypatch.context() as patch:
         for name in (
-            "pipeline.leftovers._delete",
+            "pipeline.leftovers.delete",
             "pipeline.evaluation.report.write_text",
             "pipeline.evaluation.report.write_json",
         ):
