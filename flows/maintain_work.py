@@ -342,11 +342,13 @@ def _named_runs(home: Home, in_use: InUse) -> set[str]:
     """The MLflow runs of prefixes on this machine that may yet be registered."""
     runs = set()
     for key, digests in in_use.digests.items():
-        # Of who is in two fleets, all: the other's settings are not known here.
-        names = [folder.name for folder in key.below(home.root, "prefixes").glob("*/")] if key in in_use.shared else digests
-        for name in names:
-            try:
-                runs.add(str(read_json(home.prefix(key, name) / "prefix.json", 1).get("run_id")))
-            except (ConfigError, StorageError):  # a version of somebody else has no digest
-                continue
+        folders = []
+        for digest in digests:
+            with contextlib.suppress(ConfigError):  # a version of somebody else has no digest
+                folders.append(home.prefix(key, digest))
+        if key in in_use.shared:  # all, for the other fleet's settings are not known here
+            folders += key.below(home.root, "prefixes").glob("*/")
+        for folder in folders:
+            with contextlib.suppress(StorageError):
+                runs.add(str(read_json(folder / "prefix.json", 1).get("run_id")))
     return runs
