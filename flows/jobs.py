@@ -332,6 +332,11 @@ def result_of(planned: PlannedJob, customer: JobCustomer, stage: str) -> tuple[s
     return (None if finished else reason or f"{stage}: the process ended before it came to this customer"), seconds
 
 
+def is_of(fleet: str, job: str) -> bool:
+    """Whether a fleet of this name gives its jobs such names as `job`: `shop` has no job of `shop-eu`. See `plan` and `only`."""
+    return re.fullmatch(rf"{readable(fleet)}-[0-9a-f]{{10}}(-\d{{1,6}})?(-[0-9a-f]{{8}})*", job) is not None
+
+
 def readable(name: str) -> str:
     """`name` as part of a file or folder name."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40] or "fleet"

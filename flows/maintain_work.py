@@ -4,18 +4,19 @@ In: a fleet file. Out: an `Upkeep` that says all of it. Everything is done under
 on one keeps what it has. Knows nothing of Prefect, imports no torch.
 """
 
+import contextlib
 import dataclasses
 import logging
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flows import jobs, locks, work
+from flows import fleets, jobs, locks, work
 from pipeline.config import Customer, PromptSettings
 from pipeline.errors import ConfigError, PrefixFleetError, StorageError
 from pipeline.evaluation.drift import Drop, drop_between
@@ -23,6 +24,7 @@ from pipeline.evaluation.metrics import METRICS
 from pipeline.files import digest_of, read_json, whole_folder, write_json
 from pipeline.home import Home
 from pipeline.keys import CustomerKey
+from pipeline.leftovers import delete
 from pipeline.queued import queue, unqueue
 from pipeline.registry import ensure_store, lookup
 from pipeline.registry.retention import (
@@ -34,7 +36,7 @@ from pipeline.registry.retention import (
     surplus_versions,
 )
 from pipeline.removal import Removal
-from pipeline.stale import InUse, stale_files
+from pipeline.stale import InUse, job_members, stale_files
 from pipeline.training.job import JobCustomer, JobGate
 
 Logger = logging.Logger | logging.LoggerAdapter[Any]
@@ -133,7 +135,10 @@ def _register_left_behind(todo: work.Work, done: Upkeep) -> None:
                 done.left.append(f"{key}: is not registered yet: {_BUSY}")
                 continue
             try:
-                done.registered[str(key)] = work.register(todo.members[key], todo.home).version
+                # Since everybody was looked at, somebody may have registered it, or something newer.
+                now = work.look_again(todo, key)
+                if tuple(now.due[key]) == ("register",) and key in now.members:
+                    done.registered[str(key)] = work.register(now.members[key], todo.home).version
             except PrefixFleetError as error:
                 done.failed.append(str(error))
 
@@ -153,19 +158,24 @@ class _Judged:
 
 def _judge_champions(todo: work.Work, registered: Registered, done: Upkeep, logger: Logger) -> None:
     judged: dict[CustomerKey, _Judged] = {}
-    with locks.holding(todo.home, [customer.key for customer in todo.customers]) as busy:
+    with contextlib.ExitStack() as stack:  # of those who are judged, who are held until they are
         for customer in todo.customers:
-            if customer.key in busy or customer.key in todo.forgotten or customer.retrain.when == "never":
+            if customer.key in todo.forgotten or customer.retrain.when == "never":
                 continue
-            try:
-                found = _to_judge(todo, customer, registered, done)
-            except PrefixFleetError as error:
-                done.drift.append(Drift(str(customer.key), 0, customer.evaluation.gate.metric, "failed", error=str(error)))
-                continue
-            if found is not None:
-                judged[customer.key] = found
+            with contextlib.ExitStack() as own:
+                if own.enter_context(locks.holding(todo.home, [customer.key])):
+                    continue
+                try:
+                    found = _to_judge(todo, customer, registered, done)
+                except PrefixFleetError as error:
+                    done.drift.append(Drift(str(customer.key), 0, customer.evaluation.gate.metric, "failed", error=str(error)))
+                    continue
+                if found is not None:
+                    judged[customer.key] = found
+                    stack.enter_context(own.pop_all())
         if not judged:
             return
+        work.say_where(todo, "the judging of champions", logger)
         # Beside the fleet's own jobs, whose checkpoints may be needed yet.
         fleet = todo.fleet.model_copy(update={"name": f"drift {todo.fleet.name}"})
         chosen = [one.customer for one in judged.values()]
@@ -284,15 +294,14 @@ def _remove(todo: work.Work, registered: Registered, fleet_file: Path, done: Upk
     rule, now = todo.fleet.retention, time.time()
     backend = checked_backend(os.environ.get("MLFLOW_BACKEND_STORE_URI") or None)
     keys = [customer.key for customer in todo.customers if customer.key not in todo.forgotten]
-    gone = _gone(todo, fleet_file)
+    others = fleets.neighbours(todo.home, todo.fleet, fleet_file, rule.days, now)
+    gone = others.gone
     members = {key: {member.train_digest} for key, member in todo.members.items()}
-    in_use = InUse({key: registered.digests(key) | members.get(key, set()) for key in keys}, gone)
+    in_use = InUse({key: registered.digests(key) | members.get(key, set()) for key in keys}, gone, others.shared)
     whose = {*keys, *gone}
     plan = [
         *surplus_versions(registered, whose, rule.versions, rule.days, now, todo.home, backend),
-        *surplus_runs(
-            registered, whose, jobs.readable(todo.fleet.name), _named_runs(todo.home, in_use), rule.days, now, todo.home, backend
-        ),
+        *surplus_runs(registered, whose, _members_of(todo), _named_runs(todo.home, in_use), rule.days, now, todo.home, backend),
         *stale_files(todo.home, in_use, rule.days, rule.checkpoints_days, now),
     ]
     if done.dry_run:
@@ -307,7 +316,9 @@ def _remove(todo: work.Work, registered: Registered, fleet_file: Path, done: Upk
             else:
                 _carry_out(removal, done)
         count.step()
-    _note(todo, fleet_file, gone)
+    fleets.note(todo.home, todo.fleet, fleet_file, todo.forgotten, gone)
+    for note in others.ended:
+        delete(note)
 
 
 def _carry_out(removal: Removal, done: Upkeep) -> None:
@@ -322,47 +333,22 @@ def _carry_out(removal: Removal, done: Upkeep) -> None:
         done.left.append(left)
 
 
+def _members_of(todo: work.Work) -> Callable[[str], set[CustomerKey] | None]:
+    """See `pipeline.registry.retention.surplus_runs`."""
+    return lambda job: set(job_members(todo.home.job(job))) if jobs.is_of(todo.fleet.name, job) else None
+
+
 def _named_runs(home: Home, in_use: InUse) -> set[str]:
     """The MLflow runs of prefixes on this machine that may yet be registered."""
     runs = set()
     for key, digests in in_use.digests.items():
+        folders = []
         for digest in digests:
-            try:
-                runs.add(str(read_json(home.prefix(key, digest) / "prefix.json", 1).get("run_id")))
-            except (ConfigError, StorageError):  # a version of somebody else has no digest
-                continue
+            with contextlib.suppress(ConfigError):  # a version of somebody else has no digest
+                folders.append(home.prefix(key, digest))
+        if key in in_use.shared:  # all, for the other fleet's settings are not known here
+            folders += key.below(home.root, "prefixes").glob("*/")
+        for folder in folders:
+            with contextlib.suppress(StorageError):
+                runs.add(str(read_json(folder / "prefix.json", 1).get("run_id")))
     return runs
-
-
-def _gone(todo: work.Work, fleet_file: Path) -> set[CustomerKey]:
-    """Customers whom this fleet had when it was last maintained, and whom no fleet of this home has now.
-
-    A home may serve several fleets, so that a customer is not in this file alone says nothing: each fleet's customers are noted.
-    """
-    notes: dict[Path, Mapping[str, Any]] = {}
-    for file in sorted((todo.home.root / "fleets").glob("*.json")):
-        notes[file] = read_json(file, 1)
-    own = notes.pop(_note_of(todo, fleet_file), {"customers": [], "gone": []})
-    now = {customer.key for customer in todo.customers}
-    others = _keys(name for note in notes.values() for name in note["customers"])
-    return _keys([*own["customers"], *own["gone"]]) - now - others
-
-
-def _note(todo: work.Work, fleet_file: Path, gone: Iterable[CustomerKey]) -> None:
-    """Note who is in the fleet now, and who is gone and has files here yet."""
-    left = [key for key in gone if any(todo.home.root.glob(f"*/{key.customer}/{key.task}"))]
-    file = _note_of(todo, fleet_file)
-    content = {"customers": sorted(_names(c.key for c in todo.customers)), "gone": sorted(_names(left))}
-    write_json(file, {"format": 1, "fleet_file": str(Path(fleet_file).resolve()), **content})
-
-
-def _note_of(todo: work.Work, fleet_file: Path) -> Path:
-    return todo.home.root / "fleets" / f"{jobs.readable(todo.fleet.name)}-{digest_of(str(Path(fleet_file).resolve()))[:8]}.json"
-
-
-def _names(keys: Iterable[CustomerKey]) -> list[str]:
-    return [str(key) for key in keys]
-
-
-def _keys(names: Iterable[str]) -> set[CustomerKey]:
-    return {CustomerKey.parse(name) for name in names}

@@ -51,6 +51,7 @@ def run_sweep(
     home = Home.current()
     ensure_store(home)
     todo, one = work.open_one(fleet_file, customer, home)
+    work.say_where(todo, "a sweep", logger)
     wanted = metric or one.evaluation.gate.metric
     if wanted not in METRICS:
         raise ConfigError(f"--metric {wanted}: unknown. Known: {', '.join(name for name in METRICS if name != 'perplexity')}.")

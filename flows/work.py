@@ -14,7 +14,7 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows import events, jobs, launch, locks, notes, reasons
+from flows import events, fleets, jobs, launch, locks, notes, reasons
 from pipeline.base import BaseModelInfo, resolve_base
 from pipeline.config import Customer, Fleet, load_fleet
 from pipeline.errors import ConfigError, EvaluationError, PrefixFleetError
@@ -33,7 +33,7 @@ _RESUMPTIONS = 14
 
 _FEW = 50
 _UNKNOWN = "is not in the fleet file. If it was removed there, `prefixfleet deploy FLEET.yaml` takes it out of the schedules. If not, correct it"
-_BUSY = "another run is at work on this customer; wait for it or stop it"
+_BUSY = "another run is at work on this customer, or `maintain` is judging its champion; wait for it or stop it"
 
 _preparing = threading.Lock()
 
@@ -129,6 +129,7 @@ class Work:
         scheduled: whether that somebody was a schedule, which may be older than the fleet file.
         unknown: names asked for that are not in the fleet file.
         seconds: time spent on a customer.
+        file: the fleet file.
     """
 
     fleet: Fleet
@@ -149,6 +150,7 @@ class Work:
     seconds: dict[CustomerKey, float] = field(default_factory=dict)
     versions: dict[CustomerKey, tuple[int | None, str | None]] = field(default_factory=dict)
     stage_seconds: dict[str, float] = field(default_factory=dict)
+    file: Path = Path()
 
     def __post_init__(self) -> None:
         self._by_key = {customer.key: customer for customer in self.customers}
@@ -255,7 +257,8 @@ def open_work(
         launch.config_file(config)
     home = home or Home.current()
     base = resolve_base(fleet.base_model.path, fleet.base_model.revision, home.root / "cache" / "base_digests.json")
-    return Work(fleet, customers, base, home, named=bool(wanted), unknown=unknown)
+    home.identity()  # which training marks its MLflow runs with
+    return Work(fleet, customers, base, home, named=bool(wanted), unknown=unknown, file=Path(fleet_file))
 
 
 def open_one(fleet_file: Path | str, customer: str, home: Home | None = None) -> tuple[Work, Customer]:
@@ -309,6 +312,27 @@ def survey(work: Work) -> None:
         hour = None if work.named else notes.hour_to_come(work.home, customer, work.began)
         if hour is not None:
             work.due[key], work.waiting[key] = (), hour
+
+
+def say_where(work: Work, what: str, logger: "logging.Logger | logging.LoggerAdapter[Any]") -> None:
+    """Say so if customers name a work pool for their jobs and what is about to start runs in this process all the same."""
+    pools = sorted({customer.launch.work_pool for customer in work.customers if customer.launch.work_pool is not None})
+    if pools:
+        logger.warning(
+            "launch.work_pool: %s runs on this machine and not on %s, which is for jobs of a fleet", what, ", ".join(pools)
+        )
+
+
+def look_again(work: Work, key: CustomerKey) -> Work:
+    """One customer of `work`, surveyed anew: what is due may have changed before its lock was held.
+
+    Raises:
+        RegistryError: MLflow failed.
+    """
+    (customer,) = (customer for customer in work.customers if customer.key == key)
+    one = Work(work.fleet, (customer,), work.base, work.home, file=work.file)
+    survey(one)
+    return one
 
 
 def _leaves_new_data(work: Work, customer: Customer, known: "Held | None") -> bool:
@@ -369,6 +393,7 @@ def alone(work: Work, again: str | None = None) -> Iterator[None]:
                 if customer.key not in busy and customer.id not in forgotten:
                     notes.ask_again(work.home, customer.key, again)
         survey(work)
+        fleets.note(work.home, work.fleet, work.file, work.forgotten)
         for key in sorted(busy):
             if work.due[key] or (again is not None and key not in work.forgotten):
                 work.fail(key, (work.due[key] or jobs.STAGES)[0], _BUSY)

@@ -244,7 +244,7 @@ class LaunchSettings(Settings):
         None,
         pattern=_NAME,
         description="run the jobs as flow runs of the deployment job/NAME on this work pool, whose machines share PREFIXFLEET_HOME; null: in the "
-        "process of the flow",
+        "process of the flow. Those of sweep and maintain always run in theirs",
     )
     device_memory: str | None = Field(
         None,

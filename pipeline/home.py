@@ -1,10 +1,23 @@
 """Where PrefixFleet keeps its files: `PREFIXFLEET_HOME`, by default `.prefixfleet/` below the current folder."""
 
+import contextlib
 import os
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.errors import StorageError
 from pipeline.keys import CustomerKey, validate_digest, validate_id
+
+_IDENTITY = "identity"
+
+
+def identity_above(place: Path) -> str | None:
+    """The identity of the home that a folder lies in, at whatever depth; None if it lies in none."""
+    for folder in place.parents:
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            return (folder / _IDENTITY).read_text(encoding="utf-8")
+    return None
 
 
 @dataclass(frozen=True)
@@ -17,6 +30,27 @@ class Home:
     def current(cls) -> "Home":
         """The folder that the environment names."""
         return cls(Path(os.environ.get("PREFIXFLEET_HOME") or ".prefixfleet").expanduser().resolve())
+
+    def identity(self) -> str:
+        """A word that no other home has, made when it is first asked for: a path may be another folder on another machine.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        file = self.root / _IDENTITY
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            own = file.with_name(f".{_IDENTITY}.{secrets.token_hex(8)}.tmp")
+            if not file.exists():
+                own.write_text(secrets.token_hex(8), encoding="utf-8")
+                with contextlib.suppress(FileExistsError):
+                    os.link(own, file)  # whole, and the first of several wins
+                own.unlink()
+            return file.read_text(encoding="utf-8")
+        except OSError as error:
+            raise StorageError(
+                f"{file}: cannot be written ({error.strerror}). Check PREFIXFLEET_HOME and its permissions."
+            ) from error
 
     def prepared(self, key: CustomerKey) -> Path:
         """Folder of the prepared data of one customer."""

@@ -59,6 +59,9 @@ def remove_leftovers(home: Home, customer: str) -> list[str]:
     for page in sorted({place.with_suffix("") for suffix in _PAGES for place in home.root.glob(f"reports/*{suffix}")}):
         if _leave_report(page.with_name(f"{page.name}.json"), customer):
             removed.append(f"{customer} in {page.relative_to(home.root)}.html")
+    for note in sorted(home.root.glob("fleets/*.json")):
+        if _leave_fleet(note, customer):
+            removed.append(f"{customer} in {note.relative_to(home.root)}")
     for begun in home.root.glob("reports/.*.tmp"):
         with contextlib.suppress(FileNotFoundError):  # finished meanwhile
             if time.time() - begun.stat().st_mtime > _ABANDONED_SECONDS:
@@ -96,6 +99,22 @@ def _folders(home: Home, customer: str) -> list[Path]:
         for place in [*stages, *home.root.glob(f"jobs/*/{customer}"), *home.root.glob(f"cache/*/{customer}")]
         if place.is_dir()
     )
+
+
+def _leave_fleet(note: Path, customer: str) -> bool:
+    """Take a customer out of the note of who is in a fleet; whether that was needed."""
+    content = read_json(note, 1)
+    try:
+        rooms = {
+            room: [name for name in content[room] if CustomerKey.parse(name).customer != customer]
+            for room in ("customers", "gone")
+        }
+    except (KeyError, TypeError, AttributeError, ConfigError) as error:
+        raise _damaged(note, error) from error
+    if {**content, **rooms} == content:
+        return False
+    write_json(note, {**content, **rooms})
+    return True
 
 
 def _leave_job(folder: Path, customer: str) -> list[Path]:

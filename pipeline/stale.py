@@ -12,7 +12,9 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import ConfigError, StorageError
+import yaml
+
+from pipeline.errors import ConfigError, PrefixFleetError, StorageError
 from pipeline.files import read_json
 from pipeline.home import Home
 from pipeline.keys import CustomerKey
@@ -32,10 +34,12 @@ class InUse:
     Attributes:
         digests: of each customer of the fleet, the prefixes that its settings and data ask for now or that the registry may ask for.
         gone: customers who were in the fleet and are in none of this machine now.
+        shared: customers whom another fleet of this machine has too, whose settings may ask for any prefix that is here.
     """
 
     digests: Mapping[CustomerKey, Collection[str]]
     gone: Collection[CustomerKey]
+    shared: Collection[CustomerKey] = ()
 
 
 def stale_files(home: Home, in_use: InUse, days: float, checkpoints_days: float, now: float) -> Iterator[Removal]:
@@ -51,7 +55,8 @@ def stale_files(home: Home, in_use: InUse, days: float, checkpoints_days: float,
     known = set(in_use.digests) | set(in_use.gone)
     yield from _jobs(home, known, checkpoints_days, now)
     for key in sorted(in_use.digests):
-        yield from _superseded(home, key, in_use.digests[key], days, now)
+        if key not in in_use.shared:
+            yield from _superseded(home, key, in_use.digests[key], days, now)
         for inner, what in ((Home(home.sweep(key)), "sweep"), (Home(home.drift(key)), "drift check")):
             yield from _jobs(inner, None, checkpoints_days, now, key)
             yield from _inner(inner, key, what, days, now)
@@ -65,17 +70,26 @@ def _jobs(
 ) -> Iterator[Removal]:
     """Folders of jobs, if all their customers are known here: another fleet may have its jobs in the same home."""
     for folder in sorted((home.root / "jobs").glob("*/")):
-        keys = {owner} if owner is not None else set(_members(folder))
-        if known is not None and not keys <= set(known):
-            continue
-        yield from _old(home, folder, "checkpoint", f"job {folder.name}", keys - {None}, days, now, "was last written to")
+        keys = {owner} if owner is not None else job_members(folder)
+        if known is None or (keys and keys <= set(known)):
+            yield from _old(home, folder, "checkpoint", f"job {folder.name}", keys, days, now, "was last written to")
 
 
-def _members(folder: Path) -> Iterator[CustomerKey]:
-    """The customers of a job, as its folders name them."""
+def job_members(folder: Path) -> set[CustomerKey]:
+    """The customers of a job: those whom its files name, who may wait for a place yet, and those of whom there is a folder."""
+    members = set()
     for place in folder.glob("*/*/"):
         with contextlib.suppress(ConfigError):
-            yield CustomerKey(place.parent.name, place.name)
+            members.add(CustomerKey(place.parent.name, place.name))
+    wrong = (PrefixFleetError, OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError)
+    if (folder / "part.json").is_file():
+        with contextlib.suppress(*wrong):
+            members |= {CustomerKey.parse(key) for key, _ in read_json(folder / "part.json", 1)["members"]}
+    else:  # which names those alone who were due last, and takes long to read
+        with contextlib.suppress(*wrong):
+            content = yaml.safe_load((folder / "job.yaml").read_text(encoding="utf-8"))
+            members |= {CustomerKey(one["customer"], one["task"]) for one in content["customers"]}
+    return members
 
 
 def _superseded(home: Home, key: CustomerKey, digests: Collection[str], days: float, now: float) -> Iterator[Removal]:

@@ -7,7 +7,7 @@ machine (`pipeline.stale`) nor of Prefect.
 
 import functools
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -146,7 +146,7 @@ def _remove_version(key: CustomerKey, version: "ModelVersion", home: Home, backe
 def surplus_runs(
     registered: Registered,
     keys: Collection[CustomerKey],
-    job_prefix: str,
+    members_of: Callable[[str], Collection[CustomerKey] | None],
     in_use: Collection[str],
     days: float,
     now: float,
@@ -155,9 +155,11 @@ def surplus_runs(
 ) -> Iterator[Removal]:
     """The runs of `keys`, of their sweeps and of the fleet's jobs that are older than `days` and belong to no version.
 
+    Several homes may share an MLflow: what bears the mark of another home is left, and so is a job's run that bears none.
+
     Args:
         registered: see `read_registered`.
-        job_prefix: what the names of the fleet's jobs begin with.
+        members_of: the customers of a job of this name, as far as files here tell; None if it is none of the fleet's.
         in_use: ids of runs that prefixes on this machine name which may yet be registered.
         now: seconds since the epoch.
         backend: see `checked_backend`.
@@ -176,7 +178,7 @@ def surplus_runs(
         found: dict[str, Run] = {}
         for some in in_parts(experiments(client)):
             search = functools.partial(client.search_runs, some, run_view_type=view)
-            for begin in (f"tags.`{TAG}customer` LIKE '%'", f"tags.`{TAG}job` LIKE '{job_prefix}-%'"):
+            for begin in (f"tags.`{TAG}customer` LIKE '%'", f"tags.`{TAG}home` = '{home.identity()}'"):
                 found |= {run.info.run_id: run for run in pages(search, f"{begin} and {old}")}
             sweeps = [number for number, run in found.items() if f"{TAG}sweep" in run.data.tags]
             # Settings of a sweep that no training had made name their parent alone.
@@ -184,8 +186,8 @@ def surplus_runs(
                 run.info.run_id: run for number in sweeps for run in pages(search, f"tags.`mlflow.parentRunId` = '{number}'")
             }
     for number, run in found.items():
-        key = _whose(run, found)
-        if number in kept or (key is not None and key not in keys):
+        whose = _whose(run, found, keys, members_of, home.identity())
+        if number in kept or whose is None:
             continue
         parent = run.data.tags.get("mlflow.parentRunId")
         if parent is not None and parent not in found:
@@ -194,21 +196,35 @@ def surplus_runs(
             "run",
             f"MLflow run {run.info.run_name} ({number})",
             f"older than {days:g} days, and no version was made of it",
-            frozenset() if key is None else frozenset([key]),
+            whose,
             home,
             functools.partial(_remove_run, number, home, backend),
         )
 
 
-def _whose(run: "Run", others: "dict[str, Run]") -> CustomerKey | None:
-    """The customer of a run; None for one of a whole job."""
+def _whose(
+    run: "Run",
+    others: "dict[str, Run]",
+    keys: Collection[CustomerKey],
+    members_of: Callable[[str], Collection[CustomerKey] | None],
+    home: str,
+) -> frozenset[CustomerKey] | None:
+    """Those whose run it is, who must not be at work when it goes; None if it is none of `keys` and of the fleet's jobs in this home.
+
+    That includes runs that MLflow calls running: what was killed never says that it has ended, and what is under way holds its customers.
+    """
     parent = others.get(run.data.tags.get("mlflow.parentRunId", ""))
     tags = own_tags(run.data.tags)
     if "customer" not in tags and parent is not None:
         tags = own_tags(parent.data.tags)
-    if "customer" not in tags:
+    if tags.get("home", home) != home:
         return None
-    return key_of(f"{MODELS}{tags['customer']}" + ("" if tags.get("task", "default") == "default" else f".{tags['task']}"))
+    if "customer" in tags:
+        task = tags.get("task", "default")
+        key = key_of(f"{MODELS}{tags['customer']}" + ("" if task == "default" else f".{task}"))
+        return frozenset([key]) if key is not None and key in keys else None
+    members = members_of(tags["job"]) if "home" in tags and "job" in tags else None
+    return None if members is None else frozenset(members)
 
 
 def _remove_run(number: str, home: Home, backend: str | None) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.errors import PrefixFleetError
 from pipeline.files import read_json, write_json
+from pipeline.home import identity_above
 from pipeline.registry.store import connect, experiment_id, shown_uri, translated
 
 EXPERIMENT = "prefixfleet-sweeps"
@@ -40,6 +41,7 @@ def log_sweep(content: Mapping[str, Any], folder: Path) -> str:
         key = f"{content['customer']}/{content['task']}"
         best = content["best"]["settings"]
         test = content["test"]["systems"]
+        home = identity_above(folder)
         parent = str(client.create_run(experiment, run_name=f"sweep {key}").info.run_id)
         client.log_batch(
             parent,
@@ -56,6 +58,7 @@ def log_sweep(content: Mapping[str, Any], folder: Path) -> str:
                 RunTag("prefixfleet.customer", content["customer"]),
                 RunTag("prefixfleet.task", content["task"]),
                 RunTag("prefixfleet.sweep", content["digest"]),
+                *([] if home is None else [RunTag("prefixfleet.home", home)]),
                 *(RunTag(f"prefixfleet.signature.{name}", own) for name, own in content["signatures"].items()),
             ],
         )

@@ -26,6 +26,7 @@ from pipeline.data import Record, read_card, read_split
 from pipeline.data.prompt import load_tokenizer
 from pipeline.errors import ConfigError, DataError, PrefixFleetError, StorageError, TrainingError
 from pipeline.files import is_whole, write_text
+from pipeline.home import identity_above
 from pipeline.keys import CustomerKey
 from pipeline.prefix import FrozenBase, load_base, save_prefix
 from pipeline.prefix.base import choose_dtype
@@ -277,7 +278,7 @@ class _Training:
             kept = [] if saved is None else _lines_until(self.folder / "metrics.jsonl", self.tick)
             self.metrics = _MetricsFile(self.folder / "metrics.jsonl", kept)
             stack.callback(self.metrics.close)
-            tags = {"prefixfleet.job": job.name, "prefixfleet.base_digest": job.base.digest}
+            tags = {"prefixfleet.job": job.name, "prefixfleet.base_digest": job.base.digest, **_tag_of_home(job)}
             note = self.folder / "mlflow_run.json"
             self.run = Run(self.tracker, job.experiment, f"job {job.name}", asdict(job.mixing), tags, note)
         self.queue = deque(due)
@@ -769,7 +770,14 @@ def _tags(job: Job, customer: JobCustomer) -> dict[str, str]:
         "prefixfleet.data_fingerprint": customer.data_fingerprint,
         "prefixfleet.base_digest": job.base.digest,
         "prefixfleet.job": job.name,
+        **_tag_of_home(job),
     }
+
+
+def _tag_of_home(job: Job) -> dict[str, str]:
+    """Which home a run's files are in: others may share this MLflow, and must not take the run for one of theirs."""
+    home = identity_above(Path(job.folder))
+    return {} if home is None else {"prefixfleet.home": home}
 
 
 def _config(job: Job, member: _Member, base: FrozenBase) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from flows import cli, launch, work
+from flows import cli, launch, locks, work
 from flows.maintain_work import Upkeep, run_maintain
 from pipeline.home import Home
 from pipeline.keys import CustomerKey
@@ -23,7 +23,7 @@ from pipeline.registry.store import connect
 from pipeline.training.job import read_job
 from pipeline.training.results import write_result
 
-from .conftest import without_prefect
+from .conftest import without_prefect, write_rows
 from .fake_stage import write_evaluation, write_prefix
 
 pytestmark = pytest.mark.usefixtures("prefect_session", "stages")
@@ -144,7 +144,14 @@ def test_runs_of_which_no_version_was_made_go_and_those_of_a_waiting_prefix_stay
         return str(number)
 
     lost, hidden = made("lost"), made("hidden")
-    job = client.create_run(experiment, run_name="job", tags={"prefixfleet.job": "fleet-0123456789"}).info.run_id
+
+    def of_job(name: str, home: str) -> str:
+        told = {"prefixfleet.job": name, "prefixfleet.home": home}
+        return str(client.create_run(experiment, run_name=f"job {name}", tags=told).info.run_id)
+
+    # Killed, so that MLflow calls it running.
+    job, of_another_fleet = of_job("fleet-0123456789", home.identity()), of_job("fleet-eu-0123456789", home.identity())
+    elsewhere = {of_job("fleet-0123456789", "other"), made("elsewhere", **{"prefixfleet.home": "other"})}
     client.delete_run(hidden)
     foreign = client.create_run(experiment, run_name="theirs", tags={"prefixfleet.customer": "somebody-else"}).info.run_id
     plain = client.create_run(experiment, run_name="plain").info.run_id
@@ -166,7 +173,7 @@ def test_runs_of_which_no_version_was_made_go_and_those_of_a_waiting_prefix_stay
     gone = {r.name.rpartition("(")[2].rstrip(")") for r in done.removed if r.kind == "run"}
     assert gone == {lost, hidden, job}
     left = {r.info.run_id for r in client.search_runs([experiment], run_view_type=3)}
-    assert left == {foreign, plain, of_version, waiting}
+    assert left == {foreign, plain, of_version, waiting, of_another_fleet, *elsewhere}
 
 
 def test_files_of_customers_who_are_gone_go_but_not_those_of_another_fleet_in_the_same_home(
@@ -201,15 +208,19 @@ def test_nothing_of_a_customer_on_whom_a_run_is_at_work_is_removed(
     before = {p for p in files(home) if p.startswith(("prefixes", "evaluations", "jobs"))}
     held = (
         "from flows import locks; from pipeline.home import Home; from pipeline.keys import CustomerKey\n"
-        "with locks.holding(Home.current(), [CustomerKey('acme')]): print('held', flush=True); input()"
+        "for kind in ('customers', 'jobs'):\n"
+        "    with locks.holding(Home.current(), [CustomerKey('acme')], kind): print(kind, flush=True); input()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", held], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ
-    ) as run_elsewhere:
-        assert run_elsewhere.stdout is not None and run_elsewhere.stdout.readline() == b"held\n"
-        done = maintain(one)
-        run_elsewhere.communicate(b"\n")
-    assert done.removed == [] and len(done.left) == 1 and all("a run is at work" in line for line in done.left)
+    ) as elsewhere:
+        assert elsewhere.stdout is not None and elsewhere.stdin is not None
+        for kind in (b"customers\n", b"jobs\n"):
+            assert elsewhere.stdout.readline() == kind
+            done = maintain(one)
+            elsewhere.stdin.write(b"\n")
+            elsewhere.stdin.flush()
+            assert done.removed == [] and len(done.left) == 1 and all("a run is at work" in line for line in done.left)
     assert {p for p in files(home) if p.startswith(("prefixes", "evaluations", "jobs"))} == before
     assert {r.kind for r in maintain(one).removed} == {"checkpoint"}
 
@@ -227,6 +238,26 @@ def test_a_prefix_left_behind_while_mlflow_was_away_is_registered(home: Home, on
     assert maintain(one, dry_run=True).registered == {"acme": None}
     assert maintain(one).registered == {"acme": 1} and history(ACME)[0].aliases == ("champion",)
     assert maintain(one).registered == {}
+
+
+def test_what_was_left_behind_is_not_registered_over_what_a_run_has_registered_meanwhile(
+    home: Home, one: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(work, "register", lambda *_: 1 / 0)
+        assert without_prefect(one).failed
+    survey = work.survey
+
+    def then_somebody_runs(todo: work.Work) -> None:
+        survey(todo)
+        assert todo.due[ACME] == ("register",)
+        monkeypatch.setattr(work, "survey", survey)
+        write_rows(one.parent / "acme.jsonl", "acme", 60)
+        run(one)
+
+    monkeypatch.setattr(work, "survey", then_somebody_runs)
+    assert maintain(one).registered == {}
+    assert [(v.version, v.aliases) for v in history(ACME)] == [(1, ("champion",))]
 
 
 @pytest.fixture
@@ -279,10 +310,24 @@ def test_new_rows_alone_train_nobody_who_waits_for_drift_and_everything_else_doe
     assert [row.why for row in run(grown).rows] == ["new data"]
 
 
-def test_a_champion_that_holds_is_not_queued_and_few_rows_decide_nothing(home: Home, grown: Path, stages: Stages) -> None:
+def test_a_champion_that_holds_is_not_queued_and_few_rows_decide_nothing(
+    home: Home, grown: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     stages.points = 39.0  # within the intervals
-    (drift,) = maintain(grown).drift
+    change(grown, customers=[{"id": name, "data": f"{name}.jsonl"} for name in ("acme", "bolt")], launch={"work_pool": "gpu"})
+    held = []
+
+    def judge(*args: Any) -> None:
+        with locks.holding(home, [ACME, CustomerKey("bolt")]) as busy:
+            held.append(set(busy))
+        stages(*args)
+
+    monkeypatch.setattr(launch, "run_module", judge)
+    with caplog.at_level(logging.WARNING, "test"):
+        (drift,) = maintain(grown).drift
+    assert "champions runs on this machine and not on gpu" in caplog.text
     assert drift.status == "holds" and not is_queued(home, ACME)
+    assert held == [{ACME}], "a run finds everybody free who is not judged"
     for settings in ({"when": "drift", "min_rows": 61}, {"when": "never", "min_rows": 20}):
         change(grown, defaults={"retrain": settings})
         assert maintain(grown).drift == []
