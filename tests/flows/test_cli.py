@@ -283,7 +283,7 @@ def test_run_with_nothing_to_do_says_so_and_does_not_start_prefect(
     due = {row["key"]: (row["due"], row["perhaps"]) for row in json.loads(capsys.readouterr().out)["customers"]}
     assert due == {"acme": ([], []), "bolt": (["prepare"], ["train", "evaluate", "register"]), "crisp": ([], [])}
     assert cli.main(["run", str(fleet_file), "--dry-run"]) == 0
-    assert "bolt   prepare, then whatever changed data needs\n" in capsys.readouterr().out
+    assert "bolt   prepare, then whatever changed data needs (new data)\n" in capsys.readouterr().out
     assert sorted(home.root.rglob("*")) == before
 
 
