@@ -65,11 +65,17 @@ def last_run(whole: Whole, file: Path) -> dict[str, Any]:
     return run
 
 
-def test_mlflow_restarted_during_registration(whole: Whole, fleet: Fleet) -> None:
-    file, home, customers = fleet(3)
+def begun_to_register(whole: Whole, home: Path, file: Path) -> "subprocess.Popen[str]":
+    """A run of a fleet that is in the middle of its registrations."""
     child = whole.begin(home, "run", file, "--json", program=FAKE)
     wait_for(lambda: uploading(home) or child.poll() is not None, every=0.005)
     assert child.poll() is None
+    return child
+
+
+def test_mlflow_restarted_during_registration(whole: Whole, fleet: Fleet) -> None:
+    file, home, customers = fleet(3)
+    child = begun_to_register(whole, home, file)
     whole.stack.server("mlflow").kill()
     with timed("MLflow away"):
         whole.start("mlflow")
@@ -85,9 +91,7 @@ def test_mlflow_restarted_during_registration(whole: Whole, fleet: Fleet) -> Non
 
 def test_postgresql_killed_and_restarted_during_a_run(whole: Whole, fleet: Fleet) -> None:
     file, home, customers = fleet(3)
-    child = whole.begin(home, "run", file, "--json", program=FAKE)
-    wait_for(lambda: uploading(home) or child.poll() is not None, every=0.005)
-    assert child.poll() is None
+    child = begun_to_register(whole, home, file)
     whole.stack.server("postgres").kill()
     time.sleep(3)
     with timed("PostgreSQL's recovery"):
