@@ -9,6 +9,7 @@ import transformers
 from peft import PrefixTuningConfig, get_peft_model
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import eager_mask
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from pipeline.errors import BaseModelError, PrefixError
 from pipeline.prefix import FrozenBase, Prefix, PrefixBank, attach, attention, kernels
@@ -532,6 +533,23 @@ def test_the_check_finds_a_kernel_that_aligns_its_triangle_to_the_prefix(monkeyp
     monkeypatch.setattr(kernels, "sdpa_attention_forward", without_mask)
     with pytest.raises(BaseModelError, match=r"llama.*check of the prefix hook failed.*off the logits with attention by hand"):
         attach(tiny_model("llama"))
+
+
+def test_the_check_finds_a_last_layer_that_may_not_be_given_single_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is made of linear layers, as the check before it asks, and still looks at how the batch is laid out."""
+
+    class OfRows(LlamaMLP):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            whole: torch.Tensor = super().forward(x) * x.shape[0]
+            return whole
+
+    model = tiny_model("llama")
+    last = model.model.layers[-1]
+    mlp = OfRows(model.config)
+    mlp.load_state_dict(last.mlp.state_dict())
+    last.mlp = mlp
+    with pytest.raises(BaseModelError, match="off the logits of all positions with those of some"):
+        attach(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,12 +1,14 @@
 """The RMSNorm that a base gets on a processor in 16 bit."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from pipeline.errors import BaseModelError
-from pipeline.prefix import attach, base
+from pipeline.prefix import PrefixBank, attach, base
 
-from .families import tiny_model
+from .families import some_ids, tiny_model
 
 
 def test_the_16_bit_norm_gives_the_models_own_output_and_a_gradient_as_near_to_float64() -> None:
@@ -28,6 +30,35 @@ def test_the_16_bit_norm_gives_the_models_own_output_and_a_gradient_as_near_to_f
     assert torch.equal(ours[0], own[0])
     assert (ours[1] - exact[1]).norm() <= 2 * (own[1] - exact[1]).norm()
     assert not torch.equal(ours[1], own[1]), "the model's own backward pass ran"
+
+
+def test_gradients_of_a_prefix_through_twelve_layers_are_as_near_to_float32_with_the_16_bit_norm(
+    bank_of_text: Callable[..., PrefixBank],
+) -> None:
+    """Errors of one norm would add up, layer by layer."""
+
+    def gradients(dtype: torch.dtype, own_norms: bool) -> dict[str, torch.Tensor]:
+        attached = attach(tiny_model("llama", num_hidden_layers=12).to(dtype).eval())
+        if own_norms:
+            for module in attached.model.modules():
+                vars(module).pop("forward", None)
+        lightened = [name for name, module in attached.model.named_modules() if "forward" in vars(module)]
+        assert len(lightened) == (0 if own_norms or dtype == torch.float32 else 25)
+        bank = bank_of_text(attached, [5, 6, 7, 8, 9], torch.float32)
+        for tensor in bank.tensors.values():
+            tensor.requires_grad_()
+        ids = some_ids(2, 20)
+        with attached.prefixes(bank, torch.tensor([1, 2])):
+            logits = attached.model(input_ids=ids, use_cache=False).logits.float()
+            torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+        found = {name: tensor.grad for name, tensor in bank.tensors.items()}
+        return {name: gradient.double() for name, gradient in found.items() if gradient is not None}
+
+    exact = gradients(torch.float32, True)
+    assert len(exact) == 12
+    own, ours = gradients(torch.bfloat16, True), gradients(torch.bfloat16, False)
+    for name, true in exact.items():
+        assert (ours[name] - true).norm() <= 1.25 * (own[name] - true).norm(), name
 
 
 @pytest.mark.parametrize(("family", "dtype"), [("gemma2", torch.bfloat16), ("llama", torch.float32)])
