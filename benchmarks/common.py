@@ -198,13 +198,15 @@ def parser(doc: str | None, *, rounds: int | None = 3) -> argparse.ArgumentParse
 
 
 def child_environment(**more: str) -> dict[str, str]:
-    """That of the processes that PrefixFleet starts for training and evaluation; what those set by themselves (`prepare_process`) is not in it."""
+    """That of the processes that PrefixFleet starts for training and evaluation, and what those set by themselves (`prepare_process`), for peers."""
     from flows.launch import environment
     from pipeline.config import LaunchSettings
+    from pipeline.process import as_environment
 
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
     ours = ("PREFIXFLEET_PROGRESS", "PREFIXFLEET_EXIT_WITH_PARENT")  # those two are about talking to the flow
-    return {**{name: value for name, value in environment(LaunchSettings()).items() if name not in ours}, **quiet, **more}
+    found = {name: value for name, value in environment(LaunchSettings()).items() if name not in ours}
+    return {**as_environment(), **found, **quiet, **more}
 
 
 def in_child_environment() -> None:

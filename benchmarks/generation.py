@@ -200,4 +200,5 @@ COLUMNS: list[common.Column] = [
 ]
 
 if __name__ == "__main__":
+    common.in_child_environment()
     main()

@@ -3,7 +3,8 @@
     python benchmarks/peers.py JOB.json        # whole customers in this process, as benchmarks/cost.py starts it
 
 The base is loaded once a process, in the dtype given; customers come one after another. Settings that every user of the Trainer would find: rows of
-like length together, no checkpoints, no logs, no evaluation during training, no workers for data, no pinned memory. Knows nothing of PrefixFleet.
+like length together, no checkpoints, no logs, no evaluation during training, no workers for data, no pinned memory. The lean loop puts rows of like
+length together too. Knows nothing of PrefixFleet.
 """
 
 import json
@@ -65,8 +66,31 @@ def prefixed(model: Any) -> Any:
     return made
 
 
-def lean(model: Any, rows: Sequence[Row], steps: int, batch_size: int, pad: int) -> tuple[Any, int, int]:
+def drawn(rows: Sequence[Row], batch_size: int, grouped: bool, generator: Any) -> list[list[int]]:
+    """The whole batches of an epoch. Grouped: the rows of fifty batches, drawn at random, are sorted by length first, as in transformers' sampler."""
+    import torch
+
+    order = torch.randperm(len(rows), generator=generator).tolist()
+    some = 50 * batch_size if grouped else 1
+    order = [
+        i
+        for at in range(0, len(order), some)
+        for i in sorted(order[at : at + some], key=lambda i: len(rows[i].prompt_ids) + len(rows[i].target_ids))
+    ]
+    batches = [order[at : at + batch_size] for at in range(0, len(order) - batch_size + 1, batch_size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def lean(model: Any, rows: Sequence[Row], steps: int, batch_size: int, pad: int, grouped: bool = True) -> tuple[Any, int, int]:
     """Train a prefix in a plain loop.
+
+    Args:
+        model: see `customers`.
+        rows: as many as a batch at least.
+        steps: with one batch each.
+        batch_size: rows of a batch.
+        pad: the token that fills up.
+        grouped: whether rows of like length are put together, which pads less; PEFT's examples draw them at random.
 
     Returns:
         the model with its prefix, and the real and the padded tokens that went through the base.
@@ -79,12 +103,11 @@ def lean(model: Any, rows: Sequence[Row], steps: int, batch_size: int, pad: int)
     optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, 0, steps)
     generator = torch.Generator().manual_seed(SEED)
-    order: list[int] = []
+    epoch: list[list[int]] = []
     real = padded = 0
     for _ in range(steps):
-        while len(order) < batch_size:
-            order += torch.randperm(len(rows), generator=generator).tolist()
-        taken, order = order[:batch_size], order[batch_size:]
+        epoch = epoch or drawn(rows, batch_size, grouped, generator)
+        taken = epoch.pop()
         batch = {name: tensor.to(model.device) for name, tensor in batch_of([rows[i] for i in taken], pad).items()}
         loss = tuned(**batch).loss
         loss.backward()

@@ -8,7 +8,10 @@ All kinds train on the same rows with the same prefix length, batch size and opt
 once a process, and what is made at the first use is not counted.
 
 - `mixed`: as many slots as customers; `one-by-one`: the same code with one slot.
-- `lean` and `trainer`: see benchmarks/peers.py, customer after customer. Of `trainer` only Trainer.train() is timed.
+- `lean` and `trainer`: see benchmarks/peers.py, customer after customer, rows of like length together. Of `trainer` only Trainer.train() is timed.
+- `lean-shuffled`: the lean loop with rows drawn at random, as PEFT's examples and `mixed` draw them.
+
+Each customer has as many rows as the data gives so many customers, so that there are rows of like length to put together.
 
 Those that take one customer after another are measured on the first --in-turn customers at the most, which the row says (`measured_customers`): the
 next would cost them the same.
@@ -30,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common, peers
 
-KINDS = ("mixed", "one-by-one", "lean", "trainer")
+KINDS = ("mixed", "one-by-one", "lean", "lean-shuffled", "trainer")
 QUICK = ("16x5", "1x32", "64x1")
 GRID = tuple(f"{customers}x{batch}" for customers in (1, 4, 16, 64) for batch in (1, 5, 10, 32))
 # A Llama of 100 million parameters with the shared base's vocabulary; random weights, on which speed does not depend.
@@ -39,15 +42,21 @@ LLAMA_100M = dict(
 )
 
 
-def read_customers(folder: Path, tokenizer: Any, count: int, shard_rows: int) -> list[list[peers.Row]]:
-    """Training rows of `count` customers: the first shard of each customer below `folder`, then the second of each, …"""
-    everybody = [peers.encoded(peers.read(file), tokenizer) for file in sorted(folder.glob("*/train.jsonl"))]
+def read_data(folder: Path, tokenizer: Any) -> list[list[peers.Row]]:
+    """Training rows of each customer below `folder`."""
+    return [peers.encoded(peers.read(file), tokenizer) for file in sorted(folder.glob("*/train.jsonl"))]
+
+
+def shards_of(everybody: Sequence[Sequence[peers.Row]], count: int, shard_rows: int | None = None) -> list[Sequence[peers.Row]]:
+    """Rows of `count` customers: the first shard of each of `everybody`, then the second of each, … By default as large as gives so many."""
     most = max(map(len, everybody), default=0)
+    if shard_rows is None:
+        shard_rows = next((size for size in range(most, 0, -1) if sum(len(rows) // size for rows in everybody) >= count), 1)
     shards = [
         rows[at : at + shard_rows] for at in range(0, most, shard_rows) for rows in everybody if at + shard_rows <= len(rows)
     ]
     if len(shards) < count:
-        sys.exit(f"{folder}: gives {len(shards)} customers of {shard_rows} rows, {count} are asked for; take fewer --shard-rows")
+        sys.exit(f"--data gives {len(shards)} customers of {shard_rows} rows, {count} are asked for; take fewer --shard-rows")
     return shards[:count]
 
 
@@ -124,8 +133,8 @@ def measures(
         if kind in ("mixed", "one-by-one"):
             slots = 1 if kind == "one-by-one" else min(len(some), arguments.slots)
             add(lambda: ours(base, some, steps, batch_size, pad, slots, arguments.budget))
-        for rows in some if kind == "lean" else []:
-            add(lambda rows=rows: peers.lean(bare, rows, steps, batch_size, pad))  # type: ignore[misc]  # bound now
+        for rows in some if kind.startswith("lean") else []:
+            add(lambda rows=rows: peers.lean(bare, rows, steps, batch_size, pad, kind == "lean"))  # type: ignore[misc]  # bound now
         for rows in some if kind == "trainer" else []:
             with tempfile.TemporaryDirectory() as folder:
                 made = peers.trainer_of(bare, rows, steps, batch_size, pad, Path(folder))
@@ -136,7 +145,7 @@ def measures(
         return {**seconds, **rates, **measured, "padding": 1 - real / padded}
 
     for kind in arguments.kinds:
-        measure(kind, [rows[:20] for rows in customers[:2]], 2)
+        measure(kind, [rows[: max(20, batch_size)] for rows in customers[:2]], 2)
     of = {kind: customers if kind == "mixed" else customers[: arguments.in_turn] for kind in arguments.kinds}
     return {kind: lambda kind=kind: measure(kind, of[kind], arguments.steps) for kind in arguments.kinds}  # type: ignore[misc]  # bound now
 
@@ -159,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--steps", type=int, default=6, help="of each customer (default: 6)")
     parser.add_argument("--in-turn", type=int, default=10, metavar="N", help="see above (default: 10)")
-    parser.add_argument("--shard-rows", type=int, default=60, help="rows of a customer (default: 60)")
+    parser.add_argument("--shard-rows", type=int, metavar="N", help="rows of a customer (default: see above)")
     parser.add_argument("--budget", type=int, default=4096, help="max_tokens_per_micro_batch of ours (default: 4096)")
     parser.add_argument("--slots", type=int, default=64, help="launch.slots of ours, at the most (default: 64)")
     arguments = parser.parse_args(argv)
@@ -179,12 +188,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments,
         steps=arguments.steps,
         rounds=arguments.rounds,
-        shard_rows=arguments.shard_rows,
         prefix=peers.PREFIX,
     )
     for named in arguments.base:
         tokenizer = AutoTokenizer.from_pretrained(common.SHARED / "base" if named == "100m" else named)
-        everybody = read_customers(arguments.data, tokenizer, max(count for count, _ in sizes), arguments.shard_rows)
+        everybody = read_data(arguments.data, tokenizer)
         for dtype in arguments.dtype:
             bare = load(named, dtype)
             models = attach(load(named, dtype)), bare
@@ -192,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             peak = roofline.matmul_peak(bare.device, getattr(torch, dtype), (1024, 2048) if on_cpu else (4096, 8192, 16384))
             size = roofline.Size.of(bare.config)
             for count, batch_size in sizes:
-                customers = everybody[:count]
+                customers = shards_of(everybody, count, arguments.shard_rows)
                 lengths = [(len(row.prompt_ids) + len(row.target_ids), len(row.target_ids)) for rows in customers for row in rows]
                 flops = size.training_flops(lengths, peers.PREFIX) / sum(tokens for tokens, _ in lengths)
                 kinds = measures(models, customers, batch_size, tokenizer.pad_token_id, arguments)
@@ -207,7 +215,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                         if "mixed" in found
                     }
                     bench.add({
-                        "base": named, "dtype": dtype, "customers": count, "batch": batch_size, "kind": kind, **row, **times,
+                        "base": named, "dtype": dtype, "customers": count, "batch": batch_size, "rows": len(customers[0]), "kind": kind,
+                        **row, **times,
                         "flops_per_token": flops, "peak_tflops": peak / 1e12, "share_of_peak": row["tokens_per_second"] * flops / peak,
                     })  # fmt: skip
     bench.show(COLUMNS)
@@ -217,6 +226,7 @@ COLUMNS: list[common.Column] = [
     ("base", lambda row: Path(row["base"]).name),
     ("dtype", lambda row: row["dtype"]),
     ("customers x batch", lambda row: f"{row['customers']} x {row['batch']}"),
+    ("rows of each", lambda row: f"{row['rows']:,}"),
     ("kind", lambda row: row["kind"]),
     ("measured on", lambda row: str(row["measured_customers"])),
     ("tokens/s", lambda row: f"{row['tokens_per_second']:,.0f}"),

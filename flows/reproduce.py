@@ -328,9 +328,10 @@ def _trained(
         by_base.setdefault(sets[cell.arm.data].todo.base.digest, {}).setdefault(cell.customer.key, cell)
     for number, of in enumerate(by_base.values()):
         todo = sets[next(iter(of.values())).arm.data].todo
-        variants = [Variant(cell.customer.task, {}, cell.customer, False) for cell in of.values()]
+        # By customer and task: data sets with the same recipe have tasks of the same names.
+        variants = [_variant(cell) for cell in of.values()]
         job = f"{name}-{number}" if number else name
-        own = {cell.customer.task: _member(cell, sets, todo.home) for cell in of.values()}
+        own = {str(key): _member(cell, sets, todo.home) for key, cell in of.items()}
         before = digest_of(sorted(member.train_digest for member in own.values()))[:16]
         note = todo.home.root / "seconds" / f"{before}.json"
         fresh = not note.exists() and not any(jobs.is_trained(member) for member in own.values())
@@ -344,18 +345,18 @@ def _trained(
             continue
         if fresh:
             write_json(note, {"format": FORMAT, "slots": _cpu_seconds() - started, "cells": len(of)})
-        failed += [
-            f"{next(c.arm.key for c in of.values() if c.customer.task == task)} ({task}): {why}" for task, why in wrong.items()
-        ]
-        members |= {
-            cell.customer.key: own[cell.customer.task] for cell in of.values() if jobs.is_trained(own[cell.customer.task])
-        }
+        failed += [f"{cell.arm.key} ({key}): {wrong[str(key)]}" for key, cell in of.items() if str(key) in wrong]
+        members |= {key: own[str(key)] for key in of if jobs.is_trained(own[str(key)])}
         if measured and cost is None and len(of) > 1:
             try:
                 cost = _cost(note, job, list(of.values()), sets, logger)
             except PrefixFleetError as error:
                 failed.append(f"{job}, one of them alone: {error}")
     return members, cost
+
+
+def _variant(cell: Cell) -> Variant:
+    return Variant(str(cell.customer.key), {}, cell.customer, False)
 
 
 def _member(cell: Cell, sets: Mapping[str, _Set], home: Home) -> JobCustomer:
@@ -380,7 +381,7 @@ def _cost(note: Path, name: str, of: Sequence[Cell], sets: Mapping[str, _Set], l
         alone.identity()
         member = _member(cell, sets, alone)
         started = _cpu_seconds()
-        variant = Variant(cell.customer.task, {}, cell.customer, False)
+        variant = _variant(cell)
         sweep_work.train_settings(todo, f"{name}-alone", [variant], {variant.name: member}, alone, EXPERIMENT, logger)
         known |= {"alone": _cpu_seconds() - started, "of": cell.arm.key}
         write_json(note, known)

@@ -36,13 +36,22 @@ def prepare_process() -> None:
     step then lasts until the scheduler steps in: measured beside one busy process of lowest priority on two cores (torch 2.13), over 3 s a
     training step instead of 0.4 s; alone on the machine it makes no difference. A setting of the user's own stands.
     """
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    os.environ.setdefault(*_SPIN_COUNT)
     _keep_freed_memory()
 
 
-# What the user may have told glibc's allocator; and parameters of its mallopt(3).
-_ALLOCATOR_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
+_SPIN_COUNT = ("GOMP_SPINCOUNT", "3000")
+# What is told glibc's allocator, and may have been told by the user: parameter of mallopt(3) and value.
+_ALLOCATOR_SETTINGS = {
+    "MALLOC_MMAP_THRESHOLD_": (-3, 2**30),
+    "MALLOC_TRIM_THRESHOLD_": (-1, 2**31 - 1),
+    "MALLOC_TOP_PAD_": (-2, 2**26),
+}
+
+
+def as_environment() -> dict[str, str]:
+    """What `prepare_process` sets, as variables for a process of somebody else's."""
+    return dict([_SPIN_COUNT], **{name: str(value) for name, (_, value) in _ALLOCATOR_SETTINGS.items()})
 
 
 def _keep_freed_memory() -> None:
@@ -51,14 +60,13 @@ def _keep_freed_memory() -> None:
     It gives a freed tensor of some megabytes back to the system, and the next one is then made of new pages, each of which costs a page fault: about
     a tenth of the CPU seconds of a training step on a processor (glibc 2.36). The peak stays as it is.
     """
-    if sys.platform != "linux" or any(name in os.environ for name in _ALLOCATOR_SETTINGS):
+    if sys.platform != "linux" or any(name in os.environ for name in (*_ALLOCATOR_SETTINGS, "GLIBC_TUNABLES")):
         return
     tune = getattr(ctypes.CDLL(None), "mallopt", None)
     if tune is None:  # musl
         return
-    tune(_M_MMAP_THRESHOLD, 2**30)
-    tune(_M_TRIM_THRESHOLD, 2**31 - 1)
-    tune(_M_TOP_PAD, 2**26)
+    for parameter, value in _ALLOCATOR_SETTINGS.values():
+        tune(parameter, value)
 
 
 def exit_with_parent(grace_seconds: float = 0.0) -> None:

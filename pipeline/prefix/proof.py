@@ -4,8 +4,8 @@ In: a base with the hook on. Out: nothing, or an error. Three passes over a few 
 concatenation and masks: each attention output and the logits with attention worked by hand from the definition, and the logits behind a text's prefix
 with those of the model's own eager attention that has the text in front as a prompt. The last also proves positions; where experts make logits too
 rough for that, queries and keys do. A pass with logits at some positions only, as training asks for them, must give the whole pass's. An
-encoder-decoder has no prompt in front of its decoder: there, what enters the decoder's first layer proves learned positions, and attention by hand takes
-relative ones (T5) from the model's own table, as for one sequence of P + T tokens.
+encoder-decoder has no prompt in front of its decoder: there, what enters the decoder's first layer proves learned positions, and attention by hand
+takes relative ones (T5) from the model's own table, as for one sequence of P + T tokens.
 """
 
 import math

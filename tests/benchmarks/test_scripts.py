@@ -58,8 +58,8 @@ def test_training_reports_every_kind_with_its_rate_and_its_share_of_the_peak(
          "--shard-rows", "15", "--in-turn", "1", "--json", str(out)]
     )  # fmt: skip
     rows = {row["kind"]: row for row in rows_in(out)}
-    assert set(rows) == {"mixed", "one-by-one", "lean", "trainer"}
-    assert [rows[kind]["measured_customers"] for kind in ("mixed", "one-by-one", "lean", "trainer")] == [2, 1, 1, 1]
+    kinds = ("mixed", "one-by-one", "lean", "lean-shuffled", "trainer")
+    assert {kind: row["measured_customers"] for kind, row in rows.items()} == dict(zip(kinds, (2, 1, 1, 1, 1), strict=True))
     lean = rows["lean"]
     least, most = lean["tokens_per_second_range"]
     assert least <= lean["tokens_per_second"] <= most
@@ -82,6 +82,30 @@ def test_work_of_a_token_is_that_of_the_matrices_it_passes_and_of_the_keys_it_se
     assert (size.blocks, size.head) == (sum(m.weight.numel() for m in matrices) - head, head)
     # Two tokens, one of them a target, behind a prefix of 5: 6 and 7 keys, of 32 numbers in each of 3 layers; 2 products of 2 FLOPs, 3 times.
     assert size.training_flops([(2, 1)], 5) == 2 * 4 * size.blocks + 4 * head + 3 * 4 * (6 + 7) * 32 * 3
+
+
+def test_the_lean_loop_sees_each_row_once_an_epoch_and_puts_those_of_like_length_together() -> None:
+    import torch
+
+    rows = [peers.Row([5] * (1 + 7 * i % 23), [6]) for i in range(23)]
+    padding = {}
+    for grouped in (True, False):
+        batches = peers.drawn(rows, 4, grouped, torch.Generator().manual_seed(0))
+        assert [len(batch) for batch in batches] == [4] * 5
+        assert len({i for batch in batches for i in batch}) == 20
+        lengths = [[len(rows[i].prompt_ids) for i in batch] for batch in batches]
+        padding[grouped] = sum(len(batch) * max(batch) - sum(batch) for batch in lengths)
+        assert lengths != sorted(lengths), "batches come in random order"
+    assert padding[True] <= 5 * (1 + 2 + 3) < padding[False]  # lengths are 1 to 23: three of four rows lack 1, 2 and 3 tokens
+
+
+def test_shards_are_as_large_as_gives_so_many_customers() -> None:
+    everybody = [[peers.Row([5], [6])] * 7, [peers.Row([5], [6])] * 10]
+    assert [len(shard) for shard in training.shards_of(everybody, 3)] == [5, 5, 5]
+    assert [len(shard) for shard in training.shards_of(everybody, 1)] == [10]
+    assert [len(shard) for shard in training.shards_of(everybody, 2, 4)] == [4, 4]
+    with pytest.raises(SystemExit, match="gives 1 customers of 9 rows, 2 are asked for"):
+        training.shards_of(everybody, 2, 9)
 
 
 def test_trainer_and_lean_loop_count_the_real_tokens_of_the_same_rows(base: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def data(tmp_path: Path) -> Path:
     """A folder as the small scale wants it, with E2E alone."""
     folder = tmp_path / "data"
     (folder / "e2e").mkdir(parents=True)
-    for split, count in (("train", 120), ("dev", 50), ("test", 12)):
+    for split, count in (("train", 500), ("dev", 50), ("test", 12)):
         rows = [{"input": f"name : {split} {i} | food : soup", "target": f"{split} {i} serves soup."} for i in range(count)]
         (folder / "e2e" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder
@@ -144,6 +144,16 @@ def test_rows_are_drawn_for_every_seed_and_killed_slots_have_no_seconds_to_tell(
     assert {c.customer for c in children.trained[1]} == {"e2e-50-r1", "e2e-50-r2", "e2e"}
     written = [(tmp_path / "out" / "small" / "work" / "data" / f"e2e-50-r{seed}" / "train.jsonl").read_text() for seed in (0, 1)]
     assert written[0] != written[1] and all(len(text.splitlines()) == 50 for text in written)
+
+
+def test_data_sets_of_one_recipe_have_prefixes_of_their_own(home: Home, data: Path, tmp_path: Path, children: Children) -> None:
+    """The settings are the same for each number of rows, and so are the names of their tasks."""
+    content, _ = reproduce("low-data", data, tmp_path / "out")
+    sizes = (50, 100, 200, 500)
+    tried, *_, repeated = children.trained
+    assert {c.customer for c in tried} == {f"e2e-{size}-r0" for size in sizes} and len(tried) == 3 * len(sizes)
+    assert {c.customer for c in repeated} == {f"e2e-{size}-r{seed}" for size in sizes for seed in (1, 2)}
+    assert not content["failed"] and not any(claim["verdict"] == "not run" for claim in content["claims"])
 
 
 def test_missing_data_or_base_skips_a_name_with_a_message_and_the_next_one_is_run(
@@ -282,9 +292,9 @@ def test_on_a_gpu_time_is_hours_of_an_epoch_and_memory_a_share_beside_the_papers
 
     monkeypatch.setattr(compare, "run_method", on_gpu)
     content, folder = reproduce("cost", data, tmp_path / "out")
-    # 90 seconds for 60 steps, and 24 steps of 5 rows are an epoch of 120 rows.
+    # 90 seconds for 60 steps, and 100 steps of 5 rows are an epoch of 500 rows.
     full = next(arm for arm in content["arms"] if arm["name"] == "fine-tuning")
-    assert full["costs"]["hours_per_epoch"]["runs"][0] == pytest.approx(90 / 60 * 24 / 3600, abs=1e-6)
+    assert full["costs"]["hours_per_epoch"]["runs"][0] == pytest.approx(90 / 60 * 100 / 3600, abs=1e-6)
     assert full["costs"]["memory_percent"]["score"] == pytest.approx(90) and full["trained"] == 5
     assert {claim["figure"]: claim["verdict"] for claim in content["claims"]} == {
         "hours_per_epoch": "shows",
