@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 
 from pipeline.prefix import FrozenBase
+from pipeline.training.loss import cross_entropy
 
 IGNORED = -100
 # oneDNN makes a program for every product of a new shape and keeps a thousand of them, megabytes for each shape of a micro-batch.
@@ -116,13 +117,13 @@ def row_losses(base: FrozenBase, rows: Sequence[TokenRow], pad: int) -> torch.Te
     Returns:
         [B], float32, or float64 where the base computes in it.
     """
-    logits, wanted, of_row = target_logits(base, rows, pad)
+    logits, wanted, of_row = _logits(base, rows, pad)
     return summed_losses(logits, wanted, of_row, len(rows))
 
 
-def summed_losses(scores: torch.Tensor, wanted: torch.Tensor, of_row: torch.Tensor, rows: int) -> torch.Tensor:
-    """Cross-entropy summed for each of `rows` rows, [rows]; scores [N, vocabulary], the wanted token and the row of each, int64 [N]."""
-    losses = torch.nn.functional.cross_entropy(scores, wanted, reduction="none")
+def summed_losses(logits: torch.Tensor, wanted: torch.Tensor, of_row: torch.Tensor, rows: int) -> torch.Tensor:
+    """Cross-entropy summed for each of `rows` rows, [rows], float32 or more; logits [N, vocabulary], token and row of each, int64 [N]."""
+    losses = cross_entropy(logits, wanted)
     return losses.new_zeros(rows).index_add(0, of_row, losses)
 
 
@@ -132,6 +133,12 @@ def target_logits(base: FrozenBase, rows: Sequence[TokenRow], pad: int) -> tuple
     Returns:
         logits [N, vocabulary] in float32 or more, row by row; the tokens themselves and the row that each is of, int64 [N].
     """
+    logits, wanted, of_row = _logits(base, rows, pad)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)), wanted, of_row
+
+
+def _logits(base: FrozenBase, rows: Sequence[TokenRow], pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `target_logits`, in the base's own type."""
     targets = [row.target_ids for row in rows]
     if base.is_encoder_decoder:
         ids, mask = right_padded([row.prompt_ids for row in rows], pad, base.device)
@@ -157,6 +164,5 @@ def target_logits(base: FrozenBase, rows: Sequence[TokenRow], pad: int) -> tuple
     flat += flat[:1] * (-count % ROUND_POSITIONS_TO)
     base.logits_only_at(torch.tensor(flat, device=base.device), count)
     logits = base.model(input_ids=ids, attention_mask=mask, use_cache=False, **inputs).logits[0, :count]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     of_row = torch.tensor([i for i, target in enumerate(targets) for _ in target], device=base.device)
     return logits, torch.tensor(wanted, device=base.device), of_row

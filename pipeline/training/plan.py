@@ -316,11 +316,6 @@ class _Base:
         try:
             with _probing(prefix) as sites, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
                 logits = self.model(use_cache=False, **inputs).logits[0]
-                wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                loss = torch.nn.functional.cross_entropy(
-                    wide, torch.ones(count, dtype=torch.int64, device="meta"), reduction="none"
-                )
-            del loss
         except (RuntimeError, NotImplementedError, TypeError) as error:
             said = next(iter(str(error).splitlines()), type(error).__name__)
             raise ConfigError(
@@ -336,10 +331,10 @@ class _Base:
             per_place[index] = per_place.get(index, 0) + size
         in_blocks = sum(size for index, size in per_place.items() if index >= 0)
         one_block = max((size for index, size in per_place.items() if index >= 0), default=0)
-        outside = per_place.get(-1, 0)
-        # The backward pass begins with the gradient of the logits, in float32 and in the base's type; a block's gradients are about half of what
-        # it keeps.
-        of_logits = count * int(logits.shape[-1]) * (wide.element_size() + (logits.element_size() if wide is not logits else 0))
+        # `pipeline.training.loss` keeps the gradient of the logits in their own type, and for a moment there are the logits beside it. The backward
+        # pass goes on from there; a block's gradients are about half of what it keeps.
+        of_logits = count * int(logits.shape[-1]) * logits.element_size()
+        outside = per_place.get(-1, 0) + of_logits
         adds = max(of_logits, one_block // 2)
         inputs_of_blocks = len(self.units) * tokens * self.width * self.dtype.itemsize
         return _Saved(outside + in_blocks + adds, outside + inputs_of_blocks + max(of_logits, one_block + one_block // 2))
