@@ -5,7 +5,8 @@
 
 Each case is started by `accelerate launch` with the configuration file of accelerate_configs/ that users take. Kept are the base's weights that a
 process has between steps; sent is what a process puts on the wire in one step, as PyTorch's operations name it, gradients of the prefixes, gathered
-weights and all. Processes share the cores, so tokens a second say what splitting costs and not what more machines would give.
+weights and all. Processes share the cores, and each has as many threads as the cores give the most of them, so tokens a second say what splitting
+costs and not what more machines would give.
 """
 
 import json
@@ -77,8 +78,9 @@ def launched(engine: str, processes: int, arguments: Any) -> common.Run:
             sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", str(processes), __file__,
             "--base", arguments.base, "--dtype", arguments.dtype, "--steps", str(arguments.steps), "--worker", str(out),
         ]  # fmt: skip
-        cores = common.machine()["cores"]
-        environment = common.child_environment(OMP_NUM_THREADS=str(max(1, cores // processes)), DS_ACCELERATOR="cpu")
+        # As many threads in each process, however many processes there are.
+        threads = max(1, common.machine()["cores"] // max(arguments.processes))
+        environment = common.child_environment(OMP_NUM_THREADS=str(threads), DS_ACCELERATOR="cpu")
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"{engine} on {processes} processes failed:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")

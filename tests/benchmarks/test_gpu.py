@@ -4,9 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import pytest
+
+from benchmarks import gpu
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -44,3 +48,30 @@ def test_it_measures_both_sides_with_the_packages_of_a_bare_gpu_node(tmp_path: P
     assert {"torch", "transformers", "peft"} <= set(ours["versions"])
     # What cannot run here is named, not missing.
     assert any(row["what"].startswith("train llama-tiny flash") and row["left_out"] == "needs a GPU" for row in rows)
+
+
+def test_what_peft_cannot_do_is_a_row_and_ours_is_measured_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[str] = []
+
+    class Step:
+        def __init__(self, kind: str) -> None:
+            self.kind = kind
+            alive.append(kind)
+            assert alive == [kind], "only one side has something beside the base"
+
+        def __call__(self) -> float:
+            if self.kind == "peft flash":
+                raise ValueError("no such kernel")
+            return 0.0
+
+        def __del__(self) -> None:
+            alive.remove(self.kind)
+
+    monkeypatch.setattr(gpu.roofline, "matmul_peak", lambda *_: 1e12)
+    bench = gpu.Bench(Namespace(smoke=True, minutes=1.0, rounds=2, json=None))
+    kinds = {kind: partial(Step, kind) for kind in ("ours", "peft flash", "peft")}
+    found = bench.in_turn("train", kinds, 0.0)
+    assert set(found) == {"ours", "peft"}
+    assert bench.rows == [{"what": "train peft flash", "left_out": "ValueError: no such kernel"}] and not bench.failed
+    with pytest.raises(ValueError, match="no such kernel"):
+        bench.in_turn("train", {"ours": partial(Step, "peft flash")}, 0.0)

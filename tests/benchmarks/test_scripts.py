@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import common, cost, fleet, generation, memory, peers, registry, roofline, sharding, training
+from benchmarks import common, cost, fleet, generation, memory, peers, registry, roofline, sharding, startup, training
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +156,16 @@ def test_a_customers_cost_with_peft_is_measured_to_its_registered_version(
         home.mkdir()
         found = cost.cost(kind, 100, folders, home, arguments)
         assert (found["seconds"], found["cpu_seconds"], found["measured"]) == (pytest.approx(seconds), pytest.approx(cpu), 1.0)
+
+
+def test_a_start_is_the_whole_process_and_a_failed_one_is_no_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = startup.took(("--help",), tmp_path)
+    assert min(found["cpu_seconds"], found["seconds"]) > 0
+    with pytest.raises(SystemExit, match="prefixfleet nothing ended with 2"):
+        startup.took(("nothing",), tmp_path)
+    with pytest.raises(SystemExit):
+        startup.main(["--home", str(tmp_path)])
+    assert "has no registry; `make run` makes one" in capsys.readouterr().err
 
 
 def test_readme_gets_the_table_and_the_picture_of_what_was_measured(
