@@ -226,13 +226,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """All shapes, with and without checkpointing."""
     parser = common.parser(__doc__, rounds=None)
     parser.add_argument("--shapes", nargs="+", choices=["plan", "equal"], default=["plan", "equal"])
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, float32 on the processor")
+    parser.add_argument(
+        "--dtype", nargs="+", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, both on the processor"
+    )
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--cpu", action="store_true", help="the processor, though there is a GPU")
     parser.add_argument("--smoke", action="store_true", help="a tiny base and tiny shapes, to see it work")
     arguments = parser.parse_args(argv)
     gpu = torch.cuda.is_available() and not arguments.cpu and not arguments.smoke
-    device, dtype = torch.device("cuda" if gpu else "cpu"), arguments.dtype or ("bfloat16" if gpu else "float32")
+    device, dtypes = torch.device("cuda" if gpu else "cpu"), arguments.dtype or (["bfloat16"] if gpu else ["bfloat16", "float32"])
     if not gpu:
         ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is freed is gone
     which = "large" if gpu else "small"
@@ -242,39 +244,43 @@ def main(argv: Sequence[str] | None = None) -> None:
     configs = {
         name: tiny if arguments.smoke else LlamaConfig(**size, max_position_embeddings=4096) for name, size in sizes.items()
     }
-    bench = common.Bench("memory", arguments, dtype=dtype, device=device.type, steps=arguments.steps)
+    bench = common.Bench("memory", arguments, device=device.type, steps=arguments.steps)
     gc.freeze()  # so that collecting does not look through all libraries each time
-    # What libraries take at their first use is nobody's.
-    ours(tiny, Shape(8, 8, 1024, 10, 1), device, dtype, True, 1)
-    theirs(tiny, Shape(8, 8, 1024, 10, 1), device, dtype, 1)
-    todo: list[tuple[str, Shape, str]] = []
+    todo: list[tuple[str, str, Shape, str]] = []
     for shapes in arguments.shapes:
         for shape in (PLAN if shapes == "plan" else EQUAL)[which][: 1 if arguments.smoke else None]:
             kinds = ("plain", "checkpointing", *(("peft",) if shapes == "equal" else ()))
-            todo += [(shapes, shape, kind) for kind in kinds]
-    peaks: dict[tuple[Shape, str], float] = {}
-    for shapes, shape, kind in common.bar(todo, "memory"):
+            todo += [(dtype, shapes, shape, kind) for dtype in dtypes for kind in kinds]
+    peaks: dict[tuple[str, Shape, str], float] = {}
+
+    def run(dtype: str, shapes: str, shape: Shape, kind: str) -> dict[str, Any]:
         if kind == "peft":
-            found = theirs(configs[shapes], shape, device, dtype, arguments.steps)
-        else:
-            found = ours(configs[shapes], shape, device, dtype, kind == "checkpointing", arguments.steps)
+            return theirs(configs[shapes], shape, device, dtype, arguments.steps)
+        return ours(configs[shapes], shape, device, dtype, kind == "checkpointing", arguments.steps)
+
+    for dtype, shapes, shape, kind in common.bar(todo, "memory"):
+        # What libraries take at their first use, of a shape too, is nobody's.
+        run(dtype, shapes, shape, kind)
+        found = run(dtype, shapes, shape, kind)
         row = {
+            "dtype": dtype,
             "shapes": shapes,
             "kind": kind,
             **shape._asdict(),
             **found,
             "above_base_mib": found["peak_mib"] - found["base_mib"],
         }
-        peaks[shape, kind] = row["above_base_mib"]
+        peaks[dtype, shape, kind] = row["above_base_mib"]
         if kind == "peft":
-            row["plain_over_peft"] = peaks[shape, "plain"] / peaks[shape, kind]
-            row["checkpointing_over_peft"] = peaks[shape, "checkpointing"] / peaks[shape, kind]
+            row["plain_over_peft"] = peaks[dtype, shape, "plain"] / peaks[dtype, shape, kind]
+            row["checkpointing_over_peft"] = peaks[dtype, shape, "checkpointing"] / peaks[dtype, shape, kind]
         bench.add(row)
     bench.show(COLUMNS)
 
 
 COLUMNS: list[common.Column] = [
     ("customers x rows x tokens", lambda row: f"{row['customers']} x {row['rows']} x {row['inputs'] + row['targets']}"),
+    ("dtype", lambda row: row["dtype"]),
     ("kind", lambda row: row["kind"]),
     ("base MiB", lambda row: f"{row['base_mib']:,.1f}"),
     ("above it", lambda row: f"{row['above_base_mib']:,.1f}"),

@@ -37,7 +37,6 @@ class ActivePrefix:
         kernel: what computes attention, one of `kernels.KERNELS`.
         captured: if not None, every attention module records its (key, value) here under its site's name.
         logits_at: if not None, the positions of the flattened batch [B * T] whose logits are computed, int64 [N].
-        logits_count: how many of these differ; those behind only fill up.
         called: with `captured`, the attention modules in the order of their calls, with the shapes of query, key and value.
         check: if not None, is asked for every call behind a prefix: given what `by_hand` takes and the kernel's output, it returns what the model
             gets instead (see `pipeline.prefix.proof`).
@@ -53,7 +52,6 @@ class ActivePrefix:
     kernel: str = "sdpa"
     captured: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None
     logits_at: torch.Tensor | None = None
-    logits_count: int = 0
     called: list[tuple[nn.Module, torch.Size, torch.Size, torch.Size]] = field(default_factory=list)
     check: "Check | None" = None
     made: dict[Hashable, tuple[torch.Tensor | None, Any]] = field(default_factory=dict)

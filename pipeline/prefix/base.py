@@ -19,8 +19,6 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
-from transformers.activations import SiLUActivation
-from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
 
 from pipeline.base import resolve_base, rotary_limit, weight_files
@@ -110,17 +108,12 @@ class FrozenBase:
         """
         self.active.starts = columns
 
-    def logits_only_at(self, positions: torch.Tensor, count: int | None = None) -> None:
+    def logits_only_at(self, positions: torch.Tensor) -> None:
         """Inside `prefixes`, before the model is called: compute logits for some positions of the flattened batch [B * T] only, int64 [N].
 
         The model then gives logits [1, N, vocabulary]. Logits and softmax over the vocabulary cost more than all other products of a small model.
-        What the last layer does to each position by itself is left out elsewhere too, if the model is a decoder alone.
-
-        Args:
-            positions: see above.
-            count: how many of them, the first, differ from one another; by default all. Those behind only fill up.
         """
-        self.active.logits_at, self.active.logits_count = positions, len(positions) if count is None else count
+        self.active.logits_at = positions
 
     @contextlib.contextmanager
     def capturing(self) -> Iterator[dict[str, tuple[torch.Tensor, torch.Tensor]]]:
@@ -398,7 +391,6 @@ def _attached(base: FrozenBase, place: Place, attention: str) -> None:
         base.placed = place(model)
         base.active.heads = base.placed.heads
         base.sites = _find_sites(base)
-        _shorten_last_layer(base)
         if place is whole_where_it_is and base.device.type == "cpu" and model.dtype.itemsize == 2:
             base.hooks += lighten(model)
         prove(base)
@@ -433,45 +425,6 @@ def _chosen(active: ActivePrefix, hidden: torch.Tensor) -> torch.Tensor:
         return hidden.flatten(0, 1).index_select(0, active.logits_at)[None]
     # A slice of the last positions is not contiguous, and torch (2.13) then multiplies by a copy of the vocabulary matrix for every row.
     return hidden.contiguous()
-
-
-def _shorten_last_layer(base: FrozenBase) -> None:
-    """Let the feed-forward part of the last layer see only the positions whose logits are computed: nothing behind it reads others.
-
-    Only where it is made of linear layers and activations, which treat each position by itself (experts, say, are left alone), and where no processes
-    share its layers out.
-    """
-    active = base.active
-    if (
-        base.is_encoder_decoder or not base.sites or active.heads.parts > 1
-    ):  # the planner counts what processes exchange of whole layers
-        return
-    names = {getattr(module, "_prefixfleet_site", None): name for name, module in base.model.named_modules()}
-    layer = base.model.get_submodule(names[list(base.sites)[-1]].rpartition(".")[0])
-    part = getattr(layer, "mlp", None)
-    if part is None or not all(_is_pointwise(module) for module in part.modules() if not any(module.children())):
-        return
-    whole = torch.Size()
-
-    def shorten(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        nonlocal whole
-        if active.logits_at is None:
-            return None
-        whole = inputs[0].shape
-        return (inputs[0].flatten(0, 1).index_select(0, active.logits_at)[None], *inputs[1:])
-
-    def lengthen(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor | None:
-        if active.logits_at is None:
-            return None
-        places, count = active.logits_at, active.logits_count
-        return output.new_zeros(whole[0] * whole[1], whole[2]).index_copy(0, places[:count], output[0, :count]).view(whole)
-
-    base.hooks += [part.register_forward_pre_hook(shorten), part.register_forward_hook(lengthen)]
-
-
-def _is_pointwise(module: nn.Module) -> bool:
-    of_activations = type(module).__module__ in (nn.SiLU.__module__, SiLUActivation.__module__)
-    return of_activations or isinstance(module, nn.Linear | Conv1D | nn.Dropout | nn.Identity)
 
 
 def _refusal(model: Any) -> BaseModelError:

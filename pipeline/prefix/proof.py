@@ -1,11 +1,10 @@
 """The proof at attach time that this very model sees a prefix rightly, with this very kernel.
 
 In: a base with the hook on. Out: nothing, or an error. Three passes over a few tokens are compared with what is computed without the hook's kernel,
-concatenation and masks: each attention output and the logits with attention worked by hand from the definition, and the logits behind a text's prefix
-with those of the model's own eager attention that has the text in front as a prompt. The last also proves positions; where experts make logits too
-rough for that, queries and keys do. A pass with logits at some positions only, as training asks for them, must give the whole pass's. An
-encoder-decoder has no prompt in front of its decoder: there, what enters the decoder's first layer proves learned positions, and attention by hand
-takes relative ones (T5) from the model's own table, as for one sequence of P + T tokens.
+concatenation and masks: each attention output and the logits with attention worked by hand from the definition, and the logits behind a text's
+prefix with those of the model's own eager attention that has the text in front as a prompt. The last also proves positions; where experts make
+logits too rough for that, queries and keys do. An encoder-decoder has no prompt in front of its decoder: there, what enters the decoder's first
+layer proves learned positions, and attention by hand takes relative ones (T5) from the model's own table, as for one sequence of P + T tokens.
 """
 
 import math
@@ -66,16 +65,12 @@ def prove(base: "FrozenBase") -> None:
     with base.prefixes(bank, rows):
         with _checking(base, lambda call, output: _noted(call, table, output, deviations)):
             found = logits()
-        chosen, whole = _chosen(base, inputs, real)
         with (
             _checking(base, lambda call, output: by_hand(call, table).to(output.dtype)),
             _implementation(base, IMPLEMENTATION, "sdpa"),
         ):
             expected = logits()
-    errors = {
-        "logits with attention by hand": _distance(found, expected),
-        "logits of all positions with those of some": _distance(chosen, whole),
-    }
+    errors = {"logits with attention by hand": _distance(found, expected)}
     if not base.is_encoder_decoder:
         errors["logits with the text as a prompt"] = _distance(*_behind_a_text(base))
 
@@ -106,20 +101,6 @@ def prove(base: "FrozenBase") -> None:
             "Prefixes on this base would be wrong: choose another kernel (base_model.attention: eager is the plainest), another base, or the "
             "version of transformers that constraints.txt names."
         )
-
-
-def _chosen(base: "FrozenBase", inputs: dict[str, torch.Tensor], real: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inside `prefixes`: logits [N, vocabulary] of the latter half of each row, computed for those positions alone, and out of a pass over all."""
-    late = real.bool() & (torch.arange(real.shape[1], device=base.device) >= real.shape[1] // 2)
-    positions = late.flatten().nonzero()[:, 0]
-    whole = base.model(**inputs, use_cache=False).logits.float()[late]
-    # As many as training would fill up with.
-    base.logits_only_at(torch.cat([positions, positions[:1].expand(3)]), len(positions))
-    try:
-        chosen = base.model(**inputs, use_cache=False).logits.float()[0, : len(positions)]
-    finally:
-        base.active.logits_at = None
-    return chosen, whole
 
 
 def _sizes(base: "FrozenBase") -> tuple[int, int]:

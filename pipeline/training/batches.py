@@ -162,7 +162,7 @@ def _logits(base: FrozenBase, rows: Sequence[TokenRow], pad: int) -> tuple[torch
     wanted, count = [token for target in targets for token in target], len(flat)
     # Rounded up too, with a position whose loss is left out.
     flat += flat[:1] * (-count % ROUND_POSITIONS_TO)
-    base.logits_only_at(torch.tensor(flat, device=base.device), count)
+    base.logits_only_at(torch.tensor(flat, device=base.device))
     logits = base.model(input_ids=ids, attention_mask=mask, use_cache=False, **inputs).logits[0, :count]
     of_row = torch.tensor([i for i, target in enumerate(targets) for _ in target], device=base.device)
     return logits, torch.tensor(wanted, device=base.device), of_row
