@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         def run() -> None:
             nonlocal tokens
-            tokens, _ = training.ours(base, customers, steps, batch, tokenizer.pad_token_id, count, 4096)
+            tokens, _ = training.ours(base, customers, steps, batch, tokenizer.pad_token_id, count, 4096, grouped=False)
 
         with without(part):
             took = common.timed(run)

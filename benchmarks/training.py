@@ -8,8 +8,9 @@ All kinds train on the same rows with the same prefix length, batch size and opt
 once a process, and what is made at the first use is not counted.
 
 - `mixed`: as many slots as customers; `one-by-one`: the same code with one slot.
-- `lean` and `trainer`: see benchmarks/peers.py, customer after customer, rows of like length together. Of `trainer` only Trainer.train() is timed.
-- `lean-shuffled`: the lean loop with rows drawn at random, as PEFT's examples and `mixed` draw them.
+- `lean` and `trainer`: see benchmarks/peers.py, customer after customer. Of `trainer` only Trainer.train() is timed.
+- `mixed-shuffled` and `lean-shuffled`: with rows drawn at random, which is PrefixFleet's default and what PEFT's examples do. The steps of all others
+  have rows of like length (`train_sampling_strategy: group_by_length`).
 
 Each customer has as many rows as the data gives so many customers, so that there are rows of like length to put together.
 
@@ -33,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common, peers
 
-KINDS = ("mixed", "one-by-one", "lean", "lean-shuffled", "trainer")
+KINDS = ("mixed", "mixed-shuffled", "one-by-one", "lean", "lean-shuffled", "trainer")
 QUICK = ("16x5", "1x32", "64x1")
 GRID = tuple(f"{customers}x{batch}" for customers in (1, 4, 16, 64) for batch in (1, 5, 10, 32))
 # A Llama of 100 million parameters with the shared base's vocabulary; random weights, on which speed does not depend.
@@ -76,9 +77,16 @@ def load(base: str, dtype: str) -> Any:
 
 
 def ours(
-    base: Any, customers: Sequence[Sequence[peers.Row]], steps: int, batch_size: int, pad: int, slots: int, budget: int
+    base: Any,
+    customers: Sequence[Sequence[peers.Row]],
+    steps: int,
+    batch_size: int,
+    pad: int,
+    slots: int,
+    budget: int,
+    grouped: bool = True,
 ) -> tuple[int, int]:
-    """Train `customers` in slots on an attached base; real and padded tokens."""
+    """Train `customers` in slots on an attached base, the rows of a step of like length if `grouped`; real and padded tokens."""
     from accelerate import Accelerator
 
     from pipeline.prefix.direct import Direct
@@ -90,6 +98,7 @@ def ours(
     settings = JobTraining(
         max_steps=steps, batch_size=batch_size, gradient_accumulation_steps=1, lr=peers.LR, schedule="linear", warmup_steps=0,
         weight_decay=0.0, max_grad_norm=1.0, eval_every=10**9, early_stopping=None, seed=common.SEED,
+        train_sampling_strategy="group_by_length" if grouped else "random",
     )  # fmt: skip
     mixed = Mixed(base, slots, peers.PREFIX, pad, budget, Accelerator(cpu=base.device.type == "cpu"))
     waiting = list(customers)
@@ -130,9 +139,9 @@ def measures(
             for name, value in common.timed(run).items():
                 seconds[name] += value
 
-        if kind in ("mixed", "one-by-one"):
+        if not kind.startswith(("lean", "trainer")):
             slots = 1 if kind == "one-by-one" else min(len(some), arguments.slots)
-            add(lambda: ours(base, some, steps, batch_size, pad, slots, arguments.budget))
+            add(lambda: ours(base, some, steps, batch_size, pad, slots, arguments.budget, kind != "mixed-shuffled"))
         for rows in some if kind.startswith("lean") else []:
             add(lambda rows=rows: peers.lean(bare, rows, steps, batch_size, pad, kind == "lean"))  # type: ignore[misc]  # bound now
         for rows in some if kind == "trainer" else []:
@@ -146,7 +155,7 @@ def measures(
 
     for kind in arguments.kinds:
         measure(kind, [rows[: max(20, batch_size)] for rows in customers[:2]], 2)
-    of = {kind: customers if kind == "mixed" else customers[: arguments.in_turn] for kind in arguments.kinds}
+    of = {kind: customers if kind.startswith("mixed") else customers[: arguments.in_turn] for kind in arguments.kinds}
     return {kind: lambda kind=kind: measure(kind, of[kind], arguments.steps) for kind in arguments.kinds}  # type: ignore[misc]  # bound now
 
 

@@ -115,6 +115,8 @@ def _config_digest(made: _Settings, start: str | None) -> str:
     # How it is decoded is part of a version, for it is served as it was judged.
     generation = [made.evaluation_settings["num_beams"], made.evaluation_settings["max_new_tokens"]]
     prompt, prefix, training = (dataclasses.asdict(section) for section in (made.prompt, made.prefix, made.training))
+    if training["train_sampling_strategy"] == "random":
+        del training["train_sampling_strategy"]  # which is newer than many a prefix; what it says is what they were made with
     return digest_of([prompt, {**prefix, "init_prefix": start}, training, generation])
 
 

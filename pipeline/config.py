@@ -389,6 +389,11 @@ class TrainingSettings(Settings):
     eval_every: int = Field(50, ge=1, description="steps between two dev losses")
     early_stopping: int | None = Field(3, ge=1, description="stop after so many dev losses without improvement; null: never")
     seed: int = Field(0, ge=0, le=2**63 - 1, description="of the order of the rows and of the initial prefix")
+    train_sampling_strategy: Literal["random", "group_by_length"] = Field(
+        "random",
+        description="group_by_length: the rows of a step are of like length, as with transformers' setting of this name. Large batches of one "
+        "customer are padded less; many customers in one batch are put together by length anyway",
+    )
 
 
 class GateSettings(Settings):

@@ -2,6 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -80,6 +81,29 @@ def pack(rows: Sequence[TokenRow], budget: int, overhead: int = 64, two_sided: b
         batches.append(order[k : best[k][1]])
         k = best[k][1]
     return batches
+
+
+def grouped(rows: Sequence[TokenRow], order: Sequence[int], batch: int, first: int, generator: torch.Generator) -> list[int]:
+    """An epoch's order in which the rows of a step are of like length, as with transformers' `train_sampling_strategy="group_by_length"`.
+
+    The rows of fifty steps at a time are sorted by length and cut into steps, whose order is drawn; so rows still come in another order, and in other
+    company, in every epoch.
+
+    Args:
+        rows: of the customer.
+        order: all of them, as drawn.
+        batch: rows of a step.
+        first: how many rows the step lacks that the epoch before left unfinished; they come first.
+        generator: draws the order of the steps.
+    """
+    some = 50 * batch
+    by_length = [i for at in range(0, len(order), some) for i in sorted(order[at : at + some], key=lambda i: tokens_of(rows[i]))]
+    ends = [*range(first, len(order), batch), len(order)]
+    steps = [by_length[start:end] for start, end in pairwise([0, *ends])]
+    begun, *whole = steps if first else [[], *steps]
+    left = whole.pop() if whole and len(whole[-1]) < batch else []
+    drawn = torch.randperm(len(whole), generator=generator).tolist()
+    return [i for step in (begun, *(whole[k] for k in drawn), left) for i in step]
 
 
 def left_padded(rows: Sequence[list[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

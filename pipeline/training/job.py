@@ -19,6 +19,7 @@ from pipeline.keys import CustomerKey
 
 FORMAT = 3
 SCHEDULES = ("linear", "cosine", "constant")
+SAMPLING_STRATEGIES = ("random", "group_by_length")
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class JobTraining:
     eval_every: int
     early_stopping: int | None
     seed: int
+    train_sampling_strategy: str = "random"
 
 
 @dataclass(frozen=True)
@@ -218,8 +220,9 @@ def _check(job: Job, place: str) -> None:
             value = getattr(training, name)
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"{place}.{here}.training.{name}: {value} is not a positive number")
-        if training.schedule not in SCHEDULES:
-            raise ConfigError(f"{place}.{here}.training.schedule: {training.schedule!r} is none of {', '.join(SCHEDULES)}")
+        for name, known in (("schedule", SCHEDULES), ("train_sampling_strategy", SAMPLING_STRATEGIES)):
+            if getattr(training, name) not in known:
+                raise ConfigError(f"{place}.{here}.training.{name}: {getattr(training, name)!r} is none of {', '.join(known)}")
     for name, value, least in at_least:
         if value is not None and not (math.isfinite(value) and value >= least):
             raise ConfigError(f"{place}.{name}: {value} must be at least {least:g}")
@@ -229,7 +232,9 @@ def _build(kind: Any, content: Any, place: str) -> Any:
     """Build dataclass `kind` from nested mappings, naming the place of whatever does not fit."""
     if not isinstance(content, dict):
         raise ConfigError(f"{place}: expected a mapping, got {content!r}")
-    names = [f.name for f in dataclasses.fields(kind)]
+    fields = dataclasses.fields(kind)
+    names = [f.name for f in fields]
+    content = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING} | content
     for missing in [n for n in names if n not in content]:
         raise ConfigError(f"{place}.{missing}: is missing")
     for unknown in [n for n in content if n not in names]:

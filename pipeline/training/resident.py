@@ -13,7 +13,7 @@ from torch import nn
 
 from pipeline.errors import TrainingError
 from pipeline.prefix.bank import Flat, Prefix
-from pipeline.training.batches import TokenRow
+from pipeline.training.batches import TokenRow, grouped
 from pipeline.training.job import JobTraining
 
 # Called with {"step": …, "loss": …, …} after every step and {"step": …, "dev_loss": …} after every dev loss.
@@ -112,10 +112,17 @@ class Resident:
     def _order(self, epoch: int) -> list[int]:
         if epoch not in self._orders:
             generator = torch.Generator().manual_seed(self.settings.seed)
-            drawn = [torch.randperm(len(self.train_rows), generator=generator) for _ in range(epoch + 1)]
             # The epochs before are drawn again after a restart only, and thrown away.
-            self._orders = {epoch: drawn[-1].tolist()} | {e: o for e, o in self._orders.items() if e == epoch - 1}
+            order = [self._drawn_order(each, generator) for each in range(epoch + 1)][-1]
+            self._orders = {epoch: order} | {e: o for e, o in self._orders.items() if e == epoch - 1}
         return self._orders[epoch]
+
+    def _drawn_order(self, epoch: int, generator: torch.Generator) -> list[int]:
+        order: list[int] = torch.randperm(len(self.train_rows), generator=generator).tolist()
+        if self.settings.train_sampling_strategy == "random":
+            return order
+        batch = self.effective_batch
+        return grouped(self.train_rows, order, batch, -epoch * len(order) % batch, generator)
 
     def flat(self) -> Flat:
         """The prefix as it stands, with gradients to its parameters."""

@@ -58,8 +58,8 @@ def test_training_reports_every_kind_with_its_rate_and_its_share_of_the_peak(
          "--shard-rows", "15", "--in-turn", "1", "--json", str(out)]
     )  # fmt: skip
     rows = {row["kind"]: row for row in rows_in(out)}
-    kinds = ("mixed", "one-by-one", "lean", "lean-shuffled", "trainer")
-    assert {kind: row["measured_customers"] for kind, row in rows.items()} == dict(zip(kinds, (2, 1, 1, 1, 1), strict=True))
+    kinds = ("mixed", "mixed-shuffled", "one-by-one", "lean", "lean-shuffled", "trainer")
+    assert {kind: row["measured_customers"] for kind, row in rows.items()} == dict(zip(kinds, (2, 2, 1, 1, 1, 1), strict=True))
     lean = rows["lean"]
     least, most = lean["tokens_per_second_range"]
     assert least <= lean["tokens_per_second"] <= most

@@ -13,6 +13,8 @@ from pipeline.files import write_json
 from pipeline.home import Home
 from pipeline.training.job import read_job
 
+# Of the settings of `customer()`, before training.train_sampling_strategy was there.
+OLD_DIGEST = "d1f55a41d57ab10dd354fde8529453d927f53e952b6caba319a65887b4442619"
 CARD = {"fingerprint": "f" * 64, "train_fingerprint": "t" * 64}
 
 
@@ -50,6 +52,7 @@ def digests(
     "changed",
     [
         {"training": {"lr": 0.01}},
+        {"training": {"train_sampling_strategy": "group_by_length"}},
         {"prefix": {"length": 5}},
         {"prompt": {"template": "Say: {input}\n"}},
         {"card": {"fingerprint": "f" * 64, "train_fingerprint": "e" * 64}},
@@ -80,6 +83,10 @@ def test_what_concerns_the_test_set_alone_changes_the_evaluation_and_not_the_pre
 ) -> None:
     before, after = digests(Home(tmp_path)), digests(Home(tmp_path), **changed)
     assert before[:2] == after[:2] and before[2] != after[2]
+
+
+def test_a_setting_that_came_later_trains_nobody_anew_who_does_not_use_it(tmp_path: Path) -> None:
+    assert digests(Home(tmp_path), training={"train_sampling_strategy": "random"})[0] == digests(Home(tmp_path))[0] == OLD_DIGEST
 
 
 def test_where_a_base_lies_or_data_is_read_from_changes_no_digest(tmp_path: Path) -> None:

@@ -1,11 +1,16 @@
 """Micro-batches: every row once, within the budget, little padding; and the loss of each row."""
 
 import random
+from dataclasses import replace
 
 import pytest
+import torch
 
 from pipeline.data import Record
 from pipeline.training.batches import pack, padded_tokens, rounded, tokens_of
+from pipeline.training.resident import Resident
+
+from .crowd import SETTINGS
 
 
 def rows(lengths: list[int]) -> list[Record]:
@@ -87,3 +92,35 @@ def test_prompts_and_targets_of_an_encoder_decoder_are_padded_apart_within_the_b
             rounded(max(len(r.prompt_ids) for r in taken)) + rounded(max(len(r.target_ids) for r in taken))
         )
         assert size <= 400
+
+
+@pytest.mark.parametrize(("size", "batch"), [(40, 5), (43, 5), (3, 5), (260, 4), (7, 1)])
+def test_grouped_by_length_every_epoch_has_every_row_once_and_its_steps_rows_of_like_length(size: int, batch: int) -> None:
+    """But for a step that runs on over the end of an epoch."""
+    draw = random.Random(0)
+    given = rows([draw.randint(2, 60) for _ in range(size)])
+    place = {id(row): i for i, row in enumerate(given)}
+    settings = replace(SETTINGS, batch_size=batch, train_sampling_strategy="group_by_length", max_steps=10**6)
+
+    def resident(drawn: int) -> Resident:
+        made = Resident(torch.nn.Linear(1, 1), False, given, given[:1], settings)
+        made.drawn = drawn
+        return made
+
+    steps, one = [], resident(0)
+    while one.drawn < 4 * size:
+        steps.append([place[id(row)] for row in one.next_rows()])
+        one.drawn += batch
+    drawn = [i for step in steps for i in step]
+    epochs = [drawn[epoch * size : (epoch + 1) * size] for epoch in range(4)]
+    assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
+    # From any row on, as after a restart.
+    assert [place[id(row)] for row in resident(2 * size + 1).next_rows()] == (drawn * 2)[2 * size + 1 : 2 * size + 1 + batch]
+    if size > 2 * batch:
+        assert epochs[0] != epochs[1]
+    inside = [step for k, step in enumerate(steps) if k * batch // size == (k * batch + batch - 1) // size]
+    for number in range(4):
+        of = [step for k, step in enumerate(inside) if set(step) <= set(epochs[number])][: size // batch - 1]
+        padding = sum(batch * max(tokens_of(given[i]) for i in step) - sum(tokens_of(given[i]) for i in step) for step in of)
+        # Sorted, all steps of fifty together pad no more than one row of the longest for each row of a step.
+        assert padding <= 60 * batch * -(-size // (50 * batch))
