@@ -206,7 +206,7 @@ def child_environment(**more: str) -> dict[str, str]:
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
     ours = ("PREFIXFLEET_PROGRESS", "PREFIXFLEET_EXIT_WITH_PARENT")  # those two are about talking to the flow
     found = {name: value for name, value in environment(LaunchSettings()).items() if name not in ours}
-    return {**as_environment(), **found, **quiet, **more}
+    return {**as_environment(found), **found, **quiet, **more}
 
 
 def in_child_environment() -> None:

@@ -67,17 +67,17 @@ def prefixed(model: Any) -> Any:
 
 
 def drawn(rows: Sequence[Row], batch_size: int, grouped: bool, generator: Any) -> list[list[int]]:
-    """The whole batches of an epoch. Grouped: the rows of fifty batches, drawn at random, are sorted by length first, as in transformers' sampler."""
+    """The whole batches of an epoch, of rows drawn at random. Grouped: those of fifty batches are sorted by length, as in transformers' sampler."""
     import torch
 
-    order = torch.randperm(len(rows), generator=generator).tolist()
-    some = 50 * batch_size if grouped else 1
-    order = [
-        i
-        for at in range(0, len(order), some)
-        for i in sorted(order[at : at + some], key=lambda i: len(rows[i].prompt_ids) + len(rows[i].target_ids))
-    ]
-    batches = [order[at : at + batch_size] for at in range(0, len(order) - batch_size + 1, batch_size)]
+    assert len(rows) >= batch_size, f"{len(rows)} rows are no batch of {batch_size}"
+    # Before they are sorted: else it would always be the longest that are left over.
+    order = torch.randperm(len(rows), generator=generator).tolist()[: len(rows) // batch_size * batch_size]
+    if grouped:
+        some = 50 * batch_size
+        parts = [order[at : at + some] for at in range(0, len(order), some)]
+        order = [i for part in parts for i in sorted(part, key=lambda i: len(rows[i].prompt_ids) + len(rows[i].target_ids))]
+    batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
@@ -128,11 +128,13 @@ class Prepared:
         tuned: the model with its prefix.
         own: the Trainer.
         batches: real and padded tokens of each batch that was made, in order.
+        begun: seconds of the clock and of the processor at its first step, once there was one: what it does before takes as long as some steps.
     """
 
     tuned: Any
     own: Any
     batches: list[tuple[int, int]]
+    begun: list[tuple[float, float]]
 
     def train(self) -> tuple[Any, int, int]:
         """As `lean`."""
@@ -144,12 +146,18 @@ class Prepared:
 
 def trainer_of(model: Any, rows: Sequence[Row], steps: int, batch_size: int, pad: int, folder: Path) -> Prepared:
     """The same with transformers' Trainer, which is given an empty folder."""
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer, TrainerCallback, TrainingArguments
     from transformers.utils.logging import set_verbosity_error
 
     set_verbosity_error()
     tuned = prefixed(model)
     batches: list[tuple[int, int]] = []
+    begun: list[tuple[float, float]] = []
+
+    class Begin(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            if not begun:
+                begun.append((time.perf_counter(), time.process_time()))
 
     def collate(features: list[dict[str, Any]]) -> dict[str, Any]:
         batch = batch_of([feature["row"] for feature in features], pad)
@@ -164,7 +172,8 @@ def trainer_of(model: Any, rows: Sequence[Row], steps: int, batch_size: int, pad
     )  # fmt: skip
     # It sorts by the length of what is called input_ids.
     data = [{"input_ids": row.prompt_ids + row.target_ids, "row": row} for row in rows]
-    return Prepared(tuned, Trainer(model=tuned, args=settings, train_dataset=data, data_collator=collate), batches)
+    own = Trainer(model=tuned, args=settings, train_dataset=data, data_collator=collate, callbacks=[Begin()])
+    return Prepared(tuned, own, batches, begun)
 
 
 def answers(tuned: Any, tokenizer: Any, prompts: Sequence[list[int]], new_tokens: int, batch_size: int) -> list[str]:

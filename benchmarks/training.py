@@ -8,7 +8,7 @@ All kinds train on the same rows with the same prefix length, batch size and opt
 once a process, and what is made at the first use is not counted.
 
 - `mixed`: as many slots as customers; `one-by-one`: the same code with one slot.
-- `lean` and `trainer`: see benchmarks/peers.py, customer after customer. Of `trainer` only Trainer.train() is timed.
+- `lean` and `trainer`: see benchmarks/peers.py, customer after customer. `trainer` is timed from its first step on.
 - `mixed-shuffled` and `lean-shuffled`: with rows drawn at random, which is PrefixFleet's default and what PEFT's examples do. The steps of all others
   have rows of like length (`train_sampling_strategy: group_by_length`).
 
@@ -26,6 +26,7 @@ import gc
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -129,12 +130,14 @@ def measures(
         tokens: list[tuple[int, int]] = []
         seconds = dict.fromkeys(("seconds", "cpu_seconds"), 0.0)
 
-        def add(train: Callable[[], Sequence[Any]]) -> None:
-            def run() -> None:
+        def add(train: Callable[[], Sequence[Any]], begun: Sequence[tuple[float, float]] = ()) -> None:
+            def run() -> common.Run:
                 *_, real, padded = train()
                 tokens.append((real, padded))
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
+                wall, cpu = time.perf_counter(), time.process_time()
+                return {"seconds": wall - begun[0][0], "cpu_seconds": cpu - begun[0][1]} if begun else {}
 
             for name, value in common.timed(run).items():
                 seconds[name] += value
@@ -147,7 +150,7 @@ def measures(
         for rows in some if kind == "trainer" else []:
             with tempfile.TemporaryDirectory() as folder:
                 made = peers.trainer_of(bare, rows, steps, batch_size, pad, Path(folder))
-                add(lambda made=made: made.train())  # type: ignore[misc]  # bound now
+                add(lambda made=made: made.train(), made.begun)  # type: ignore[misc]  # bound now
         real, padded = (sum(pair[i] for pair in tokens) for i in range(2))
         measured = {"measured_customers": float(len(some))}
         rates = {"tokens_per_second": real / seconds["seconds"], "tokens_per_cpu_second": real / seconds["cpu_seconds"]}

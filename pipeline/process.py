@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -49,9 +50,14 @@ _ALLOCATOR_SETTINGS = {
 }
 
 
-def as_environment() -> dict[str, str]:
-    """What `prepare_process` sets, as variables for a process of somebody else's."""
-    return dict([_SPIN_COUNT], **{name: str(value) for name, (_, value) in _ALLOCATOR_SETTINGS.items()})
+def as_environment(given: Mapping[str, str]) -> dict[str, str]:
+    """What `prepare_process` sets in a process with the environment `given`, as variables for somebody else's."""
+    allocator = {} if _tells_allocator(given) else {name: str(value) for name, (_, value) in _ALLOCATOR_SETTINGS.items()}
+    return dict([_SPIN_COUNT]) | allocator
+
+
+def _tells_allocator(environment: Mapping[str, str]) -> bool:
+    return any(name in environment for name in (*_ALLOCATOR_SETTINGS, "GLIBC_TUNABLES"))
 
 
 def _keep_freed_memory() -> None:
@@ -60,7 +66,7 @@ def _keep_freed_memory() -> None:
     It gives a freed tensor of some megabytes back to the system, and the next one is then made of new pages, each of which costs a page fault: about
     a tenth of the CPU seconds of a training step on a processor (glibc 2.36). The peak stays as it is.
     """
-    if sys.platform != "linux" or any(name in os.environ for name in (*_ALLOCATOR_SETTINGS, "GLIBC_TUNABLES")):
+    if sys.platform != "linux" or _tells_allocator(os.environ):
         return
     tune = getattr(ctypes.CDLL(None), "mallopt", None)
     if tune is None:  # musl

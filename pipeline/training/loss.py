@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-# Numbers that are taken to float32 at a time: a megabyte is what a core's cache has room for, and a GPU wants long rows of work.
-_ON_CPU, _ON_GPU = 2**18, 2**26
+# Numbers that are taken to float32 at a time: on a processor a megabyte for each thread, which a core's cache has room for; on a GPU more, and the
+# 128 MiB of the two copies that there are meanwhile are little beside a large base.
+_ON_CPU, _ON_GPU = 2**18, 2**24
 
 
 def cross_entropy(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
@@ -35,7 +36,8 @@ class _CrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(logits.dtype, torch.float32)
         losses = logits.new_empty(len(logits), dtype=wide)
         gradient = torch.empty_like(logits) if learns else None
-        step = max(1, (_ON_CPU if logits.device.type == "cpu" else _ON_GPU) // logits.shape[1])
+        numbers = _ON_CPU * torch.get_num_threads() if logits.device.type == "cpu" else _ON_GPU
+        step = max(1, numbers // logits.shape[1])
         for at in range(0, len(logits), step):
             some, own = logits[at : at + step].to(wide), wanted[at : at + step, None]
             shares = torch.softmax(some, -1)

@@ -220,7 +220,8 @@ def test_table_of_the_docs_is_the_planners(root: Path) -> None:
 
 
 @pytest.mark.slow
-def test_plan_is_within_15_percent_of_measured_runs_on_the_processor(root: Path) -> None:
+def test_plan_is_within_15_percent_of_float32_runs_on_the_processor_and_not_below_those_of_bfloat16(root: Path) -> None:
+    """In bfloat16 norms and attention keep less there than the planner knows of."""
     import subprocess
     import sys
 
@@ -230,9 +231,10 @@ def test_plan_is_within_15_percent_of_measured_runs_on_the_processor(root: Path)
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     lines = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
-    assert len(lines) == 6
+    assert len(lines) == 12
     for line in lines:
-        assert 0.85 <= line["planned_over_measured"] <= 1.15, line
+        most = 1.15 if line["dtype"] == "float32" else 1.4
+        assert 0.85 <= line["planned_over_measured"] <= most, line
 
 
 def test_a_job_is_lowered_until_it_fits_and_a_customer_that_does_not_fit_alone_is_refused_with_the_figure(
