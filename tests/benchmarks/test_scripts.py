@@ -96,7 +96,8 @@ def test_the_lean_loop_sees_each_row_once_an_epoch_and_puts_those_of_like_length
         lengths = [[len(rows[i].prompt_ids) for i in batch] for batch in batches]
         padding[grouped] = sum(len(batch) * max(batch) - sum(batch) for batch in lengths)
         assert lengths != sorted(lengths), "batches come in random order"
-    assert padding[True] <= 5 * (1 + 2 + 3) < padding[False]  # lengths are 1 to 23: three of four rows lack 1, 2 and 3 tokens
+    # Lengths are 1 to 23, three of them left out: three of four rows lack 1, 2 and 3 tokens, and some one more.
+    assert padding[True] <= 5 * (1 + 2 + 3) + 3 * 3 < padding[False]
 
 
 def test_shards_are_as_large_as_gives_so_many_customers() -> None:
