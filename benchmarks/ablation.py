@@ -3,14 +3,13 @@
     python benchmarks/ablation.py
     python benchmarks/ablation.py --base ../shared/base --dtype float32 --size 16x5
 
-The parts are those of docs/training.md; in float32 those for 16 bit are not there to be taken out. What is taken out is what PyTorch and transformers
-would do instead:
+The parts are those of docs/training.md, in float32 without those for 16 bit. In place of what is taken out is what PyTorch and transformers would do:
 
 - `attention`: scaled_dot_product_attention with its own backward pass. `kept shares`: the shares of attention computed again on the way back.
 - `norms`: autograd's backward pass of RMSNorm. `loss`: cross_entropy of a float32 copy.
 - `grouping`: rows put into micro-batches as they come, and not by length. `targets only`: logits of all positions, the prompts' too.
 
-What the allocator's settings give needs a process without them: MALLOC_TRIM_THRESHOLD_=131072 before the command.
+What the allocator's settings give needs a process without them, with MALLOC_TOP_PAD_=131072 before the command, which is glibc's default.
 """
 
 import contextlib
@@ -26,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common, training
 
+OF_16_BIT = ("attention", "kept shares", "norms")
 PARTS = ("nothing", "attention", "kept shares", "norms", "loss", "grouping", "targets only")
 
 
@@ -90,13 +90,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, default=common.SHARED / "data" / "customers")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--size", default="16x5", metavar="CUSTOMERSxBATCH")
-    parser.add_argument("--parts", nargs="+", choices=PARTS[1:], default=PARTS[1:])
+    parser.add_argument("--parts", nargs="+", choices=PARTS[1:], help="default: all")
     parser.add_argument("--steps", type=int, default=3)
     arguments = parser.parse_args(argv)
     from transformers import AutoTokenizer
 
     from pipeline.prefix.base import attach
 
+    parts = arguments.parts or [part for part in PARTS[1:] if arguments.dtype == "bfloat16" or part not in OF_16_BIT]
     count, batch = (int(number) for number in arguments.size.split("x"))
     tokenizer = AutoTokenizer.from_pretrained(common.SHARED / "base" if arguments.base == "100m" else arguments.base)
     customers = training.shards_of(training.read_data(arguments.data, tokenizer), count)
@@ -122,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return {**took, "tokens_per_cpu_second": tokens / took["cpu_seconds"]}
 
     kinds: dict[str, Callable[[], common.Run]] = {}
-    for part in ("nothing", *arguments.parts):
+    for part in ("nothing", *parts):
         with without(part):
             base = attach(training.load(arguments.base, arguments.dtype))
         train(part, base, 1)

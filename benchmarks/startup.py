@@ -5,6 +5,7 @@
 `status` is asked about the home that `make run` fills, or another one that has registered customers (--home).
 """
 
+import os
 import resource
 import subprocess
 import sys
@@ -22,9 +23,7 @@ COMMANDS = (("--help",), ("run", "--help"), ("status",), ("status", "--json"))
 
 def took(command: Sequence[str], home: Path) -> common.Run:
     """One start."""
-    environment = {
-        name: value for name, value in common.child_environment().items() if not name.startswith(("MLFLOW_TRACKING", "PREFECT_"))
-    }
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_TRACKING", "PREFECT_"))}
     before, since = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "flows.cli", *command], env={**environment, "PREFIXFLEET_HOME": str(home)}, cwd=common.ROOT,

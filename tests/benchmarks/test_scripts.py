@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import common, cost, fleet, generation, memory, peers, registry, roofline, sharding, startup, training
+from benchmarks import ablation, common, cost, fleet, generation, memory, peers, registry, roofline, sharding, startup, training
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +159,44 @@ def test_a_customers_cost_with_peft_is_measured_to_its_registered_version(
         assert (found["seconds"], found["cpu_seconds"], found["measured"]) == (pytest.approx(seconds), pytest.approx(cpu), 1.0)
 
 
+def test_each_part_of_training_is_there_and_is_what_is_taken_out(base: Path) -> None:
+    """By what runs: a part that has another name one day would give +0 % without a word."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from pipeline.prefix.base import attach
+
+    pad = AutoTokenizer.from_pretrained(base).pad_token_id
+    customers = [[peers.Row([5] * n, [6, 7]) for n in lengths] for lengths in ((3, 60), (4, 61))]
+
+    def events(part: str) -> dict[str, Any]:
+        fed: list[int] = []
+        with ablation.without(part):
+            attached = attach(training.load(str(base), "bfloat16"))
+            attached.model.lm_head.register_forward_hook(lambda _, inputs, output: fed.append(output.shape[1]))
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                _, padded = training.ours(attached, customers, 1, 2, pad, 2, 4096, grouped=False)
+        counts = {event.key: event.count for event in profile.key_averages()}
+        names = {
+            "products": "_ByProductsBackward",
+            "norms": "_RMSNormBackward",
+            "loss": "_CrossEntropyBackward",
+            "forward": "aten::_scaled_dot_product_flash_attention_for_cpu",
+        }
+        return {name: counts.get(key, 0) for name, key in names.items()} | {"padded": padded, "fed": sum(fed)}
+
+    whole = events("nothing")
+    assert min(whole["products"], whole["norms"], whole["loss"]) > 0
+    by_torch = events("attention")
+    assert by_torch["products"] == 0 and by_torch["norms"] == whole["norms"]
+    assert events("kept shares")["forward"] > whole["forward"]
+    assert events("norms") == whole | {"norms": 0}
+    without_loss = events("loss")
+    assert without_loss["loss"] == 0 and without_loss["norms"] == whole["norms"]
+    assert events("grouping")["padded"] > whole["padded"]
+    assert events("targets only")["fed"] > whole["fed"]
+
+
 def test_a_start_is_the_whole_process_and_a_failed_one_is_no_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = startup.took(("--help",), tmp_path)
     assert min(found["cpu_seconds"], found["seconds"]) > 0
@@ -261,7 +299,7 @@ def test_a_page_without_a_place_for_the_figures_is_left_alone(tmp_path: Path) ->
 
 
 def test_every_benchmark_says_how_it_is_used(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    for script in (cost, fleet, generation, memory, registry, sharding, training):
+    for script in (ablation, cost, fleet, generation, memory, registry, sharding, startup, training):
         monkeypatch.setattr(sys, "argv", [f"benchmarks/{script.__name__.rpartition('.')[2]}.py"])
         with pytest.raises(SystemExit) as stopped:
             script.main(["--help"])
