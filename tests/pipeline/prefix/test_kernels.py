@@ -274,7 +274,7 @@ def _masked(length: int, keys: int) -> torch.Tensor:
     ("heads", "kv", "length", "keys", "masked"),
     [(6, 2, 24, 30, True), (4, 4, 9, 9, True), (4, 2, 5, 12, False), (6, 2, 24, kernels._KEPT_COLUMNS + 30, True)],
 )
-def test_the_16_bit_backward_pass_on_a_processor_is_as_near_to_float64_as_pytorchs_own(
+def test_the_16_bit_backward_pass_on_a_processor_is_no_more_than_two_and_a_half_times_as_far_from_float64_as_pytorchs(
     heads: int, kv: int, length: int, keys: int, masked: bool
 ) -> None:
     mask = _masked(length, keys) if masked else None
