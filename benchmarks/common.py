@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,8 @@ class Bench:
         print(f"\n{self.where()}\n{aligned(columns, self.rows)}", file=sys.stderr)
         if self.docs:
             # Paths of this machine are nobody's business.
-            given = " ".join(word for word in sys.argv[1:] if word != "--docs").replace(f"{SHARED}/", "../shared/")
+            words = [word for before, word in pairwise(sys.argv) if "--json" not in (before, word) and word != "--docs"]
+            given = " ".join(words).replace(f"{SHARED}/", "../shared/")
             told = self.where().replace(f"{SHARED}/", "../shared/")
             text = f"`python benchmarks/{self.name}.py {given}".rstrip() + f"`: {told}.\n\n{markdown(columns, self.rows)}"
             write_between(PAGE, f"benchmarks/{self.name}.py{part}", text)
