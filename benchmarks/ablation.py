@@ -8,8 +8,6 @@ The parts are those of docs/training.md, in float32 without those for 16 bit. In
 - `attention`: scaled_dot_product_attention with its own backward pass. `kept shares`: the shares of attention computed again on the way back.
 - `norms`: autograd's backward pass of RMSNorm. `loss`: cross_entropy of a float32 copy.
 - `grouping`: rows put into micro-batches as they come, and not by length. `targets only`: logits of all positions, the prompts' too.
-
-What the allocator's settings give needs a process without them, with MALLOC_TOP_PAD_=131072 before the command, which is glibc's default.
 """
 
 import contextlib
@@ -90,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, default=common.SHARED / "data" / "customers")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--size", default="16x5", metavar="CUSTOMERSxBATCH")
-    parser.add_argument("--parts", nargs="+", choices=PARTS[1:], help="default: all")
+    parser.add_argument("--parts", nargs="+", choices=PARTS[1:], help="default: all that the dtype has")
     parser.add_argument("--steps", type=int, default=3)
     arguments = parser.parse_args(argv)
     from transformers import AutoTokenizer

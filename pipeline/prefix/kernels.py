@@ -94,7 +94,7 @@ class _ByProducts(torch.autograd.Function):
 
     A product gives scores in bfloat16, where one of 100 is a quarter off, though the softmax only looks at their differences. So the keys of a row
     are taken less their mean, which shifts all scores of a query alike: what biases of the projections (Qwen2's, say) add to all keys is gone, and
-    what is left is rounded as in transformers' eager attention. The trick is that of SageAttention (Zhang et al. 2024, section 4.2).
+    what is left is rounded as in transformers' eager attention. The trick is that of SageAttention (Zhang et al. 2024).
     """
 
     @staticmethod
